@@ -1,0 +1,76 @@
+"""What every verb shares: output, verbosity, progress. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from edgesdk.noun import Noun
+
+Json = Annotated[bool, typer.Option("--json", help="Print versioned JSON on stdout and nothing else.")]
+
+_state = {"quiet": False, "verbose": False}
+
+
+def set_verbosity(quiet: bool, verbose: bool) -> None:
+    _state.update(quiet=quiet, verbose=verbose)
+
+
+def is_verbose() -> bool:
+    return _state["verbose"]
+
+
+def console(stderr: bool = False) -> Console:
+    """A Rich console; messages that are not the answer go to stderr."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, quiet=stderr and _state["quiet"], highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def say(text: str) -> None:
+    """A message for people, on stderr, silent with --quiet."""
+    if not _state["quiet"]:
+        console(stderr=True).print(text)
+
+
+def emit_json(answer: Noun | dict[str, Any]) -> None:
+    """The answer as JSON on stdout; a dict must carry `kind` and `schema_version`."""
+    text = json.dumps(answer, indent=1, ensure_ascii=False) if isinstance(answer, dict) else answer.to_json()
+    sys.stdout.write(text + "\n")
+
+
+Step = Callable[[str, float], None]
+"""`step("lowering encode", 0.4)`: what is being done now and the share done, 0..1."""
+
+
+@contextlib.contextmanager
+def progress(title: str) -> Iterator[Step]:
+    """A progress bar with an ETA on a terminal, plain lines elsewhere; nothing with --quiet."""
+    if _state["quiet"]:
+        yield lambda text, share: None
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    err = console(stderr=True)
+    if not err.is_terminal:
+        last = [""]
+
+        def line(text: str, share: float) -> None:
+            if text != last[0]:
+                err.print(f"{title}: {text} ({share:.0%})")
+                last[0] = text
+
+        yield line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(title, total=1.0)
+        yield lambda text, share: bar.update(task, description=f"{title}: {text}", completed=share)

@@ -1,0 +1,9 @@
+"""The verb `flash`."""
+
+from __future__ import annotations
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Not there yet."""

@@ -1,0 +1,123 @@
+"""Budget, Workload and Plan. Plain data; imports no runtime."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from edgesdk.noun import Noun, Part
+
+Precision = Literal["fp32", "fp16", "int8-static", "int8-dynamic", "int8-weight-only", "int4-g32", "as-is"]
+"""int4-g32: int4 weights in groups of 32, int8 dynamic activations (8da4w). as-is: a quantized flatbuffer kept."""
+
+
+class Workload(Part):
+    batch: PositiveInt = 1
+    input_length: PositiveInt | None = None  # sequence models; None: the example's own
+    output_length: PositiveInt | None = None
+    sustained: bool = False
+
+
+class Budget(Part):
+    """Any subset. Times are of one whole answer unless a method is named."""
+
+    memory_bytes: PositiveInt | None = None
+    latency_s: PositiveFloat | None = None
+    method_latency_s: dict[str, PositiveFloat] = {}  # per call of a method
+    storage_bytes: PositiveInt | None = None
+    quality_drop: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
+class Estimate(Part):
+    """A prediction with its interval (80% unless said otherwise)."""
+
+    value: float
+    low: float
+    high: float
+
+
+class UnitPlan(Part):
+    unit: str
+    method: str
+    op: str
+    precision: Precision
+    weight_bytes: int  # with scales and zero points; 0 for a weight counted at its first use
+    latency: Estimate  # seconds a call
+    bound: str  # "compute", "L1", "L2", "L3", "memory", "overhead"
+    harm: float | None = None  # predicted quality drop, 0..1; None: unknown
+    why: str
+
+
+class MemoryAnswer(Part):
+    """Bytes. `peak_bytes` is their sum: what must fit beside the system."""
+
+    weights_bytes: int
+    activations_bytes: int
+    cache_bytes: int
+    cross_cache_bytes: int
+    io_bytes: int
+    runtime_bytes: int | None  # None: unknown for this device
+    peak_bytes: int
+    from_runtime: bool = False  # True once the lowered program's own memory plan replaced the estimate
+    not_counted: tuple[str, ...] = ()
+
+
+class Candidate(Part):
+    """One point of the front."""
+
+    layout: str
+    runtime: str
+    precisions: dict[str, int]  # precision → number of units
+    memory_bytes: int
+    storage_bytes: int
+    latency: Estimate
+    quality_drop: float | None
+
+
+class SolverProof(Part):
+    name: str  # "HiGHS"
+    status: str
+    objective: float
+    bound: float
+    gap: float  # (objective - bound) / max(|objective|, tiny)
+    seconds: float
+
+
+class BudgetCheck(Part):
+    name: str
+    limit: float
+    reached: float
+    fits: bool
+
+
+class Plan(Noun):
+    KIND: ClassVar[str] = "plan"
+
+    model: str  # the reference given to --model
+    model_name: str
+    layout: str
+    device: str
+    runtime: str  # "executorch" | "litert" | …
+    unit: str  # compute unit of the device
+    threads: PositiveInt
+    power_mode: str | None
+    workload: Workload
+    budget: Budget
+    fits: bool
+    checks: tuple[BudgetCheck, ...]  # the binding one first
+    units: tuple[UnitPlan, ...]
+    latency: Estimate  # seconds for one whole answer
+    method_latency: dict[str, Estimate]  # seconds a call
+    memory: MemoryAnswer
+    storage_bytes: int
+    quality: float | None  # reference quality on held-out data
+    quality_drop: float | None  # predicted for this plan
+    proof: SolverProof
+    front: tuple[Candidate, ...]
+    reasons: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    digests: dict[str, str]  # model, graph, device, calibration, edgesdk
+
+    def precision_of(self, method: str, unit: str) -> Precision:
+        return next((u.precision for u in self.units if u.method == method and u.unit == unit), "fp32")

@@ -1,0 +1,65 @@
+"""Sizes and times as people write them, and back.
+
+Inside edgesdk every size is an `int` in bytes and every time a `float` in seconds; these functions are the only door.
+"""
+
+from __future__ import annotations
+
+import re
+
+from edgesdk.errors import InputError
+
+_BYTES = {
+    "": 1, "b": 1,
+    "kb": 10**3, "mb": 10**6, "gb": 10**9,
+    "k": 2**10, "m": 2**20, "g": 2**30,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30,
+}  # fmt: skip
+_SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "min": 60.0}
+
+
+def _split(text: str, kind: str, units: dict[str, float] | dict[str, int], example: str) -> tuple[float, str]:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Zµ]*)\s*", text)
+    if not match or match[2].lower() not in units:
+        raise InputError(f"'{text}' is not a {kind}", f"write it like {example}; units: {', '.join(u for u in units if u)}")
+    return float(match[1]), match[2].lower()
+
+
+def parse_bytes(text: str) -> int:
+    """`512MB` → 512000000, `4GiB` → 4294967296. Raises `InputError`."""
+    number, unit = _split(text, "size", _BYTES, "512MB or 4GiB")
+    return round(number * _BYTES[unit])
+
+
+def parse_seconds(text: str) -> float:
+    """`20ms` → 0.02. Raises `InputError`."""
+    number, unit = _split(text, "time", _SECONDS, "20ms or 1.5s")
+    return number * _SECONDS[unit]
+
+
+def parse_share(text: str) -> float:
+    """`1%` → 0.01, `0.01` → 0.01. Raises `InputError`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
+    if not match:
+        raise InputError(f"'{text}' is not a share", "write it like 1% or 0.01")
+    return float(match[1]) / (100.0 if match[2] else 1.0)
+
+
+def show_bytes(n: int | float | None) -> str:
+    """Bytes for a table: `1.23 MB`; `–` for unknown."""
+    if n is None:
+        return "–"
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if abs(n) >= size:
+            return f"{n / size:.3g} {unit}" if abs(n) < 1000 * size else f"{n / size:.0f} {unit}"
+    return f"{n:.0f} B"
+
+
+def show_seconds(t: float | None) -> str:
+    """Seconds for a table: `1.23 ms`; `–` for unknown."""
+    if t is None:
+        return "–"
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if abs(t) >= size:
+            return f"{t / size:.3g} {unit}"
+    return f"{t / 1e-9:.3g} ns"

@@ -1,0 +1,1 @@
+"""Kernels: one registry row for each operation × format × target."""

@@ -1,0 +1,1 @@
+"""Targets: one file a family of boards; each ends in `TARGET = Target(...)`."""
