@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -26,43 +25,55 @@ VERBS = ("devices", "plan", "build", "flash", "profile", "run", "calibrate", "co
 """Each is `edgesdk/cli/<verb>.py` with a `register(app)`."""
 
 
-@app.callback()
-def _root(
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no messages.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more; show tracebacks of errors.")] = False,
-) -> None:
-    set_verbosity(quiet, verbose)
-
-
 def _version(value: bool) -> None:
     if value:
         typer.echo(f"edgesdk {__version__}")
         raise typer.Exit
 
 
+@app.callback()
+def _root(
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no messages; may stand after the verb, too.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show tracebacks of errors; may stand after the verb, too.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    set_verbosity(quiet, verbose)
+
+
 for _verb in VERBS:
     importlib.import_module(f"edgesdk.cli.{_verb}").register(app)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns nothing, exits with 0 / 1 / 2 / 3 (done / the answer is no / bad input / device or link)."""
+def _front(argv: list[str]) -> list[str]:
+    """`--quiet` and `--verbose` belong to every verb: moved before it, wherever they stand."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    flags = [a for a in argv[:end] if a in ("--quiet", "--verbose")]
+    return flags + [a for a in argv[:end] if a not in flags] + argv[end:]
+
+
+def _fail(what: str, hint: str, code: int) -> NoReturn:
+    sys.stderr.write(f"error: {what}\n" + (f"  hint: {hint}\n" if hint else ""))
+    sys.exit(code)
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run the command line; exits with 0 / 1 / 2 / 3 (done / the answer is no / bad input / device or link failed)."""
     try:
-        code = app(args=argv, standalone_mode=False)
-    except EdgeError as error:
-        if is_verbose() or os.environ.get("EDGESDK_TRACEBACK"):
-            raise
-        sys.stderr.write(f"error: {error.what}\n" + (f"  hint: {error.hint}\n" if error.hint else ""))
-        sys.exit(error.exit_code)
+        code = app(args=_front(sys.argv[1:] if argv is None else argv), standalone_mode=False)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         sys.stderr.write("stopped\n")
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
     except Exception as error:
-        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "show"):
+        if is_verbose():
+            raise
+        if isinstance(error, EdgeError):
+            _fail(error.what, error.hint, error.exit_code)
+        if hasattr(error, "show"):  # a usage error of the command line
             error.show()
             sys.exit(2)
-        raise
+        _fail(f"unexpected: {type(error).__name__}: {error}", "this is a defect of edgesdk; --verbose shows where", 2)
     sys.exit(code if isinstance(code, int) else 0)

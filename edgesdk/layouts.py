@@ -1,0 +1,60 @@
+"""Compare the layouts a sequence model comes in on one device: each is planned alone, under the same budget."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from edgesdk.noun import Noun, Part
+from edgesdk.plan.types import Budget, Estimate, Plan, Workload
+
+
+class LayoutRow(Part):
+    """Seconds and bytes, predicted. The first token needs every method once; each later one needs `decode` alone."""
+
+    layout: str
+    model: str
+    runtime: str
+    fits: bool
+    first_token: Estimate
+    per_token: Estimate | None  # None: the model has no `decode`
+    whole_answer: Estimate
+    memory_bytes: int
+    storage_bytes: int
+    quality: float | None  # measured on held-out data, of the float reference
+
+
+class LayoutTable(Noun):
+    KIND: ClassVar[str] = "layouts"
+
+    device: str
+    rows: tuple[LayoutRow, ...]
+
+
+def _sum(parts: list[Estimate]) -> Estimate:
+    """Bounds add up: the parts' errors are taken as fully correlated, which is the careful side."""
+    return Estimate(value=sum(p.value for p in parts), low=sum(p.low for p in parts), high=sum(p.high for p in parts))
+
+
+def _row(plan: Plan) -> LayoutRow:
+    per_method = plan.method_latency
+    return LayoutRow(
+        layout=plan.layout, model=plan.model, runtime=plan.runtime, fits=plan.fits,
+        first_token=_sum(list(per_method.values())), per_token=per_method.get("decode"), whole_answer=plan.latency,
+        memory_bytes=plan.memory.peak_bytes, storage_bytes=plan.storage_bytes, quality=plan.quality,
+    )  # fmt: skip
+
+
+def layouts(model: str, device: str, *, budget: Budget | None = None, workload: Workload | None = None) -> LayoutTable:
+    """Plan `model` and each of its alternatives on `device`; rows in order of the whole answer's predicted time.
+
+    Raises whatever `plan` raises.
+    """
+    from edgesdk.intake import load_model
+    from edgesdk.plan import plan
+
+    spec = load_model(model)
+    wanted = {spec.layout: model, **spec.alternatives}
+    budget, workload = budget or Budget(), workload or Workload()
+    plans = [plan(ref, device, budget=budget, workload=workload, layout=name) for name, ref in wanted.items()]
+    rows = sorted((_row(p) for p in plans), key=lambda r: r.whole_answer.value)
+    return LayoutTable(device=plans[0].device, rows=tuple(rows))
