@@ -1,0 +1,5 @@
+"""`python -m edgesdk` is the command `edgesdk`."""
+
+from edgesdk.cli import main
+
+main()
