@@ -1,0 +1,177 @@
+"""Run a built program with numpy arrays, the same on the host and on a device.
+
+This file stands alone (standard library and numpy; Python 3.9 and later): it is sent to the device as it is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+
+class RunnerError(Exception):
+    """The runtime is absent, or refuses the program or the inputs."""
+
+
+def installed() -> dict[str, str]:
+    """Runtimes that are installed here, with their versions; nothing is imported."""
+    found = {}
+    for runtime, module, dist in (
+        ("executorch", "executorch", "executorch"),
+        ("litert", "ai_edge_litert", "ai-edge-litert"),
+        ("tflite-runtime", "tflite_runtime", "tflite-runtime"),
+    ):
+        if importlib.util.find_spec(module) is not None:
+            try:
+                found[runtime] = version(dist)
+            except PackageNotFoundError:
+                found[runtime] = "unknown"
+    return found
+
+
+def open_program(path: str, runtime: str, threads: int = 1) -> Any:
+    """A runner for `path`: `.methods`, `.inputs(method)`, `.run(method, arrays)`. Raises `RunnerError`."""
+    try:
+        if runtime == "executorch":
+            return ExecuTorchRunner(path, threads)
+        if runtime in ("litert", "tflite-runtime"):
+            return LiteRtRunner(path, runtime, threads)
+    except RunnerError:
+        raise
+    except Exception as error:
+        raise RunnerError(f"{runtime} refuses {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+    raise RunnerError(f"no runner for runtime '{runtime}'")
+
+
+class ExecuTorchRunner:
+    """A .pte through ExecuTorch's Python runtime."""
+
+    def __init__(self, path: str, threads: int = 1) -> None:
+        import torch
+        from executorch.runtime import Runtime, Verification
+
+        self.torch, self.version = torch, installed().get("executorch", "unknown")
+        torch.set_num_threads(threads)
+        try:
+            from executorch.extension.pybindings import portable_lib
+
+            portable_lib._threadpool_reset(threads) if hasattr(portable_lib, "_threadpool_reset") else None
+        except ImportError:
+            pass
+        self._program = Runtime.get().load_program(path, verification=Verification.Minimal)
+        self.methods = tuple(sorted(self._program.method_names))
+        self._loaded: dict[str, Any] = {}
+
+    def _method(self, name: str) -> Any:
+        if name not in self.methods:
+            raise RunnerError(f"no method '{name}'; known: {', '.join(self.methods)}")
+        if name not in self._loaded:
+            self._loaded[name] = self._program.load_method(name)
+        return self._loaded[name]
+
+    def inputs(self, method: str) -> list[tuple[tuple[int, ...], str]]:
+        meta = self._method(method).metadata
+        infos = [meta.input_tensor_meta(i) for i in range(meta.num_inputs())]
+        names = {3: "int32", 4: "int64", 6: "float32", 11: "bool", 1: "int8", 0: "uint8", 5: "float16"}
+        return [(tuple(i.sizes()), names.get(i.dtype(), str(i.dtype()))) for i in infos]
+
+    def planned_buffers(self, method: str) -> list[int]:
+        """Bytes of each buffer in the runtime's own memory plan."""
+        meta = self._method(method).metadata
+        return [meta.memory_planned_buffer_size(i) for i in range(meta.num_memory_planned_buffers())]
+
+    def run(self, method: str, arrays: list[Any]) -> list[Any]:
+        loaded = self._method(method)
+        _check_shapes(method, self.inputs(method), arrays)
+        tensors = [self.torch.from_numpy(np.ascontiguousarray(a)) for a in arrays]
+        return [np.array(o.numpy()) for o in loaded.execute(tensors)]
+
+
+class LiteRtRunner:
+    """A .tflite through LiteRT, or tflite-runtime where that is what the device has. Callers see float in and out of int8 models."""
+
+    def __init__(self, path: str, runtime: str, threads: int = 1) -> None:
+        if runtime == "litert" and importlib.util.find_spec("ai_edge_litert") is not None:
+            from ai_edge_litert.interpreter import Interpreter
+
+            self.version = installed()["litert"]
+        elif importlib.util.find_spec("tflite_runtime") is not None:
+            from tflite_runtime.interpreter import Interpreter
+
+            self.version = installed()["tflite-runtime"]
+        else:
+            raise RunnerError("neither ai-edge-litert nor tflite-runtime is installed")
+        self._interpreter = Interpreter(model_path=path, num_threads=threads)
+        signatures = self._interpreter.get_signature_list()
+        self._keys = {"forward" if len(signatures) == 1 else k: k for k in signatures} or {"forward": ""}
+        self.methods = tuple(sorted(self._keys))
+        self._ready: dict[str, Any] = {}
+
+    def _method(self, name: str) -> Any:
+        """(call, input details in order, output names or indices in order)"""
+        if name not in self._keys:
+            raise RunnerError(f"no method '{name}'; known: {', '.join(self.methods)}")
+        if name not in self._ready:
+            if self._keys[name]:
+                runner = self._interpreter.get_signature_runner(self._keys[name])
+                details = sorted(runner.get_input_details().items(), key=lambda kv: _order(kv[0]))
+                outputs = sorted(runner.get_output_details().items(), key=lambda kv: _order(kv[0]))
+            else:
+                self._interpreter.allocate_tensors()
+                runner = None
+                details = [(str(i), d) for i, d in enumerate(self._interpreter.get_input_details())]
+                outputs = [(str(i), d) for i, d in enumerate(self._interpreter.get_output_details())]
+            self._ready[name] = runner, details, outputs
+        return self._ready[name]
+
+    def inputs(self, method: str) -> list[tuple[tuple[int, ...], str]]:
+        return [(tuple(int(s) for s in d["shape"]), np.dtype(d["dtype"]).name) for _, d in self._method(method)[1]]
+
+    def run(self, method: str, arrays: list[Any]) -> list[Any]:
+        runner, details, outputs = self._method(method)
+        _check_shapes(method, self.inputs(method), arrays)
+        fed = [_quantize(np.asarray(a), d) for a, (_, d) in zip(arrays, details)]
+        if runner is not None:
+            answer = runner(**{name: a for a, (name, _) in zip(fed, details)})
+            return [_dequantize(answer[name], d) for name, d in outputs]
+        for a, (_, d) in zip(fed, details):
+            self._interpreter.set_tensor(d["index"], a)
+        self._interpreter.invoke()
+        return [_dequantize(self._interpreter.get_tensor(d["index"]), d) for _, d in outputs]
+
+
+def _order(name: str) -> tuple[int, str]:
+    tail = name.rsplit("_", 1)[-1]
+    return (int(tail), "") if tail.isdigit() else (0, name)
+
+
+def _check_shapes(method: str, wanted: list[tuple[tuple[int, ...], str]], arrays: list[Any]) -> None:
+    if len(arrays) != len(wanted):
+        raise RunnerError(f"'{method}' takes {len(wanted)} inputs, {len(arrays)} given")
+    for i, (array, (shape, _)) in enumerate(zip(arrays, wanted)):
+        if math.prod(np.shape(array)) != math.prod(shape) or (len(np.shape(array)) == len(shape) and tuple(np.shape(array)) != tuple(shape)):
+            raise RunnerError(f"input {i} of '{method}' has shape {list(np.shape(array))}, wanted {list(shape)}")
+
+
+def _scale(detail: Any) -> tuple[float, int]:
+    scale, zero = detail.get("quantization", (0.0, 0))
+    return float(scale), int(zero)
+
+
+def _quantize(array: Any, detail: Any) -> Any:
+    dtype, (scale, zero) = np.dtype(detail["dtype"]), _scale(detail)
+    if dtype.kind in "iu" and dtype.itemsize <= 2 and scale and array.dtype.kind == "f":
+        info = np.iinfo(dtype)
+        array = np.clip(np.round(array / scale) + zero, info.min, info.max)
+    return np.ascontiguousarray(array.astype(dtype)).reshape(detail["shape"])
+
+
+def _dequantize(array: Any, detail: Any) -> Any:
+    scale, zero = _scale(detail)
+    if array.dtype.kind in "iu" and array.dtype.itemsize <= 2 and scale:
+        return (array.astype(np.float32) - zero) * np.float32(scale)
+    return np.array(array)
