@@ -25,7 +25,7 @@ def _batches(steps: int, size: int, seed: int) -> list[tuple[torch.Tensor, torch
     return [batches[int(i)] for i in np.random.default_rng(seed).permutation(len(batches))]
 
 
-def train(name: str, steps: int = 2500, size: int = 64) -> float:
+def train(name: str, steps: int = 5000, size: int = 64) -> float:
     """Train `name`, write its weights (float16) beside this file; returns exact match on 1000 held-out cases."""
     torch.manual_seed(0)
     model = Normalizer(*LAYOUTS[name])

@@ -40,7 +40,7 @@ _OPS: dict[int, tuple[str, Op]] = {
 }  # fmt: skip
 
 
-class _Table:
+class Table:
     """A flatbuffer table at `at`: fields by number. Out-of-range reads raise `IndexError`."""
 
     def __init__(self, data: bytes, at: int) -> None:
@@ -76,9 +76,9 @@ class _Table:
         start, count = self._vector(field)
         return [self._read("<i", start + 4 * i) for i in range(count)]
 
-    def tables(self, field: int) -> list[_Table]:
+    def tables(self, field: int) -> list[Table]:
         start, count = self._vector(field)
-        return [_Table(self.data, start + 4 * i + self._read("<I", start + 4 * i)) for i in range(count)]
+        return [Table(self.data, start + 4 * i + self._read("<I", start + 4 * i)) for i in range(count)]
 
     def text(self, field: int) -> str:
         start, count = self._vector(field)
@@ -92,7 +92,7 @@ def read_tflite(path: Path) -> tuple[MethodGraph, ...]:
     """One MethodGraph a signature, or `forward` for a file without any. Raises `InputError` for a damaged file or an unknown operator."""
     data = path.read_bytes()
     try:
-        model = _Table(data, struct.unpack_from("<I", data, 0)[0])
+        model = Table(data, struct.unpack_from("<I", data, 0)[0])
         graphs = model.tables(2)
         codes = [(max(c.number(3), c.number(0, "<b")), c.text(1)) for c in model.tables(1)]
         buffers = [max(b.length(0), b.number(2, "<Q")) for b in model.tables(4)]
@@ -104,7 +104,7 @@ def read_tflite(path: Path) -> tuple[MethodGraph, ...]:
         raise InputError(f"{path}: the flatbuffer is damaged or cut off ({len(data)} bytes)", "copy or convert the file again") from None
 
 
-def _method(name: str, graph: _Table, codes: list[tuple[int, str]], buffers: list[int], path: Path) -> MethodGraph:
+def _method(name: str, graph: Table, codes: list[tuple[int, str]], buffers: list[int], path: Path) -> MethodGraph:
     tensors = [
         TensorInfo(name=t.text(3), shape=tuple(t.numbers(0)), dtype=_DTYPES.get(t.number(1, "<b"), f"type {t.number(1, '<b')}")) for t in graph.tables(0)
     ]
@@ -170,7 +170,7 @@ def _peak(tensors: list[TensorInfo], spans: list[tuple[list[int], list[int]]], e
 def stored_bytes(path: Path) -> int:
     """Bytes of all constant buffers of the file."""
     data = path.read_bytes()
-    model = _Table(data, struct.unpack_from("<I", data, 0)[0])
+    model = Table(data, struct.unpack_from("<I", data, 0)[0])
     return sum(max(b.length(0), b.number(2, "<Q")) for b in model.tables(4))
 
 

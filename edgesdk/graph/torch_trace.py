@@ -29,13 +29,20 @@ _VIEWS = {
 _ALIASES = _VIEWS - {"contiguous", "clone", "_to_copy"}  # share storage with their input
 
 
+def fresh(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same values with plain strides: numpy's `array[None]` gives a stride of 0, which ExecuTorch refuses."""
+    import torch
+
+    return tuple(torch.empty(t.shape, dtype=t.dtype).copy_(t) if isinstance(t, torch.Tensor) else t for t in inputs)
+
+
 def export(method: Method, name: str) -> Any:
     """The exported program of a method. Raises `InputError` naming the method and the reason."""
     import torch
 
     try:
         with torch.no_grad():
-            return torch.export.export(method.module.eval(), method.example_inputs, strict=False)
+            return torch.export.export(method.module.eval(), fresh(method.example_inputs), strict=False)
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"method '{name}' cannot be exported: {reason[:200]}", "torch.export must accept it with static shapes") from None

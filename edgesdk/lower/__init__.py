@@ -1,1 +1,119 @@
+"""Plan + model → bundle: lower, check against the reference, evaluate, pack."""
 
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgesdk.errors import InputError, MissingTool
+
+if TYPE_CHECKING:
+    from edgesdk.model import ModelSpec
+    from edgesdk.plan.types import Plan
+
+__all__ = ["build", "choice_of", "lower"]
+
+Step = Callable[[str, float], None]
+DEVICE_TOLERANCE = 0.05
+"""Allowed relative error between a device's outputs and this host's for the same program: other instructions round otherwise."""
+
+
+def choice_of(plan: Plan) -> dict[tuple[str, str], str]:
+    """(method, unit) → precision of a plan."""
+    return {(u.method, u.unit): u.precision for u in plan.units}
+
+
+def lower(spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str], say: Callable[[str], None] = lambda text: None) -> bytes:
+    """The program's bytes for a runtime, kept in the cache by content. Raises `MissingTool`, `InputError`."""
+    from edgesdk import __version__
+    from edgesdk.cache import cache_dir
+    from edgesdk.runner import installed
+
+    key = json.dumps([spec.digest, runtime, sorted([*k, p] for k, p in choice.items()), installed(), __version__])
+    path = cache_dir("lowered") / hashlib.sha256(key.encode()).hexdigest()[:40]
+    if path.exists():
+        return path.read_bytes()
+    content = _lower(spec, runtime, choice, say)
+    part = path.with_suffix(".part")
+    part.write_bytes(content)
+    part.replace(path)
+    return content
+
+
+def _lower(spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str], say: Callable[[str], None]) -> bytes:
+    if runtime in ("litert", "tflite-runtime"):
+        from edgesdk.lower.litert import lower_litert
+
+        return lower_litert(spec, choice, say)
+    if runtime.startswith("executorch"):
+        from edgesdk.lower.executorch import lower_executorch
+
+        if spec.flatbuffer is not None:
+            raise InputError(f"{spec.name}: a .tflite cannot become a .pte", "plan it with --runtime litert, or give the PyTorch model")
+        return lower_executorch(spec, choice, say, runtime.removeprefix("executorch").lstrip("-") or "xnnpack")
+    raise MissingTool(f"edgesdk cannot lower for '{runtime}'", "its compiler comes from the vendor and runs on the device; choose --runtime executorch or litert")
+
+
+def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = None) -> Path:
+    """Lower, check, evaluate and write the bundle. Raises `CheckFailed` when the program is wrong; then nothing is written.
+
+    A program for a runtime that this host cannot run (a GPU's, an NPU's) is packed unchecked, and its manifest's `host_check` is empty.
+    """
+    from edgesdk import __version__
+    from edgesdk.bundles import write_bundle
+    from edgesdk.lower.check import check_program, golden_inputs, reference
+    from edgesdk.runner import open_program
+
+    step = step or (lambda text, share: None)
+    if plan.digests.get("model") != spec.digest:
+        raise InputError(f"the plan was made for another '{plan.model}'", "plan again: the model's code or weights have changed")
+    choice = choice_of(plan)
+    program = lower(spec, plan.runtime, choice, lambda text: step(text, 0.1))
+    name = "model.pte" if plan.runtime.startswith("executorch") else "model.tflite"
+    members: dict[str, bytes] = {name: program, "plan.json": plan.to_json().encode(), **spec.files}
+    fields: dict[str, Any] = {"host_check": {}, "golden": (), "quality": None, "runtime_version": "not run on this host", "methods": tuple(plan.method_latency)}
+    if plan.runtime in ("executorch", "litert", "tflite-runtime"):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, name)
+            path.write_bytes(program)
+            runner = open_program(str(path), plan.runtime, plan.threads)
+            inputs = golden_inputs(spec)
+            step("checking against the reference", 0.6)
+            precisions = {u.precision for u in plan.units}
+            fields["host_check"] = check_program(runner.run, reference(spec), inputs, set(precisions), f"{spec.name} on {plan.runtime}")
+            fields["golden"] = _golden(runner, inputs, members)
+            fields |= {"methods": runner.methods, "runtime_version": runner.version}
+            if spec.evaluate:
+                step(f"measuring {spec.quality_name}", 0.8)
+                fields["quality"] = spec.evaluate(runner.run)
+    write_bundle(
+        out, members, model_name=spec.name, device=plan.device, runtime=plan.runtime, program=name, threads=plan.threads, plan_digest=plan.digest(),
+        memory=_memory(plan.runtime, program), edgesdk_version=__version__, **fields,
+    )  # fmt: skip
+    return Path(out)
+
+
+def _golden(runner: Any, inputs: dict[str, list[list[Any]]], members: dict[str, bytes]) -> tuple[dict[str, Any], ...]:
+    from edgesdk.bundles import array_bytes
+
+    cases = []
+    for method, lists in inputs.items():
+        for i, arrays in enumerate(lists):
+            names: dict[str, tuple[str, ...]] = {}
+            for kind, values in (("in", arrays), ("out", runner.run(method, arrays))):
+                names[kind] = tuple(f"golden/{method}/{i}/{kind}{k}.npy" for k in range(len(values)))
+                members.update({n: array_bytes(v) for n, v in zip(names[kind], values, strict=True)})
+            cases.append({"method": method, "inputs": names["in"], "outputs": names["out"], "max_relative_error": DEVICE_TOLERANCE})
+    return tuple(cases)
+
+
+def _memory(runtime: str, program: bytes) -> dict[str, int]:
+    if runtime.startswith("executorch"):
+        from edgesdk.lower.executorch import memory_plan
+
+        return memory_plan(program)
+    return {"program": len(program)}

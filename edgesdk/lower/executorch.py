@@ -1,0 +1,157 @@
+"""ModelSpec + precisions → an ExecuTorch `.pte`: XNNPACK delegates, several methods in one file that share their weights."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from edgesdk.errors import MissingTool
+from edgesdk.graph.torch_trace import fresh
+
+if TYPE_CHECKING:
+    from edgesdk.model import ModelSpec
+
+Choice = Mapping[tuple[str, str], str]
+"""(method, unit name) → precision; what is absent stays fp32."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporters' own warnings and log lines."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _module_name(unit: str) -> str:
+    return unit.split("#")[0]
+
+
+def quantized_modules(spec: ModelSpec, choice: Choice) -> dict[str, Any]:
+    """A copy of the methods' modules with the dynamic precisions applied (weights shared by methods stay shared)."""
+    import torch
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
+    from torchao.quantization.granularity import PerAxis, PerGroup
+
+    modules = copy.deepcopy({name: m.module for name, m in spec.methods.items()})
+    configs = {
+        "int8-dynamic": Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int8, weight_granularity=PerAxis(0)),
+        "int4-g32": Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(32)),
+    }
+    done: set[int] = set()
+    for precision, config in configs.items():
+        for name, module in modules.items():
+            wanted = {_module_name(unit) for (method, unit), p in choice.items() if method == name and p == precision}
+
+            def pick(m: torch.nn.Module, fqn: str, wanted: set[str] = wanted) -> bool:
+                return isinstance(m, torch.nn.Linear) and fqn in wanted and id(m) not in done
+
+            chosen = [m for fqn, m in module.named_modules() if pick(m, fqn)]
+            if chosen:
+                with quiet():
+                    quantize_(module, config, filter_fn=pick)
+                done |= {id(m) for m in chosen}
+    return modules
+
+
+def _static(module: Any, spec: ModelSpec, method: str, units: set[str]) -> Any:
+    """PT2E int8 (per channel) of the named units, ranges from the model's calibration data."""
+    import torch
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    inputs = fresh(spec.methods[method].example_inputs)
+    config = get_symmetric_quantization_config(is_per_channel=True)
+    everything = {n for n, m in module.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv1d | torch.nn.Conv2d)} <= units
+    quantizer = XNNPACKQuantizer()
+    if everything:
+        quantizer.set_global(config)
+    else:
+        for unit in units:
+            quantizer.set_module_name(unit, config)
+    prepared = prepare_pt2e(torch.export.export(module, inputs, strict=False).module(check_guards=False), quantizer)
+    for sample in spec.calibration(method) if spec.calibration else [inputs]:
+        prepared(*sample)
+    return convert_pt2e(prepared)
+
+
+def lower_executorch(spec: ModelSpec, choice: Choice, say: Callable[[str], None], delegate: str = "xnnpack") -> bytes:
+    """The `.pte` bytes. `delegate`: "xnnpack", "vulkan", "coreml" or "portable". Raises `MissingTool` where the SDK is absent."""
+    try:
+        import torch
+        from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+    except ImportError:
+        raise MissingTool("executorch is not installed", "pip install -c constraints.txt 'edgesdk[executorch]'") from None
+    with torch.no_grad(), quiet():
+        say("quantizing")
+        modules = quantized_modules(spec, choice)
+        programs = {}
+        for name, module in modules.items():
+            static = {_module_name(unit) for (method, unit), p in choice.items() if method == name and p == "int8-static"}
+            say(f"exporting {name}")
+            ready = _static(module, spec, name, static) if static else module
+            programs[name] = _with_strides(torch.export.export(ready, fresh(spec.methods[name].example_inputs), strict=False))
+        say("lowering to .pte")
+        config = EdgeCompileConfig(_check_ir_validity=False)
+        lowered = to_edge_transform_and_lower(programs, partitioner=partitioners(delegate), compile_config=config)
+        return bytes(lowered.to_executorch().buffer)
+
+
+def _with_strides(program: Any) -> Any:
+    """`max_pool2d(x, 2)` leaves its stride out, which XNNPACK's partitioner does not expect: it is written out (stride = kernel)."""
+    for node in program.graph.nodes:
+        if node.op == "call_function" and str(node.target) == "aten.max_pool2d.default" and len(node.args) == 2:
+            node.args = (*node.args, node.args[1])
+    program.graph_module.recompile()
+    return program
+
+
+def partitioners(delegate: str) -> list[Any]:
+    """The partitioners of a delegate; imports only the one asked for."""
+    if delegate == "portable":
+        return []
+    if delegate == "xnnpack":
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+        return [XnnpackPartitioner()]
+    if delegate == "vulkan":
+        from executorch.backends.vulkan.partitioner.vulkan_partitioner import VulkanPartitioner
+
+        return [VulkanPartitioner()]
+    if delegate == "coreml":
+        from executorch.backends.apple.coreml.partition import CoreMLPartitioner
+
+        return [CoreMLPartitioner()]
+    hints = {
+        "qnn": ("Qualcomm's AI Engine Direct SDK", "get it from Qualcomm, set QNN_SDK_ROOT, and build ExecuTorch's Qualcomm backend"),
+        "cuda": ("ExecuTorch's CUDA backend", "run on the Jetson with NVIDIA's JetPack and triton installed"),
+        "ethos-u": ("Arm's Vela and TOSA tools", "pip install 'executorch[ethos-u]' py-cpuinfo in an environment of its own"),
+    }
+    tool, hint = hints.get(delegate, (f"a delegate named '{delegate}'", "choose another --runtime"))
+    raise MissingTool(f"{tool} is needed to lower for {delegate} and is not here", hint)
+
+
+def memory_plan(content: bytes) -> dict[str, int]:
+    """The program's own numbers, in bytes: `planned:<method>:<buffer>`, `constants`, `delegates`, `program`."""
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    with quiet():
+        parsed = deserialize_pte_binary(content)
+    program = getattr(parsed, "program", parsed)
+    answer = {"program": len(content)}
+    for plan in program.execution_plan:
+        for i, size in enumerate(plan.non_const_buffer_sizes[1:]):
+            answer[f"planned:{plan.name}:{i}"] = int(size)
+    constants = sum(len(b.storage) for b in program.constant_buffer)
+    answer["constants"] = max(constants, sum(getattr(program.constant_segment, "offsets", []) and [0]))
+    answer["delegates"] = sum(len(d.data) for d in program.backend_delegate_data)
+    return answer
