@@ -44,7 +44,7 @@ class Efficiency(Noun):
     power_mode: str | None = None
     origin: Origin
     rows: tuple[OpRate, ...]
-    bandwidth_bytes_per_s: dict[str, PositiveFloat] = {}
+    bandwidth_bytes_per_s: dict[str, PositiveFloat] = Field(default_factory=dict)
     call_overhead_s: NonNegativeFloat = 0.0
     call_log_sd: NonNegativeFloat = 0.0  # of whole calls, beside the rows' own residuals (what the sum of units leaves out)
     runtime_bytes: PositiveInt | None = None  # resident memory of the runtime itself, measured
