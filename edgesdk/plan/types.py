@@ -24,7 +24,7 @@ class Budget(Part):
 
     memory_bytes: PositiveInt | None = None
     latency_s: PositiveFloat | None = None
-    method_latency_s: dict[str, PositiveFloat] = {}  # per call of a method
+    method_latency_s: dict[str, PositiveFloat] = Field(default_factory=dict)  # per call of a method
     storage_bytes: PositiveInt | None = None
     quality_drop: Annotated[float, Field(ge=0, le=1)] | None = None
 

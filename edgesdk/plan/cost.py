@@ -1,0 +1,151 @@
+"""Roofline per unit: overhead + max(compute, traffic at the level it streams from), with an interval from residuals.
+
+Seconds, bytes. Peaks come from the device's profile, shares of them from an `Efficiency`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgesdk.plan.types import Estimate
+
+if TYPE_CHECKING:
+    from edgesdk.device import ComputeUnit, DeviceProfile, Dtype
+    from edgesdk.efficiency import Efficiency, OpRate
+    from edgesdk.graph.types import MethodGraph, Unit
+
+Z80 = 1.2816
+"""Standard deviations on each side of an 80% interval."""
+_DTYPE: dict[str, Dtype] = {"fp16": "fp16", "int8-static": "int8", "int8-dynamic": "int8", "int4-g32": "int8", "as-is": "int8"}
+_CACHE_OVER_MEMORY = {"L1": 12.0, "L2": 5.0, "L3": 2.0}
+"""Read bandwidth of a level over that of memory where nothing is known: typical of one Arm or x86 core."""
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """Seconds a call with an 80% interval; `bound` is what the time goes to; `log_sd` its residual."""
+
+    seconds: float
+    low: float
+    high: float
+    bound: str  # "compute", "L1", "L2", "L3", "memory", "overhead"
+    log_sd: float
+
+
+def operations(unit: Unit) -> float:
+    """2 × MACs, or the elements read and written where there are none."""
+    return 2.0 * unit.macs if unit.macs else float(unit.in_elements + unit.out_elements)
+
+
+def dtype_of(unit: Unit, precision: str) -> Dtype:
+    """The arithmetic a precision runs in."""
+    if precision == "as-is":
+        return "int8" if unit.act_bytes == 1 else "fp32"
+    return _DTYPE.get(precision, "fp32")
+
+
+def weight_traffic(unit: Unit, precision: str) -> float:
+    """Bytes of weights a call reads."""
+    if unit.op == "embedding":
+        return 0.0  # a row or two, counted as output
+    per = {"int4-g32": 0.5 + 2 / 32, "fp32": 4.0, "fp16": 2.0}.get(precision, 1.0)
+    if precision == "as-is":
+        per = 1.0 if unit.weight_dtype in ("int8", "uint8") else 4.0
+    return unit.weight_elements * per + 4.0 * unit.bias_elements
+
+
+def activation_traffic(unit: Unit, precision: str) -> float:
+    """Bytes of activations a call reads and writes."""
+    size = 1 if precision == "int8-static" or (precision == "as-is" and unit.act_bytes == 1) else 4
+    return float(size * (unit.in_elements + unit.out_elements))
+
+
+def level_of(working_set: float, compute: ComputeUnit) -> str:
+    """The nearest level that holds `working_set` bytes: "L1", "L2", "L3" or "memory"."""
+    for cache in sorted(compute.caches, key=lambda c: c.level):
+        if working_set <= cache.size_bytes:
+            return f"L{min(cache.level, 3)}"
+    return "memory"
+
+
+def bandwidth(level: str, device: DeviceProfile, efficiency: Efficiency, compute: ComputeUnit, threads: int) -> float:
+    """Bytes a second `threads` threads read from a level: measured, else from the profile, else a usual ratio to memory."""
+    if level in efficiency.bandwidth_bytes_per_s:
+        measured = efficiency.bandwidth_bytes_per_s[level]
+        return measured * (threads / efficiency.threads if level != "memory" else 1.0)
+    memory = device.memory.bandwidth_bytes_per_s
+    one = device.memory.one_thread_bytes_per_s or 0.5 * memory
+    if level == "memory":
+        return min(one * threads, memory) if compute.kind == "cpu" else 0.8 * memory
+    known = next((c.bandwidth_bytes_per_s for c in compute.caches if f"L{c.level}" == level), None)
+    return (known or one * _CACHE_OVER_MEMORY.get(level, 2.0)) * threads
+
+
+def peak(unit: Unit, precision: str, compute: ComputeUnit, threads: int) -> float:
+    """Operations a second at full use of `threads` cores (all of a GPU or NPU)."""
+    rates = compute.peak_ops_per_s
+    dtype = dtype_of(unit, precision)
+    top = rates.get(dtype) or rates.get("fp32") or max(rates.values())
+    return top * (min(threads, compute.cores) / compute.cores if compute.kind == "cpu" else 1.0)
+
+
+def unit_cost(
+    unit: Unit, precision: str, device: DeviceProfile, runtime: str, threads: int, efficiency: Efficiency,
+    *, working_set: float | None = None,
+) -> UnitCost:  # fmt: skip
+    """The predicted time of one call of `unit`.
+
+    `working_set` (bytes of the whole method's weights and activations) decides the level that weights stream from;
+    the unit's own bytes when None.
+    """
+    entry = next(r for r in device.runtimes if r.name == runtime)
+    compute = device.unit(entry.unit)
+    row = efficiency.row(unit.op, precision)
+    if unit.op == "reshape" and not unit.in_elements + unit.out_elements:
+        return UnitCost(0.0, 0.0, 0.0, "overhead", 0.0)
+    work, weights, acts = operations(unit), weight_traffic(unit, precision), activation_traffic(unit, precision)
+    level = level_of(working_set if working_set is not None else weights + acts, compute)
+    near = level_of(acts, compute)
+    streaming = sum(n / bandwidth(at, device, efficiency, compute, threads) for n, at in ((weights, level), (acts, near)))
+    computing = work / _rate(row, unit, precision, compute, threads, efficiency)
+    overhead = row.overhead_s + row.per_output_s * unit.out_elements if row else 1e-6
+    log_sd = row.log_sd if row else 1.0
+    seconds = overhead + max(computing, streaming)
+    terms = {"compute": computing + (row.per_output_s * unit.out_elements if row else 0.0), (level if weights >= acts else near): streaming}
+    bound = max(terms, key=lambda k: terms[k])
+    bound = "overhead" if row and row.overhead_s > terms[bound] else bound
+    spread = math.exp(Z80 * log_sd)
+    return UnitCost(seconds, seconds / spread, seconds * spread, bound, log_sd)
+
+
+def _rate(row: OpRate | None, unit: Unit, precision: str, compute: ComputeUnit, threads: int, efficiency: Efficiency) -> float:
+    if row and row.ops_per_s:
+        return row.ops_per_s * (threads / efficiency.threads) ** 0.9
+    share = row.share_of_peak if row and row.share_of_peak else 0.1
+    return share * peak(unit, precision, compute, threads)
+
+
+def total(costs: Sequence[UnitCost], efficiency: Efficiency) -> Estimate:
+    """The sum of a method's units and the call's own overhead.
+
+    Calibrated residuals are taken as independent, others as fully correlated.
+    """
+    value = sum(c.seconds for c in costs) + efficiency.call_overhead_s
+    if value <= 0:
+        return Estimate(value=0.0, low=0.0, high=0.0)
+    shares = [c.seconds / value * c.log_sd for c in costs]
+    own = math.sqrt(sum(s * s for s in shares)) if efficiency.origin == "calibrated" else sum(shares)
+    spread = math.exp(Z80 * math.hypot(own, efficiency.call_log_sd))
+    return Estimate(value=value, low=value / spread, high=value * spread)
+
+
+def working_set(method: MethodGraph, precisions: dict[str, str]) -> float:
+    """Bytes one call of a method touches: its weights at their precisions and its peak activations."""
+    stored: dict[str, float] = {}
+    for unit in method.units:
+        if unit.weight:
+            stored[unit.weight] = weight_traffic(unit, precisions.get(unit.weight, "fp32"))
+    return sum(stored.values()) + method.peak_activation_bytes
