@@ -282,7 +282,7 @@ def blazeface(size: int = 128) -> Net:
     return n.conv(34, 1)
 
 
-_FIXED: dict[str, Callable[[int | None], Net]] = {
+FIXED: dict[str, Callable[[int | None], Net]] = {
     "yolov4tiny": lambda s: yolov4_tiny(s or 416),
     "yolov3tiny": lambda s: yolov3_tiny(s or 416),
     "mobilenetssd": lambda s: mobilenet_ssd(s or 300),
@@ -299,8 +299,8 @@ _FIXED: dict[str, Callable[[int | None], Net]] = {
 
 def detector(name: str, size: int | None) -> Net | None:
     """The table of a normalised name such as `yolov8n`, `yolo11x`, `yoloxs`; None when it is none of ours."""
-    if name in _FIXED:
-        return _FIXED[name](size)
+    if name in FIXED:
+        return FIXED[name](size)
     if m := re.fullmatch(r"yolov?8([nsmlx])?", name):
         return yolov8(size or 640, m[1] or "n")
     if m := re.fullmatch(r"yolov?(?:11|26)([nsmlx])?", name):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Op = Literal["conv", "conv3", "pw", "dw", "fc", "bmm", "elem"]
-"""conv: k×k convolution; conv3: 3×3 stride 1 (Winograd applies); pw: 1×1 or a matmul with weights over many
+Op = Literal["conv", "conv3", "gconv", "pw", "dw", "fc", "bmm", "elem"]
+"""conv: k×k convolution; conv3: 3×3 stride 1 (Winograd applies); gconv: grouped; pw: 1×1 or a matmul with weights over many
 positions; dw: depthwise or nearly so; fc: a matmul over one position; bmm: activation × activation; elem: the rest."""
-OPS: tuple[Op, ...] = ("conv", "conv3", "pw", "dw", "fc", "bmm", "elem")
+OPS: tuple[Op, ...] = ("conv", "conv3", "gconv", "pw", "dw", "fc", "bmm", "elem")
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Net:
         op: Op = "conv"
         if groups > 1 and cin // groups <= 4:
             op = "dw"
+        elif groups > 1:
+            op = "gconv"
         elif kh == kw == 1:
             op = "pw"
         elif kh == kw == 3 and s == 1 and groups == 1:

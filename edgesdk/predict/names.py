@@ -8,7 +8,7 @@ from functools import cache
 
 from edgesdk.predict import sequence
 from edgesdk.predict.cnn import CLASSIFIERS
-from edgesdk.predict.detect import detector
+from edgesdk.predict.detect import FIXED, detector
 from edgesdk.predict.layers import Net
 
 _ALIASES = {
@@ -38,6 +38,16 @@ _PREFIX = {
 @cache
 def cnn_or_transformer(name: str) -> Net | None:
     """The layer table of a single-pass model, or None."""
+    return _resolve(name)[1]
+
+
+@cache
+def canonical(name: str) -> str:
+    """One name for all the spellings of a single-pass model; precisions share it."""
+    return _resolve(name)[0]
+
+
+def _resolve(name: str) -> tuple[str, Net | None]:
     text = name.lower()
     size = None
     if m := re.search(r"(?:[\s@(x]|^|_)(\d{3,4})(?:\s*x\s*\d{3,4})?\)?\s*$", text):
@@ -45,18 +55,20 @@ def cnn_or_transformer(name: str) -> Net | None:
     if "whisper" in text:
         kind = re.search(r"tiny|base|small|medium|turbo|large", text)
         if not kind:
-            return None
-        return sequence.whisper(kind[0], "decod" in text, 32 if "decoder" in text and ":" not in text else 1)
+            return text, None
+        part = "decoder" if "decod" in text else "encoder"
+        return f"whisper-{kind[0]}-{part}", sequence.whisper(kind[0], part == "decoder", 32 if part == "decoder" and ":" not in text else 1)
     key = re.sub(r"[^a-z0-9]", "", re.sub(r"(?:[_-]int8|[_-]fp16|[_-]fp32|[_-]quantized|-detection|_detection|[_-]det\b|[_-]cls\b)", "", text))
     for prefix, target in _PREFIX.items():
         if key.startswith(prefix):
             key = target
     key = _ALIASES.get(key, key)
     if key in _TRANSFORMERS:
-        return _TRANSFORMERS[key]()
+        return key, _TRANSFORMERS[key]()
     if key in CLASSIFIERS:
-        return CLASSIFIERS[key](size)
-    return detector(key, size)
+        return key, CLASSIFIERS[key](size)
+    key = re.sub(r"^yolov?(\d+)([nsmlx]?)", lambda m: f"yolo{m[1]}{m[2] or ('s' if m[1] == '5' else 'n')}", key) if key not in FIXED else key
+    return f"{key}-{size}" if size not in (None, 640) else key, detector(key, size)
 
 
 _FAMILIES = (
@@ -67,7 +79,7 @@ _FAMILIES = (
     (r"gemma.?3\D*(270m|1b|4b|12b)", "gemma3-{}"), (r"gemma.?2\W+(2b|9b)", "gemma2-{}"), (r"gemma\D*(2b|7b)", "gemma-{}"),
     (r"phi.?3|phi-3", "phi3-3.8b"), (r"phi.?4.?mini", "phi3-3.8b"), (r"phi.?4", "phi4-14b"), (r"phi", "phi2-2.7b"), (r"mistral", "mistral-7b"),
     (r"smollm2?[^\d]*(135m|360m|1[.]7b)", "smollm-{}"), (r"stablelm\D*(1[.]6b|3b)", "stablelm-{}"), (r"granite\D*[\d.]*\D*(2b|8b)", "granite3-{}"),
-    (r"falcon.?3\D*1b", "falcon3-1b"), (r"orca.?mini", "orca-3b"),
+    (r"smollm2? \(size not stated", "smollm-1.7b"), (r"falcon.?3\D*1b", "falcon3-1b"), (r"orca.?mini", "orca-3b"),
     (r"llama.?v?-?3(?:[.]\d)?\D*?(8b)", "llama3-{}"), (r"llama.?v?-?3(?:[.]2)?\D*?(1b|3b)", "llama3.2-{}"), (r"vicuna\D*7b", "llama2-7b"),
 )  # fmt: skip
 
@@ -123,16 +135,18 @@ class Runtime:
     variant: str
 
 
+_NPU = {"precompiled_qnn_onnx": "onnx", "qnn_context_binary": "qnn_dlc", "qnn": "qnn_dlc", "ai hub": "onnx"}
 _CPU = (
     ("torchscript", "torchscript"), ("pytorch", "pytorch"), ("onnx", "onnxruntime"), ("openvino", "openvino"), ("savedmodel", "tf-savedmodel"), ("graphdef", "tf-graphdef"),
-    ("tflite|tf lite|litert", "tflite"), ("paddle", "paddle"), ("mnn", "mnn"), ("benchncnn", "ncnn"), ("ncnn", "ncnn-ultralytics"),
+    ("tflite|tf lite|litert", "tflite"), ("paddle", "paddle"), ("mnn", "mnn"), (r"benchncnn.*20[12]\d", "ncnn-2021"), ("benchncnn", "ncnn"), ("ncnn", "ncnn-ultralytics"),
     ("executorch|xnnpack", "xnnpack"), ("whisper", "whisper.cpp"),
     ("llamafile|sgemm", "llamafile"), ("ollama", "ollama"), ("llama[.]cpp|llama-bench", "llama.cpp"),
 )  # fmt: skip
 
 
-def runtime(text: str, device: str, note: str, quantized: bool, has_npu: bool, has_gpu: bool, old_npu: bool) -> Runtime | None:
-    """What a row's runtime runs on. `old_npu`: ONNX Runtime quantized programs fall back to the CPU there."""
+def runtime(text: str, device: str, note: str, quantized: bool, has_npu: bool, has_gpu: bool, old_npu: bool, attention: bool = False) -> Runtime | None:
+    """What a row's runtime runs on. `old_npu`: ONNX Runtime quantized programs fall back to the CPU there;
+    with `attention` they fall back in part on every NPU."""
     t, n = text.lower(), note.lower()
     if "vulkan" in t or "vulkan" in device.lower():
         return Runtime("vulkan", "ncnn") if not quantized else Runtime("cpu", "ncnn")
@@ -141,12 +155,14 @@ def runtime(text: str, device: str, note: str, quantized: bool, has_npu: bool, h
     if "mlc" in t:
         return Runtime("gpu", "mlc")
     if has_npu and ("primary compute unit cpu" in n or (t == "onnx" and quantized and old_npu)):
-        return Runtime("cpu", "ort-fallback")
+        return Runtime("ort", "ort-fallback")
+    if has_npu and t == "onnx" and quantized and attention:
+        return Runtime("ort", "ort-mixed")
     if has_npu and not re.search(r"ncnn|xnnpack|executorch|llama|mnn|ollama|cpu", t):
         for key in ("precompiled_qnn_onnx", "qnn_context_binary", "qnn_dlc", "genie", "tflite", "onnx", "ai hub", "qnn"):
             if key in t:
-                return Runtime("npu", key)
-    if has_gpu and "cpu" not in device.lower() and re.search(r"torch|cuda|onnx", t):
+                return Runtime("npu", _NPU.get(key, key))
+    if has_gpu and "cpu" not in device.lower() and re.search(r"pytorch|torchscript|cuda|onnx", t):
         return Runtime("gpu", "torch" if "torch" in t else "onnx-cuda")
     if has_gpu and "cpu" not in device.lower() and re.search(r"ollama|llama[.]cpp", t):
         return Runtime("gpu", "llama.cpp")

@@ -43,21 +43,27 @@ class Case:
     @property
     def keys(self) -> tuple[str, ...]:
         """Names of the effects added to the log time."""
-        return (f"variant:{self.variant}", f"device:{self.device}", f"precision:{self.precision}")
+        width = "float" if self.precision in ("fp16", "fp32") else "integer"
+        return (f"variant:{self.variant}", f"device:{self.device}", f"precision:{self.precision}", f"silicon:{self.device}:{width}")
 
 
 def prior(engine: str) -> dict[str, tuple[float, float]]:
     """Name → (mean, spread) of the log of each physical parameter of an engine."""
     from math import log
 
-    base = {"cpu": (0.45, 1.3), "vulkan": (0.12, 0.5), "gpu": (0.35, 0.5), "npu": (0.25, 0.5)}[engine.removeprefix("llm-")]
-    out = {f"eff:{op}": (log(base[0]), 0.5) for op in OPS if op != "elem"}
+    kind = engine.removeprefix("llm-").replace("ort", "cpu")
+    base = {"cpu": (0.45, 1.3), "vulkan": (0.12, 0.5), "gpu": (0.35, 0.5), "npu": (0.25, 0.5)}[kind]
+    out = {f"eff:{op}": (log(base[0]), 0.5) for op in OPS }
+    out["eff:elem"] = (log({"cpu": 0.1, "npu": 0.005}.get(engine, 0.02)), 0.7)
+    out["eff:gconv"] = (log(base[0] / 2), 0.5)
     out["eff:conv3"] = (log(base[1]), 0.5)
     out["eff:dw"] = (log(base[0] / (2 if engine == "cpu" else 8)), 0.7)
-    out["bandwidth"] = (log(0.6), 0.4)
+    out["bandwidth"] = (log(0.65), 0.2) if engine.startswith("llm") else (log(0.6), 0.4)
+    if engine == "llm-cpu":
+        out["eff:fc"] = (log(0.6), 0.4)
     out["acts"] = (log({"npu": 0.15, "gpu": 0.5}.get(engine, 0.5)), 0.7)
-    out["op"] = (log({"cpu": 8e-6, "vulkan": 2e-5, "gpu": 8e-6, "npu": 2e-6}[engine.removeprefix("llm-")]), 0.8)
-    out["fixed"] = (log({"cpu": 5e-5, "vulkan": 3e-4, "gpu": 5e-4, "npu": 1.2e-4}[engine.removeprefix("llm-")]), 0.8)
+    out["op"] = (log({"cpu": 8e-6, "vulkan": 2e-5, "gpu": 8e-6, "npu": 2e-6}[kind]), 0.8)
+    out["fixed"] = (log({"cpu": 5e-5, "vulkan": 3e-4, "gpu": 5e-4, "npu": 1.2e-4}[kind]), 0.8)
     out["scaling"] = (log(0.9), 0.08)
     out["lanes"] = (log(4.0 if engine == "cpu" else 24.0), 0.7)
     for op in ("conv", "conv3", "pw", "dw"):
@@ -66,8 +72,8 @@ def prior(engine: str) -> dict[str, tuple[float, float]]:
     return out
 
 
-EFFECT_SPREAD = {"variant": 0.5, "device": 0.12, "precision": 0.35}
-"""Prior spread of the log effects: a program, a device beyond its data sheet, a data type."""
+EFFECT_SPREAD = {"variant": 0.5, "device": 0.15, "precision": 0.35, "silicon": 0.12}
+"""Prior spread of the log effects: a program, a device beyond its data sheet, a data type, a device at floats or integers."""
 
 
 class Table:
@@ -81,7 +87,7 @@ class Table:
         self.row = np.repeat(np.arange(len(cases)), counts)
         flat = [layer for c in cases for layer in c.layers]
         self.op = np.array([OPS.index(x.op) for x in flat], dtype=np.int64)
-        self.macs = np.array([x.macs for x in flat])
+        self.macs = np.array([x.macs or x.writes for x in flat])
         weight = np.repeat([c.weight_bytes for c in cases], counts)
         act = np.repeat([c.act_bytes for c in cases], counts)
         self.weights = np.array([x.weights for x in flat]) * weight
@@ -106,6 +112,6 @@ class Table:
         compute = self.macs / (rate * scale[self.row])
         traffic = (self.weights + np.exp(p["acts"]) * self.acts) / (np.exp(p["bandwidth"]) * self.band[self.row])
         body = (compute**P + traffic**P) ** (1 / P) + np.exp(p["op"]) * self.clock[self.row]
-        total = np.bincount(self.row, weights=body, minlength=len(self.cases)) + np.exp(p["fixed"])
+        total = np.bincount(self.row, weights=body, minlength=len(self.cases)) + np.exp(p["fixed"]) * self.clock
         effect = np.array([sum(p.get(k, 0.0) for k in c.keys) for c in self.cases])
         return np.asarray(np.log(total / self.per) + effect)

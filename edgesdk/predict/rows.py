@@ -128,27 +128,28 @@ def case_of(row: Row) -> Case | str:
     prec = names.precision(row.precision, row.model)
     quantized = prec.kind in ("int8", "int4", "w8a16")
     has_gpu = bool(machine.gpu)
-    rt = names.runtime(row.runtime, row.device, row.note, quantized, bool(machine.npu), has_gpu, machine.name in OLD_NPU)
+    net = None if row.rate else _net(row.model)
+    attention = sum(layer.op == "bmm" for layer in net or ()) >= 8
+    rt = names.runtime(row.runtime, row.device, row.note, quantized, bool(machine.npu), has_gpu, machine.name in OLD_NPU, attention)
     if rt is None:
         return f"runtime '{row.runtime}' is not known"
     llm = row.rate
-    model_name = row.model
+    model_name = names.canonical(row.model)
     if llm:
         found = names.language(row.model)
         if found is None:
             return f"model '{row.model}' is not known"
         model_name, layers = found[0], _llm_layers(found[1], "prompt" in row.unit or "prefill" in row.unit)
     else:
-        known = _net(row.model)
-        if known is None:
+        if net is None:
             return f"model '{row.model}' is not known"
-        layers = known
+        layers = net
     return _case(row, machine, rt, prec, model_name, layers, llm)
 
 
 def _case(row: Row, machine: Machine, rt: names.Runtime, prec: names.Precision, model: str, layers: tuple[Layer, ...], llm: bool) -> Case | str:
     kind, spread, clock = prec.kind, 1.0, 2e9
-    if rt.engine == "cpu":
+    if rt.engine in ("cpu", "ort"):
         if kind == "fp":
             kind = "fp16" if rt.variant in ("llama.cpp", "ollama", "llamafile", "whisper.cpp") else "fp32"
         if rt.variant.startswith(("pytorch", "torchscript", "tf-", "paddle")):
@@ -169,7 +170,9 @@ def _case(row: Row, machine: Machine, rt: names.Runtime, prec: names.Precision, 
         if key not in peaks:
             return f"the {rt.engine} of '{machine.name}' has no known {kind} peak"
         peak, band = peaks[key], machine.bandwidth
-    wide = kind == "fp32" or (kind == "fp16" and rt.engine == "cpu" and machine.cores[0][0] == machine.cores[0][1] and not llm)
+        if rt.engine == "npu":
+            clock = 2e9 * (machine.npu["int8"] / 22.5e12) ** 0.8  # an NPU's overheads shrink with its generation as its peak grows
+    wide = kind == "fp32" or (kind == "fp16" and rt.engine in ("cpu", "ort") and machine.cores[0][0] == machine.cores[0][1] and not llm)
     wb = 4.0 if wide else prec.weight_bits / 8
     ab = 4.0 if wide else (1.0 if kind == "int8" and not llm else 2.0)
     per = float(PROMPT) if llm and ("prompt" in row.unit or "prefill" in row.unit) else 1.0

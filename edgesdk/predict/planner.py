@@ -1,0 +1,57 @@
+"""The fitted efficiencies in the planner's terms."""
+
+from __future__ import annotations
+
+from math import exp, log
+
+from edgesdk.device import DeviceProfile
+from edgesdk.efficiency import Efficiency, OpRate
+from edgesdk.errors import UnknownName
+
+# runtime of a profile → (engine, variant) of the fit
+_ENGINES = {
+    "executorch": ("cpu", "tflite"), "litert": ("cpu", "tflite"), "tflite-runtime": ("cpu", "tflite"), "onnxruntime": ("cpu", "onnxruntime"), "ncnn": ("cpu", "ncnn"),
+    "ncnn-vulkan": ("vulkan", "ncnn"), "executorch-vulkan": ("vulkan", "ncnn"), "litert-gpu": ("vulkan", "ncnn"), "tensorrt": ("gpu", "tensorrt"),
+    "executorch-cuda": ("gpu", "torch"), "qnn": ("npu", "qnn_dlc"), "executorch-qnn": ("npu", "qnn_dlc"), "litert-qnn": ("npu", "tflite"), "llama.cpp": ("llm-cpu", "llama.cpp"),
+}  # fmt: skip
+# operator class of the planner's graph → class of the fit
+_OPS = {"conv2d": "conv", "conv": "conv", "depthwise": "dw", "depthwise_conv2d": "dw", "linear": "pw", "attention": "bmm", "matmul": "bmm", "*": "conv"}
+
+
+def efficiency(device: DeviceProfile, runtime: str) -> Efficiency:
+    """Shares of peak per (operator class, precision) with the residual spread of whole devices left out of the fit.
+
+    Raises `UnknownName` for a runtime that no published row tells about.
+    """
+    from edgesdk.predict import fitted
+    from edgesdk.predict.machines import find_machine
+    from edgesdk.predict.physics import prior
+
+    if runtime not in _ENGINES:
+        raise UnknownName("runtime with published measurements", runtime, _ENGINES)
+    engine, variant = _ENGINES[runtime]
+    shipped = fitted()
+    p = shipped["parameters"].get(engine) or {k: v[0] for k, v in prior(engine).items()}
+    width = shipped["half_widths"].get(engine, {}).get("device", log(3.0))
+    sd = width / 1.2816  # an interval claims 80%
+    machine = find_machine(device.name.replace("-", " ")) or find_machine(device.title)
+    whole = p.get(f"variant:{variant}", 0.0) + (p.get(f"device:{machine.name}", 0.0) if machine else 0.0)
+    rows = [row for op, mine in _OPS.items() for precision in ("fp32", "int8", "*") for row in [_rate(p, op, mine, precision, whole, sd)]]
+    bandwidth = device.memory.bandwidth_bytes_per_s * min(exp(p["bandwidth"] - whole), 1.0)
+    note = f"fitted on {shipped['points']} published measurements; spread from devices left out of the fit"
+    return Efficiency(
+        device=device.name, runtime=runtime, origin="fitted", rows=tuple(rows), bandwidth_bytes_per_s={"memory": bandwidth},
+        call_overhead_s=exp(p["fixed"] + whole), call_log_sd=sd, notes=(note,),
+    )  # fmt: skip
+
+
+def _rate(p: dict[str, float], op: str, mine: str, precision: str, whole: float, sd: float) -> OpRate:
+    share = p[f"eff:{mine}"] - whole
+    if precision == "int8":
+        share += p.get(f"int8:{mine}", p["int8:other"]) - p.get("precision:int8", 0.0)
+    else:
+        share -= p.get("precision:fp32", 0.0)
+    return OpRate(
+        op=op, precision=precision, share_of_peak=min(exp(share), 1.0), overhead_s=exp(p["op"] + whole), log_sd=sd, n=0,
+        source="edgesdk.predict: fitted to published measurements",
+    )  # fmt: skip
