@@ -2,8 +2,92 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Annotated
+
 import typer
+
+from edgesdk.cli.common import Json, console, emit_json, progress, say
+
+if TYPE_CHECKING:
+    from edgesdk.cli.common import Step
+    from edgesdk.deployment import Deployment
+    from edgesdk.transport.steps import Watch
+
+On = Annotated[str, typer.Option("--on", help="local, local:/folder, ssh://user@host:port (?identity=FILE&root=FOLDER), fake.")]
+PythonPath = Annotated[str | None, typer.Option("--python", help="The interpreter on the device.", show_default="python3; locally this one")]
+
+
+def flash(
+    bundle: Annotated[str | None, typer.Argument(help="What `edgesdk build` wrote.")] = None,
+    on: On = "local",
+    python: PythonPath = None,
+    keep: Annotated[int, typer.Option("--keep", help="How many bundles stay installed.", min=2)] = 2,
+    latency_gate: Annotated[str | None, typer.Option("--latency-gate", help="Refuse if a method's median call takes longer: 20ms.")] = None,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Make the previous bundle current again.")] = False,
+    status: Annotated[bool, typer.Option("--status", help="Show what is installed.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the steps and change nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Install a bundle: send, verify, check on the device, switch; or roll back."""
+    from edgesdk import flash as verb
+    from edgesdk.errors import InputError
+    from edgesdk.units import parse_seconds
+
+    if sum((bundle is not None, rollback, status)) != 1:
+        raise InputError("flash wants one of: a bundle, --rollback, --status", "edgesdk flash model.edge --on local")
+    gate = parse_seconds(latency_gate) if latency_gate else None
+    if status:
+        answer = verb.status(on)
+    else:
+        with progress("flash") as step:
+            if rollback:
+                answer = verb.roll_back(on, dry_run=dry_run, python=python, watch=_watch(step))
+            else:
+                answer = verb.flash(str(bundle), on, dry_run=dry_run, python=python, keep=keep, latency_gate=gate, watch=_watch(step))
+    if as_json:
+        emit_json(answer)
+    else:
+        _show(answer)
+
+
+def _watch(step: Step) -> Watch:
+    from edgesdk.transport.steps import Put
+    from edgesdk.units import show_bytes
+
+    def watch(what: object, done: int, total: int) -> None:
+        if isinstance(what, Put):
+            step(f"{what.remote.rpartition('/')[2]} {show_bytes(done)} of {show_bytes(total)}" if total > 1 << 20 else what.remote.rpartition("/")[2], done / max(total, 1))
+        else:
+            step(str(what).rpartition("# ")[2], 1.0)
+
+    return watch
+
+
+def _show(d: Deployment) -> None:
+    from edgesdk.units import show_bytes, show_seconds
+
+    out = console()
+    if d.action == "dry-run":
+        for line in d.steps:
+            out.print(line, markup=False)
+        say(f"{len(d.steps)} steps on {d.link}; nothing was changed")
+        return
+    words = {"installed": "installed and good", "already-installed": "already installed and good", "rolled-back": "rolled back", "status": "status"}
+    out.print(f"[bold]{d.link}[/bold]: {words[d.action]}" + (f" ({d.model_name})" if d.model_name else ""))
+    out.print(f"  current   {d.current[:12] if d.current else 'nothing'}{'' if d.good or not d.current else '  (not checked here)'}")
+    out.print(f"  previous  {d.previous[:12] if d.previous else 'nothing'}")
+    for extra in d.installed:
+        if extra.digest not in (d.current, d.previous):
+            out.print(f"  kept      {extra.digest[:12]}{'' if extra.good else '  (not checked here)'}")
+    for case in d.golden:
+        error = "NaN" if case.relative_error is None else f"{case.relative_error:.2g}"
+        out.print(f"  golden    {case.method} {case.case}: off by {error}, allowed {case.allowed:.2g}", markup=False)
+    for method, seconds in d.gate_s.items():
+        out.print(f"  gate      {method}: {show_seconds(seconds)} a call")
+    if d.action == "installed":
+        resumed = f", {show_bytes(d.resumed_bytes)} were there from an earlier try" if d.resumed_bytes else ""
+        out.print(f"  sent      {show_bytes(d.sent_bytes)}{resumed}")
 
 
 def register(app: typer.Typer) -> None:
-    """Not there yet."""
+    app.command("flash")(flash)

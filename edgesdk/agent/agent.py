@@ -1,0 +1,435 @@
+"""The agent: what edgesdk runs on a device. It is sent there as it is, next to runner.py.
+
+This file stands alone: standard library, Python 3.9 and later; numpy only where a program is run.
+It answers requests, one framed line each (`LENGTH CRC32 JSON`), from stdin on stdout:
+
+    facts                                             what this machine is, and how warm and fast right now
+    check   folder [repeat]                           golden inputs through the program in `folder`, against golden outputs
+    profile folder runs warmup [method]                 raw times and memory, in a process of its own
+    run     folder method inputs                         one call, arrays as base64 .npy
+    health  folder                                    digest of the manifest and sha256 of every member
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+import zlib
+
+VERSION = 1
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+class Refused(Exception):
+    """A request that cannot be answered: what is wrong, and what to do."""
+
+    def __init__(self, what, hint=""):
+        super().__init__(what)
+        self.what, self.hint = what, hint
+
+
+# ---- the wire
+
+
+def encode(message):
+    body = json.dumps(message, separators=(",", ":")).encode()
+    return b"%d %08x %s\n" % (len(body), zlib.crc32(body), body)
+
+
+def decode(line):
+    length, crc, body = line.rstrip(b"\n").split(b" ", 2)
+    if len(body) != int(length) or b"%08x" % zlib.crc32(body) != crc:
+        raise Refused("the request was damaged on the way", "run the command again")
+    return json.loads(body)
+
+
+# ---- facts
+
+
+def read(path):
+    try:
+        with open(path, "rb") as file:
+            return file.read(1 << 20).replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def cpuinfo():
+    """(the CPU's name, the keys that appear, megahertz if listed)"""
+    keys = {}
+    for line in read("/proc/cpuinfo").splitlines():
+        name, _, value = line.partition(":")
+        keys.setdefault(name.strip(), value.strip())
+    name = keys.get("model name") or keys.get("Hardware") or keys.get("CPU part") or platform.processor() or "unknown"
+    return name, keys
+
+
+def emulated():
+    """Reasons to believe that this is an emulator; empty on silicon. A virtual machine on the same kind of CPU is none."""
+    reasons = []
+    name, keys = cpuinfo()
+    machine = platform.machine()
+    if "QEMU" in name or "TCG" in name:
+        reasons.append("/proc/cpuinfo: " + name)
+    if machine.startswith(("aarch64", "arm")) and "vendor_id" in keys and "flags" in keys:
+        reasons.append("/proc/cpuinfo is of another kind of CPU than " + machine)
+    for path in ("/proc/device-tree/compatible", "/sys/firmware/devicetree/base/compatible"):
+        if "dummy-virt" in read(path):
+            reasons.append("device tree: linux,dummy-virt")
+            break
+    vendor = read("/sys/class/dmi/id/sys_vendor")
+    if "QEMU" in vendor and machine.startswith(("aarch64", "arm")):
+        reasons.append("DMI: " + vendor)
+    return reasons
+
+
+def clock_hz():
+    """The fastest core's clock right now, or None."""
+    best = 0
+    for core in range(os.cpu_count() or 1):
+        text = read("/sys/devices/system/cpu/cpu%d/cpufreq/scaling_cur_freq" % core)
+        if text.isdigit():
+            best = max(best, int(text) * 1000)
+    if not best:
+        for line in read("/proc/cpuinfo").splitlines():
+            if line.startswith("cpu MHz"):
+                best = max(best, float(line.split(":")[1]) * 1e6)
+    return float(best) or None
+
+
+def temperature_c():
+    """The warmest thermal zone, or None."""
+    best = None
+    for zone in range(32):
+        text = read("/sys/class/thermal/thermal_zone%d/temp" % zone)
+        if text.lstrip("-").isdigit() and -40 < int(text) / 1000.0 < 200:
+            best = max(best if best is not None else -99.0, int(text) / 1000.0)
+    return best
+
+
+def throttled():
+    """True if the board says that it is held back now or since boot began; None if it does not say (Raspberry Pi: get_throttled)."""
+    for path in ("/sys/devices/platform/soc/soc:firmware/get_throttled",):
+        text = read(path)
+        if text:
+            return int(text, 16) & 0xF != 0
+    return None
+
+
+def memory_bytes(key):
+    for line in read("/proc/meminfo").splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def own_bytes(key):
+    """VmRSS or VmHWM of this process, in bytes, or None."""
+    for line in read("/proc/self/status").splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def conditions():
+    return {"clock_hz": clock_hz(), "temperature_c": temperature_c(), "throttled": throttled()}
+
+
+def facts():
+    runtimes, numpy = {}, None
+    try:
+        import numpy as np
+
+        numpy = np.__version__
+        import runner
+
+        runtimes = runner.installed()
+    except ImportError:
+        pass
+    return {
+        "machine": platform.machine(),
+        "system": platform.system() + " " + platform.release(),
+        "board": read("/proc/device-tree/model") or read("/sys/class/dmi/id/product_name") or None,
+        "python": platform.python_version(),
+        "numpy": numpy,
+        "cpu": cpuinfo()[0],
+        "cores": os.cpu_count(),
+        "memory_bytes": memory_bytes("MemTotal"),
+        "memory_available_bytes": memory_bytes("MemAvailable"),
+        "governor": read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or None,
+        "runtimes": runtimes,
+        "emulated": emulated(),
+        **conditions(),
+    }
+
+
+# ---- bundles
+
+
+def manifest_of(folder):
+    try:
+        with open(os.path.join(folder, "manifest.json"), "rb") as file:
+            return json.loads(file.read())
+    except (OSError, ValueError) as error:
+        raise Refused("no bundle in %s (%s)" % (folder, error), "install one: edgesdk flash BUNDLE --on …") from None
+
+
+def numpy_runner():
+    try:
+        import numpy
+        import runner
+    except ImportError as error:
+        raise Refused("%s of %s has no numpy (%s)" % (sys.executable, platform.node(), error), "install it there, or --python PATH") from None
+    return numpy, runner
+
+
+def import_runtime(runtime):
+    """Import the runtime alone, so that its time and memory are not counted as the program's."""
+    import importlib
+
+    for name in {"executorch": ("executorch.runtime",), "litert": ("ai_edge_litert.interpreter", "tflite_runtime.interpreter")}.get(
+        runtime, ("tflite_runtime.interpreter",)
+    ):
+        try:
+            importlib.import_module(name)
+            return
+        except ImportError:
+            continue
+    hint = "install it for %s (pip install %s), or --python PATH" % (sys.executable, {"litert": "ai-edge-litert"}.get(runtime, runtime))
+    raise Refused("the runtime '%s' is not installed on this device" % runtime, hint)
+
+
+def open_runner(folder, manifest):
+    numpy, runner = numpy_runner()
+    import_runtime(manifest["runtime"])
+    try:
+        return runner.open_program(os.path.join(folder, manifest["program"]), manifest["runtime"], int(manifest["threads"]))
+    except Exception as error:
+        raise Refused("the program cannot be opened here: %s" % error, "the device's runtime may be older than the host's") from None
+
+
+def load_arrays(folder, names):
+    numpy = sys.modules["numpy"]
+    return [numpy.load(os.path.join(folder, name), allow_pickle=False) for name in names]
+
+
+def relative_error(got, wanted):
+    """The largest over the outputs of |got - wanted| / |wanted|; None if it is no number."""
+    numpy = sys.modules["numpy"]
+    worst = 0.0
+    if len(got) != len(wanted):
+        return None
+    for g, w in zip(got, wanted):
+        g, w = numpy.asarray(g, dtype=numpy.float64).ravel(), numpy.asarray(w, dtype=numpy.float64).ravel()
+        if g.size != w.size:
+            return None
+        norm = float(numpy.linalg.norm(w))
+        error = float(numpy.linalg.norm(g - w)) / (norm if norm > 0 else 1.0)
+        if not math.isfinite(error):
+            return None
+        worst = max(worst, error)
+    return worst
+
+
+def check(folder, repeat=0):
+    """Each golden case's relative error; the median seconds of `repeat` more calls a method, if asked for."""
+    manifest = manifest_of(folder)
+    runner = open_runner(folder, manifest)
+    cases, seconds, counts = [], {}, {}
+    for case in manifest["golden"]:
+        method = case["method"]
+        inputs = load_arrays(folder, case["inputs"])
+        error = relative_error(runner.run(method, inputs), load_arrays(folder, case["outputs"]))
+        allowed = case["max_relative_error"]
+        index = counts[method] = counts.get(method, -1) + 1
+        cases.append({"method": method, "case": index, "error": error, "allowed": allowed, "ok": error is not None and error <= allowed})
+        if repeat and method not in seconds:
+            seconds[method] = sorted(timed(runner, method, inputs) for _ in range(repeat))[repeat // 2]
+    return {"cases": cases, "seconds": seconds}
+
+
+def timed(runner, method, inputs):
+    start = time.perf_counter_ns()
+    runner.run(method, inputs)
+    return (time.perf_counter_ns() - start) / 1e9
+
+
+def inputs_for(folder, manifest, runner, method):
+    """The first golden case's inputs, else zeros."""
+    for case in manifest["golden"]:
+        if case["method"] == method:
+            return load_arrays(folder, case["inputs"])
+    numpy = sys.modules["numpy"]
+    return [numpy.zeros(shape, dtype) for shape, dtype in runner.inputs(method)]
+
+
+def profile(folder, runs, warmup, method=None, tell=lambda text, share: None):
+    """Raw seconds and memory of this process: it must be a fresh one."""
+    manifest = manifest_of(folder)
+    methods = [method] if method else list(manifest["methods"])
+    for name in methods:
+        if name not in manifest["methods"]:
+            raise Refused("no method '%s'; known: %s" % (name, ", ".join(manifest["methods"])), "give one of them with --method")
+    numpy_runner()
+    rss_start = own_bytes("VmRSS")
+    start = time.perf_counter_ns()
+    import_runtime(manifest["runtime"])
+    import_s = (time.perf_counter_ns() - start) / 1e9
+    try:  # forget the peak that importing made
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        pass
+    rss_before = own_bytes("VmRSS")
+    load_s = []
+    for _ in range(2):
+        runner = None
+        start = time.perf_counter_ns()
+        runner = open_runner(folder, manifest)
+        for name in methods:
+            runner.inputs(name)
+        load_s.append((time.perf_counter_ns() - start) / 1e9)
+        if len(load_s) == 1:
+            first = {name: timed(runner, name, inputs_for(folder, manifest, runner, name)) for name in methods}
+            peak_cold = own_bytes("VmHWM")
+    before, results, told = None, [], time.monotonic()
+    for position, name in enumerate(methods):
+        inputs = inputs_for(folder, manifest, runner, name)
+        for _ in range(warmup):
+            runner.run(name, inputs)
+        before = before or conditions()
+        samples = []
+        for index in range(runs):
+            samples.append(timed(runner, name, inputs))
+            if time.monotonic() - told > 0.5:
+                told = time.monotonic()
+                tell("%s %d/%d" % (name, index + 1, runs), (position + (index + 1) / runs) / len(methods))
+        results.append({"method": name, "first_s": first[name], "samples_s": samples})
+    after = conditions()
+    return {
+        "import_s": import_s, "load_cold_s": load_s[0], "load_warm_s": load_s[1], "methods": results, "before": before, "after": after,
+        "rss_start_bytes": rss_start, "rss_before_load_bytes": rss_before, "peak_rss_bytes": peak_cold, "runtime_version": runner.version,
+    }  # fmt: skip
+
+
+def health(folder):
+    """The digest of what is installed in `folder` and the members that are not what the manifest says."""
+    try:
+        with open(os.path.join(folder, "manifest.json"), "rb") as file:
+            text = file.read()
+    except OSError as error:
+        raise Refused("no bundle in %s (%s)" % (folder, error.strerror), "install one: edgesdk flash BUNDLE --on …") from None
+    bad = []
+    for member in json.loads(text)["members"]:
+        digest = hashlib.sha256()
+        try:
+            with open(os.path.join(folder, member["name"]), "rb") as file:
+                for chunk in iter(lambda: file.read(1 << 20), b""):
+                    digest.update(chunk)
+        except OSError:
+            digest = None
+        if digest is None or digest.hexdigest() != member["sha256"]:
+            bad.append(member["name"])
+    return {"digest": hashlib.sha256(text).hexdigest(), "bad": bad}
+
+
+OPEN = {}
+
+
+def run(folder, method, inputs):
+    """One call; the program stays open for the next one."""
+    folder = os.path.realpath(folder)
+    if folder not in OPEN:
+        OPEN.clear()
+        OPEN[folder] = open_runner(folder, manifest_of(folder))
+    numpy = sys.modules["numpy"]
+    arrays = [numpy.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) for text in inputs]
+    start = time.perf_counter_ns()
+    try:
+        outputs = OPEN[folder].run(method, arrays)
+    except Exception as error:
+        raise Refused(str(error).splitlines()[0], "look at the method's inputs: edgesdk run --help") from None
+    seconds = (time.perf_counter_ns() - start) / 1e9
+    texts = []
+    for array in outputs:
+        buffer = io.BytesIO()
+        numpy.save(buffer, array, allow_pickle=False)
+        texts.append(base64.b64encode(buffer.getvalue()).decode())
+    return {"outputs": texts, "seconds": seconds}
+
+
+# ---- serving
+
+FRESH = {"check": check, "profile": profile}
+VERBS = {"facts": facts, "health": health, "run": run, **FRESH}
+
+
+def in_fresh_process(request, write):
+    """`check` and `profile` run in a process of their own: its memory is the program's, its crash is an answer."""
+    argv = [sys.executable, os.path.abspath(__file__), "--one"]
+    child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE if request["verb"] == "check" else None)
+    child.stdin.write(encode(request))
+    child.stdin.close()
+    answered = False
+    for line in child.stdout:
+        message = decode(line)
+        answered = answered or "progress" not in message
+        write(message)
+    complaint = child.stderr.read().decode(errors="replace").strip().splitlines()[-1:] if child.stderr else []
+    code = child.wait()
+    if not answered:
+        reason = "signal %d" % -code if code < 0 else "exit code %d" % code
+        hint = "; ".join(complaint) or "the program may use instructions that this CPU does not have"
+        write({"id": request["id"], "error": "the runtime crashed on the device (%s)" % reason, "hint": hint})
+
+
+def answer(request, write, fresh):
+    verb = request.pop("verb", "")
+    number = request.pop("id", 0)
+    try:
+        if verb not in VERBS:
+            raise Refused("the agent has no verb '%s'" % verb, "known: " + ", ".join(sorted(VERBS)))
+        if verb == "profile":
+            request["tell"] = lambda text, share: write({"id": number, "progress": [text, share]})
+        if verb in FRESH and not fresh:
+            request.pop("tell", None)
+            in_fresh_process({"verb": verb, "id": number, **request}, write)
+            return
+        write({"id": number, "ok": VERBS[verb](**request)})
+    except Refused as error:
+        write({"id": number, "error": error.what, "hint": error.hint})
+    except Exception as error:
+        write({"id": number, "error": "%s failed: %s: %s" % (verb, type(error).__name__, error), "hint": ""})
+
+
+def main():
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a runtime prints must not get between the frames
+
+    def write(message):
+        out.write(encode(message))
+        out.flush()
+
+    fresh = "--one" in sys.argv
+    sys.path.insert(0, HERE)
+    if not fresh:
+        write({"hello": "edgesdk-agent", "version": VERSION})
+    for line in iter(sys.stdin.buffer.readline, b""):
+        try:
+            request = decode(line)
+        except (Refused, ValueError):
+            write({"id": 0, "error": "the request was damaged on the way", "hint": "run the command again"})
+            continue
+        answer(request, write, fresh)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The host's side of the agent: send it, start it, ask it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
+
+from edgesdk.agent.frames import decode, encode, is_frame
+from edgesdk.errors import CheckFailed, DeviceError
+from edgesdk.transport.base import Stream, Transport
+
+Tell = Callable[[str, float], None]
+START_S = 60.0
+
+
+def agent_files() -> dict[str, bytes]:
+    """The files the device needs, by name."""
+    return {
+        "agent.py": files("edgesdk.agent").joinpath("agent.py").read_bytes(),
+        "runner.py": files("edgesdk").joinpath("runner.py").read_bytes(),
+    }
+
+
+def agent_folder(root: str) -> str:
+    """Where they go: a folder named by their content, so that two versions of edgesdk never mix."""
+    digest = hashlib.sha256(b"\0".join(agent_files().values())).hexdigest()
+    return f"{root}/agent/{digest[:16]}"
+
+
+def send_agent(transport: Transport) -> str:
+    """Send what the device lacks; returns the agent's folder there."""
+    from edgesdk.transport.scripts import HASHES, script
+
+    folder, wanted = agent_folder(transport.root), agent_files()
+    there = transport.must(script("hashes", HASHES, folder, *wanted), "looking for the agent").text
+    for name, data in wanted.items():
+        if f"{hashlib.sha256(data).hexdigest()}  {name}" not in there:
+            transport.put(data, f"{folder}/{name}")
+    return folder
+
+
+class Agent:
+    """A running agent. `ask` raises what the device answers as `DeviceError`, a broken link as `LinkError`."""
+
+    def __init__(self, transport: Transport, python: str | None = None) -> None:
+        self.link = transport.link
+        self.python = python or transport.python
+        folder = send_agent(transport)
+        probe = transport.run((self.python, "-c", "import sys; sys.exit(sys.version_info < (3, 9))"), timeout=START_S) if transport.link != "fake" else None
+        if probe is not None and probe.code != 0:
+            what = "is older than 3.9" if probe.code == 1 and not probe.err else f"does not run there: {probe.complaint}"
+            raise DeviceError(f"{self.link}: the interpreter '{self.python}' {what}", "install python3, or give its path with --python PATH")
+        self._stream: Stream = transport.open((self.python, "-u", "-B", f"{folder}/agent.py"))
+        self._number = 0
+        try:
+            while not is_frame(line := self._stream.readline(START_S)):
+                pass  # a login banner
+            decode(line)
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def ask(self, verb: str, timeout_s: float = 600.0, tell: Tell | None = None, **arguments: Any) -> dict[str, Any]:
+        """The answer to one request; `tell(text, share)` hears of its progress. `timeout_s` is between two lines."""
+        self._number += 1
+        self._stream.send(encode({"verb": verb, "id": self._number, **arguments}))
+        while True:
+            answer = decode(self._stream.readline(timeout_s))
+            if answer.get("id") != self._number:
+                continue
+            if "progress" in answer:
+                if tell:
+                    tell(*answer["progress"])
+                continue
+            if "error" in answer:
+                raise DeviceError(f"{self.link}: {answer['error']}", str(answer.get("hint", "")))
+            ok = answer["ok"]
+            assert isinstance(ok, dict)
+            return ok
+
+    def run(self, folder: str, method: str, arrays: list[Any]) -> list[Any]:
+        """One call of an installed program: numpy arrays in, numpy arrays out."""
+        import base64
+
+        from edgesdk.bundles import array_bytes, read_array
+
+        texts = [base64.b64encode(array_bytes(a)).decode() for a in arrays]
+        answer = self.ask("run", folder=folder, method=method, inputs=texts)
+        return [read_array(base64.b64decode(t)) for t in answer["outputs"]]
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def __enter__(self) -> Agent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def failed_cases(answer: dict[str, Any]) -> list[str]:
+    """The golden cases of a `check` answer that are wrong, in words."""
+    return [
+        f"{c['method']}[{c['case']}] is off by {'NaN' if c['error'] is None else format(c['error'], '.2g')}, allowed {c['allowed']:.2g}"
+        for c in answer["cases"]
+        if not c["ok"]
+    ]
+
+
+def require_checked(link: str, answer: dict[str, Any]) -> None:
+    """Raises `CheckFailed` if a golden case is wrong."""
+    if wrong := failed_cases(answer):
+        raise CheckFailed(f"{link}: golden outputs differ: {'; '.join(wrong[:3])}", "this device's runtime computes something else; build for its runtime and version")

@@ -1,0 +1,171 @@
+"""Install a bundle on a device: send what it lacks, verify, check on the device, switch; or leave everything as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from edgesdk.agent.client import Agent
+from edgesdk.deployment import Action, Deployment, GoldenResult, Installed
+from edgesdk.errors import DeviceError, InputError
+from edgesdk.install import Source, Steps, Survey, install, read_source, rollback, survey
+from edgesdk.transport import Transport, parse_link
+from edgesdk.transport.scripts import LINK, script
+from edgesdk.transport.steps import Ask, Link, Put, Run, Step, Watch, Write
+
+
+class Performer:
+    """Does steps over a transport, or only notes them (`dry`)."""
+
+    def __init__(self, transport: Transport, python: str, dry: bool, watch: Watch | None) -> None:
+        self.transport, self.python, self.dry, self.watch = transport, python, dry, watch
+        self.steps: list[Step] = []
+        self.sent_bytes = self.resumed_bytes = 0
+        self.answers: dict[str, dict[str, Any]] = {}
+        self._agent: Agent | None = None
+
+    def all(self, steps: Steps) -> None:
+        """Send each step's result back into the generator."""
+        result: Any = None
+        try:
+            step = next(steps)
+            while True:
+                self.steps.append(step)
+                try:
+                    result = self._optimistic(step) if self.dry else self._do(step)
+                except DeviceError as error:
+                    step = steps.throw(error)
+                    continue
+                step = steps.send(result)
+        except StopIteration:
+            return
+
+    def _optimistic(self, step: Step) -> Any:
+        """What a dry run takes for granted: all is well."""
+        if not isinstance(step, Ask):
+            return None
+        if step.verb == "check":
+            return {"cases": [], "seconds": {}}
+        folder = str(dict(step.arguments)["folder"])
+        link = next((s.target for s in reversed(self.steps) if isinstance(s, Link) and s.link == folder), folder)
+        return {"digest": link.rpartition("/")[2], "bad": []}
+
+    def _do(self, step: Step) -> Any:
+        if self.watch and not isinstance(step, Put):
+            self.watch(step, 0, 0)
+        if isinstance(step, Put):
+            watch = self.watch
+            there = self.transport.put(step.blob, step.remote, progress=(lambda a, b: watch(step, a, b)) if watch else None)
+            self.sent_bytes += step.size_bytes - there
+            self.resumed_bytes += there
+            return None
+        if isinstance(step, Write):
+            self.transport.put(step.text.encode(), step.remote)
+            return None
+        if isinstance(step, Run):
+            return self.transport.must(step.argv, step.why, timeout=300.0).text
+        if isinstance(step, Link):
+            self.transport.must(script("link", LINK, step.target, step.link, step.python), f"switching {step.link}")
+            return None
+        answer = self.agent().ask(step.verb, **dict(step.arguments))
+        self.answers[step.verb] = answer
+        return answer
+
+    def agent(self) -> Agent:
+        if self._agent is None:
+            self._agent = Agent(self.transport, self.python)
+        return self._agent
+
+    def close(self) -> None:
+        if self._agent is not None:
+            self._agent.close()
+
+
+def flash(
+    bundle: str | Path,
+    on: str | Transport = "local",
+    *,
+    dry_run: bool = False,
+    python: str | None = None,
+    keep: int = 2,
+    latency_gate: float | None = None,
+    watch: Watch | None = None,
+) -> Deployment:
+    """Install `bundle` on the device behind the link `on` and make it current, if its outputs are right there.
+
+    `latency_gate` is in seconds: no method's median call may take longer. `keep` is how many bundles stay installed (at least 2).
+    Raises `CheckFailed` (outputs, digest or gate; the device keeps what it had), `DeviceError` (full disk …), `LinkError`
+    (the same call resumes) and `InputError`.
+    """
+    if keep < 2:
+        raise InputError(f"keep = {keep}, wanted at least 2", "the current and the previous bundle are always kept")
+    source = read_source(bundle)
+    with _connected(on) as transport:
+        before = survey(transport, source.digest, [m.name for m in source.manifest.members])
+        if before.current == source.digest and before.good.get(source.digest) and latency_gate is None:
+            return _deployment("already-installed", transport, before, source)
+        steps = install(source, before, transport.root, python or transport.python, keep=keep, latency_gate_s=latency_gate)
+        performer = _perform(transport, steps, python, dry_run, watch)
+        after = before if dry_run else survey(transport)
+        return _deployment("dry-run" if dry_run else "installed", transport, after, source, performer)
+
+
+def roll_back(on: str | Transport = "local", *, dry_run: bool = False, python: str | None = None, watch: Watch | None = None) -> Deployment:
+    """Make the previous bundle current again. Raises `DeviceError` if there is none, `CheckFailed` if it is damaged."""
+    with _connected(on) as transport:
+        before = survey(transport)
+        performer = _perform(transport, rollback(before, transport.root, python or transport.python), python, dry_run, watch)
+        after = before if dry_run else survey(transport)
+        return _deployment("dry-run" if dry_run else "rolled-back", transport, after, None, performer)
+
+
+def status(on: str | Transport = "local") -> Deployment:
+    """What is installed on the device."""
+    with _connected(on) as transport:
+        return _deployment("status", transport, survey(transport), None)
+
+
+class _connected:
+    """A transport for a link; one that was given is left open."""
+
+    def __init__(self, on: str | Transport) -> None:
+        self._own = isinstance(on, str)
+        self._transport = parse_link(on) if isinstance(on, str) else on
+
+    def __enter__(self) -> Transport:
+        return self._transport
+
+    def __exit__(self, *_: object) -> None:
+        if self._own:
+            self._transport.close()
+
+
+def _perform(transport: Transport, steps: Steps, python: str | None, dry: bool, watch: Watch | None) -> Performer:
+    performer = Performer(transport, python or transport.python, dry, watch)
+    try:
+        performer.all(steps)
+    finally:
+        performer.close()
+    return performer
+
+
+def _deployment(action: Action, transport: Transport, state: Survey, source: Source | None, done: Performer | None = None) -> Deployment:
+    checked = done.answers.get("check", {}) if done else {}
+    cases = checked.get("cases", [])
+    shared = sum(state.members[m.sha256][1] for m in source.manifest.members if m.sha256 in state.members) if source and action == "dry-run" else 0
+    return Deployment(
+        action=action,
+        link=transport.link,
+        root=transport.root,
+        current=state.current,
+        previous=state.previous,
+        good=bool(state.current and state.good.get(state.current)),
+        model_name=source.manifest.model_name if source else None,
+        installed=tuple(Installed(digest=d, good=g) for d, g in sorted(state.good.items())),
+        golden=tuple(GoldenResult(method=c["method"], case=c["case"], relative_error=c["error"], allowed=c["allowed"]) for c in cases),
+        gate_s=checked.get("seconds", {}),
+        sent_bytes=done.sent_bytes if done and not done.dry else 0,
+        resumed_bytes=done.resumed_bytes if done and not done.dry else 0,
+        shared_bytes=shared,
+        steps=tuple(str(s) for s in done.steps) if done else (),
+    )

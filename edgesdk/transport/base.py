@@ -1,0 +1,287 @@
+"""What a transport is: it moves bytes and runs argument tuples on a device. It knows nothing of models."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import select
+import subprocess
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, BinaryIO, Protocol
+
+from edgesdk.errors import CheckFailed, DeviceError, EdgeError, LinkError
+from edgesdk.transport.scripts import RECEIVE, SIZE, script
+from edgesdk.units import show_bytes
+
+Progress = Callable[[int, int], None]
+"""`progress(bytes_there, bytes_in_all)` of one file."""
+
+CHUNK_BYTES = 1 << 16
+RESUME_FROM_BYTES = 1 << 16
+"""Smaller files are sent again from the start: one command instead of two."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left: exit code, stdout, stderr."""
+
+    code: int
+    out: bytes
+    err: bytes
+
+    @property
+    def text(self) -> str:
+        return self.out.decode(errors="replace").strip()
+
+    @property
+    def complaint(self) -> str:
+        """The last line of stderr, for an error message."""
+        lines = self.err.decode(errors="replace").strip().splitlines()
+        return lines[-1].strip() if lines else f"exit code {self.code}"
+
+
+@dataclass(frozen=True)
+class Blob:
+    """Bytes to send: their size, sha256 (hex) and a way to read them from the start."""
+
+    size_bytes: int
+    sha256: str
+    open: Callable[[], BinaryIO | IO[bytes]]
+
+    @classmethod
+    def of(cls, data: bytes | Path) -> Blob:
+        import io
+
+        if isinstance(data, bytes):
+            return cls(len(data), hashlib.sha256(data).hexdigest(), lambda: io.BytesIO(data))
+        with data.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return cls(data.stat().st_size, digest, lambda: data.open("rb"))
+
+
+class Stream(Protocol):
+    """A running program on the device: lines in, lines out."""
+
+    def send(self, line: bytes) -> None: ...
+
+    def readline(self, timeout_s: float) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
+class Transport(ABC):
+    """One link to one device. `root` is where edgesdk keeps its files there, `python` the interpreter used by default."""
+
+    link: str
+    root: str
+    python: str = "python3"
+
+    @abstractmethod
+    def run(self, argv: tuple[str, ...], stdin: bytes | None = None, timeout: float = 60.0) -> Result:
+        """Run a command to its end. Raises `LinkError` if the link failed, not if the command did."""
+
+    @abstractmethod
+    def put(self, data: Blob | bytes | Path, remote: str, *, resume: bool = True, progress: Progress | None = None) -> int:
+        """Send a file, verify its sha256 there, move it into place; returns the bytes that were already there.
+
+        Raises `LinkError` (what arrived is kept and the next call resumes), `DeviceError` (full disk, no permission) and
+        `CheckFailed` (wrong digest; what arrived is removed).
+        """
+
+    @abstractmethod
+    def get(self, remote: str) -> bytes:
+        """A file's bytes. Raises `DeviceError` if it cannot be read."""
+
+    @abstractmethod
+    def open(self, argv: tuple[str, ...]) -> Stream:
+        """Start a program that talks over stdin and stdout."""
+
+    def close(self) -> None:
+        """Give up the link; may be called twice."""
+
+    def must(self, argv: tuple[str, ...], why: str, timeout: float = 60.0) -> Result:
+        """`run`, with `DeviceError` if the command fails; `why` says what was being done."""
+        result = self.run(argv, timeout=timeout)
+        if result.code != 0:
+            raise refused(self.link, why, result)
+        return result
+
+    def __enter__(self) -> Transport:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def refused(link: str, why: str, result: Result) -> DeviceError:
+    """A command failed on the device, in two lines."""
+    complaint = result.complaint
+    if "No space left" in complaint or "Disk quota" in complaint:
+        return DeviceError(f"{link}: the disk is full ({why})", "free some space there, or `edgesdk flash --status` shows what is installed; then run it again")
+    if "Permission denied" in complaint or "Read-only" in complaint:
+        return DeviceError(f"{link}: {why}: {complaint}", "give a folder that can be written: ssh://…?root=/path, or local:/path")
+    return DeviceError(f"{link}: {why}: {complaint}", "the device is reached, the command fails there; correct it and run it again")
+
+
+class PipeStream:
+    """A `Stream` over a process's pipes. stderr goes to a file, so that it can never block."""
+
+    def __init__(self, argv: tuple[str, ...], cwd: str | None, failed: Callable[[Result], EdgeError]) -> None:
+        self._stderr = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(argv, cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, bufsize=0)
+        self._failed, self._buffer = failed, b""
+
+    def send(self, line: bytes) -> None:
+        assert self._process.stdin is not None
+        try:
+            view = memoryview(line)
+            while view:
+                view = view[self._process.stdin.write(view) or 0 :]
+        except OSError:
+            raise self._ended() from None
+
+    def readline(self, timeout_s: float) -> bytes:
+        assert self._process.stdout is not None
+        fd, deadline = self._process.stdout.fileno(), time.monotonic() + timeout_s
+        while b"\n" not in self._buffer:
+            if not select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise LinkError(f"no answer from the device in {timeout_s:.0f} s", "check that it is still up, then run the command again")
+            chunk = os.read(fd, 1 << 20)
+            if not chunk:
+                raise self._ended()
+            self._buffer += chunk
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        return line
+
+    def _ended(self) -> EdgeError:
+        try:
+            code = self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        self._stderr.seek(0)
+        return self._failed(Result(code, b"", self._stderr.read()))
+
+    def close(self) -> None:
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None and not pipe.closed:
+                pipe.close()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._stderr.close()
+
+
+class PipeTransport(Transport):
+    """A transport whose every act is one local process: `_argv` turns a device's command into the process to start."""
+
+    cwd: str | None = None
+
+    def _argv(self, argv: tuple[str, ...]) -> tuple[str, ...]:
+        return argv
+
+    def _link_error(self, result: Result) -> LinkError | None:
+        """The link's own failure behind `result`, or None if the command itself ended so."""
+        return None
+
+    def _popen(self, argv: tuple[str, ...], **pipes: Any) -> subprocess.Popen[bytes]:
+        try:
+            return subprocess.Popen(self._argv(argv), cwd=self.cwd, **pipes)
+        except FileNotFoundError:
+            raise DeviceError(f"{self.link}: no program '{self._argv(argv)[0]}'", "install it, or give another one (--python PATH)") from None
+
+    def run(self, argv: tuple[str, ...], stdin: bytes | None = None, timeout: float = 60.0) -> Result:
+        pipe = subprocess.PIPE
+        process = self._popen(argv, stdin=subprocess.DEVNULL if stdin is None else pipe, stdout=pipe, stderr=pipe)
+        try:
+            out, err = process.communicate(stdin, timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            raise LinkError(f"{self.link}: no answer in {timeout:.0f} s", "check that the device is up, then run the command again") from None
+        except BaseException:
+            process.kill()
+            process.communicate()
+            raise
+        result = Result(process.returncode, out, err)
+        if error := self._link_error(result):
+            raise error
+        return result
+
+    def open(self, argv: tuple[str, ...]) -> Stream:
+        def failed(result: Result) -> EdgeError:
+            hint = "look at the line above; --python PATH picks another interpreter"
+            return self._link_error(result) or DeviceError(f"{self.link}: the agent ended: {result.complaint}", hint)
+
+        try:
+            return PipeStream(self._argv(argv), self.cwd, failed)
+        except FileNotFoundError:
+            raise DeviceError(f"{self.link}: no program '{argv[0]}'", "give another interpreter with --python PATH") from None
+
+    def get(self, remote: str) -> bytes:
+        return self.must(("cat", remote), f"reading {remote}").out
+
+    def put(self, data: Blob | bytes | Path, remote: str, *, resume: bool = True, progress: Progress | None = None) -> int:
+        blob = data if isinstance(data, Blob) else Blob.of(data)
+        there = 0
+        if resume and blob.size_bytes >= RESUME_FROM_BYTES:
+            sized = self.must(script("size", SIZE, remote + ".part"), f"looking for {remote}")
+            there = int(sized.text or 0)
+            there = there if there <= blob.size_bytes else 0
+        result = self._stream(blob, remote, there, progress)
+        if result.code == 65 and there:  # what was there is not a beginning of this file: once more, from the start
+            there, result = 0, self._stream(blob, remote, 0, progress)
+        if result.code == 0:
+            return there
+        if result.code == 65:
+            raise CheckFailed(f"{self.link}: {remote}: sha256 {result.complaint}, wanted {blob.sha256}", "refused and removed; a bad cable, memory or disk?")
+        if result.code == 66:
+            raise LinkError(f"{self.link}: {remote}: the transfer was cut short", "run the same command again: it resumes where it stopped")
+        if result.code == 74:
+            self.run(script("unlink", 'rm -f "$@"', remote + ".part"))
+        raise refused(self.link, f"writing {remote} ({show_bytes(blob.size_bytes)})", result)
+
+    def _stream(self, blob: Blob, remote: str, there: int, progress: Progress | None) -> Result:
+        argv = script("receive", RECEIVE, remote, str(blob.size_bytes), blob.sha256, str(there))
+        with tempfile.TemporaryFile() as err:
+            process = self._popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=err)
+            assert process.stdin is not None
+            try:
+                with blob.open() as source:
+                    source.seek(there)
+                    sent = there
+                    while chunk := source.read(CHUNK_BYTES):
+                        process.stdin.write(chunk)
+                        sent += len(chunk)
+                        if progress:
+                            progress(sent, blob.size_bytes)
+                process.stdin.close()
+            except OSError:  # the other side is gone: its exit code tells why
+                pass
+            except BaseException:
+                process.kill()
+                process.wait()
+                raise
+            try:
+                code = process.wait(300)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                code = process.wait()
+            finally:
+                if not process.stdin.closed:
+                    try:
+                        process.stdin.close()
+                    except OSError:
+                        pass
+            err.seek(0)
+            result = Result(code, b"", err.read())
+        if error := self._link_error(result):
+            raise error
+        return result
