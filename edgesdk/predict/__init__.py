@@ -68,7 +68,7 @@ def half_width(case: Case) -> float:
     new_model = case.model not in shipped["seen"].get(case.engine, ())
     if f"variant:{case.variant}" not in params:
         return float(widths["variant"])
-    return float(widths["both" if new_device and new_model else "device" if new_device else "model"])
+    return float(widths["both" if new_device and new_model else "device" if new_device else "model" if new_model else "known"])
 
 
 def _in_unit(row: Row, seconds: float) -> float:

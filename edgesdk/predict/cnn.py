@@ -53,7 +53,8 @@ def alexnet(size: int = 227, grouped: bool = True) -> Net:
 def squeezenet_body(n: Net) -> Net:
     """SqueezeNet 1.1 (arXiv 1602.07360) without its classifier."""
     n.conv(64, 3, 2, same=False).pool(3, 2)
-    for squeeze, out, pool in ((16, 64, 0), (16, 64, 1), (32, 128, 0), (32, 128, 1), (48, 192, 0), (48, 192, 0), (64, 256, 0), (64, 256, 0)):
+    for squeeze, out, pool in ((16, 64, 0), (16, 64, 1), (32, 128, 0), (32, 128, 1), (48, 192, 0), (48, 192, 0), (64, 256, 0), (64, 256,
+        0)):
         n.conv(squeeze, 1)
         n.branch().conv(out, 1)
         n.conv(out, 3).to(2 * out)
@@ -103,7 +104,8 @@ def mobilenet_v2(size: int = 224, alpha: float = 1.0, top: bool = True) -> Net:
 
 V3_LARGE = (
     (3, 16, 16, 0, 1, 0), (3, 64, 24, 0, 2, 0), (3, 72, 24, 0, 1, 0), (5, 72, 40, 1, 2, 0), (5, 120, 40, 1, 1, 0), (5, 120, 40, 1, 1, 0),
-    (3, 240, 80, 0, 2, 1), (3, 200, 80, 0, 1, 1), (3, 184, 80, 0, 1, 1), (3, 184, 80, 0, 1, 1), (3, 480, 112, 1, 1, 1), (3, 672, 112, 1, 1, 1),
+    (3, 240, 80, 0, 2, 1), (3, 200, 80, 0, 1, 1), (3, 184, 80, 0, 1, 1), (3, 184, 80, 0, 1, 1), (3, 480, 112, 1, 1, 1), (3, 672, 112, 1,
+    1, 1),
     (5, 672, 160, 1, 2, 1), (5, 960, 160, 1, 1, 1), (5, 960, 160, 1, 1, 1),
 )  # fmt: skip
 V3_SMALL = (
@@ -140,7 +142,8 @@ def mnasnet(size: int = 224, alpha: float = 1.0) -> Net:
 def proxylessnas(size: int = 224) -> Net:
     """ProxylessNAS mobile (arXiv 1812.00332), kernels and expansions approximated per stage."""
     n = Net(3, size, size).conv(32, 3, 2)
-    inverted(n, ((1, 16, 1, 1, 3), (3, 32, 2, 2, 5), (3, 40, 4, 2, 5), (4, 80, 4, 2, 5), (3, 96, 4, 1, 5), (5, 192, 4, 2, 7), (6, 320, 1, 1, 7)))
+    inverted(n, ((1, 16, 1, 1, 3), (3, 32, 2, 2, 5), (3, 40, 4, 2, 5), (4, 80, 4, 2, 5), (3, 96, 4, 1, 5), (5, 192, 4, 2, 7), (6, 320, 1,
+        1, 7)))
     return n.conv(1280, 1).gap().fc(1000)
 
 
@@ -215,7 +218,8 @@ def googlenet(size: int = 224, bn: bool = False) -> Net:
     """GoogLeNet (arXiv 1409.4842); `bn` is torchvision's, whose third branch is 3×3."""
     n = Net(3, size, size).conv(64, 7, 2).pool(3, 2).conv(64, 1).conv(192, 3).pool(3, 2)
     table = (
-        (64, 96, 128, 16, 32, 32), (128, 128, 192, 32, 96, 64), (), (192, 96, 208, 16, 48, 64), (160, 112, 224, 24, 64, 64), (128, 128, 256, 24, 64, 64),
+        (64, 96, 128, 16, 32, 32), (128, 128, 192, 32, 96, 64), (), (192, 96, 208, 16, 48, 64), (160, 112, 224, 24, 64, 64), (128, 128,
+        256, 24, 64, 64),
         (112, 144, 288, 32, 64, 64), (256, 160, 320, 32, 128, 128), (), (256, 160, 320, 32, 128, 128), (384, 192, 384, 48, 128, 128),
     )  # fmt: skip
     for row in table:
@@ -296,9 +300,11 @@ def convnext(depths: Sequence[int], dims: Sequence[int], size: int = 224) -> Net
     return n.gap().fc(1000)
 
 
-_A, _VGG16 = (64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0), (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
+_A, _VGG16 = (64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0), (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512,
+    512, 512, 0)
 _VGG19 = (64, 64, 0, 128, 128, 0, *(256,) * 4, 0, *(512,) * 4, 0, *(512,) * 4, 0)
-_EFF = ((1.0, 1.0, 224), (1.0, 1.1, 240), (1.1, 1.2, 260), (1.2, 1.4, 300), (1.4, 1.8, 380), (1.6, 2.2, 456), (1.8, 2.6, 528), (2.0, 3.1, 600))
+_EFF = ((1.0, 1.0, 224), (1.0, 1.1, 240), (1.1, 1.2, 260), (1.2, 1.4, 300), (1.4, 1.8, 380), (1.6, 2.2, 456), (1.8, 2.6, 528), (2.0, 3.1,
+    600))
 
 CLASSIFIERS: dict[str, Callable[[int | None], Net]] = {
     "resnet18": lambda s: resnet((2, 2, 2, 2), False, s or 224),
@@ -321,7 +327,8 @@ CLASSIFIERS: dict[str, Callable[[int | None], Net]] = {
     "mnasnet": lambda s: mnasnet(s or 224),
     "mnasnet05": lambda s: mnasnet(s or 224, 0.5),
     "proxylessnasnet": lambda s: proxylessnas(s or 224),
-    **{f"efficientnetb{i}": (lambda s, w=w, d=d, z=z: efficientnet(w, d, s or z)) for i, (w, d, z) in enumerate(_EFF)},  # type: ignore[misc]
+    **{f"efficientnetb{i}": (lambda s, w=w, d=d, z=z: efficientnet(w, d, s or z)) for i, (w, d, z) in enumerate(_EFF)},
+        # type: ignore[misc]
     **{
         f"efficientnetlite{i}": (lambda s, w=w, d=d, z=z: efficientnet(w, d, s or z, True))  # type: ignore[misc]
         for i, (w, d, z) in enumerate(((1.0, 1.0, 224), (1.0, 1.1, 240), (1.1, 1.2, 260), (1.2, 1.4, 280), (1.4, 1.8, 300)))

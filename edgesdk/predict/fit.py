@@ -16,7 +16,7 @@ from typing import Any
 from edgesdk.predict.physics import EFFECT_SPREAD, Case, Table, prior
 from edgesdk.predict.rows import Row, case_of, read_rows
 
-NOISE = 0.10  # log spread of one published number about the law, where the fit has converged
+NOISE = 0.15  # log spread of one published number about the law, where the fit has converged
 COVER = 0.8  # what an interval claims
 
 
@@ -108,13 +108,18 @@ def quantile(errors: Sequence[float], share: float = COVER) -> float:
     return ordered[rank - 1] if rank <= len(ordered) else (ordered[-1] * 1.3 if ordered else 0.8)
 
 
-def half_widths(device_errors: Sequence[tuple[Point, float]], model_errors: Sequence[tuple[Point, float]]) -> dict[str, dict[str, float]]:
-    """Half widths of log intervals by engine and by what is new: `device`, `model`, or `both`."""
+def half_widths(
+    device_errors: Sequence[tuple[Point, float]], model_errors: Sequence[tuple[Point, float]], fit_errors: Sequence[tuple[Point, float]]
+) -> dict[str, dict[str, float]]:
+    """Half widths of log intervals by engine and by what is new: `device`, `model`, `both`, or nothing
+    (`known`: the residuals of the fit itself, widened by a quarter because the fit has seen them)."""
     out: dict[str, dict[str, float]] = {}
     for engine in sorted({p.case.engine for p, _ in device_errors}):
         d = quantile([e for p, e in device_errors if p.case.engine == engine])
         m = quantile([e for p, e in model_errors if p.case.engine == engine])
-        out[engine] = {"device": max(d, m), "model": m, "both": (d * d + m * m) ** 0.5, "variant": max(d, m, 0.6)}
+        k = quantile([e for p, e in fit_errors if p.case.engine == engine])
+        out[engine] = {"known": min(1.25 * k, m), "device": max(d, m), "model": m, "both": (d * d + m * m) ** 0.5, "variant": max(d, m,
+            0.6)}
     return out
 
 
@@ -177,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = list({(p.case, p.measured): p for p in points(rows)}.values())
     params = fit(known)
     by_device, by_model = left_out(known, "device", params), left_out(known, "model", params)
+    seen = [value - p.measured for value, p in zip(log_predictions(params, [p.case for p in known]), known, strict=True)]
     answer = {
         "kind": "prediction-parameters",
         "schema_version": 1,
@@ -184,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "points": len(known),
         "covers": COVER,
         "parameters": params,
-        "half_widths": half_widths(by_device, by_model),
+        "half_widths": half_widths(by_device, by_model, list(zip(known, seen, strict=True))),
         "seen": {e: sorted({p.case.model for p in known if p.case.engine == e}) for e in params},
     }
     Path(args.out).write_text(json.dumps(answer, indent=1, sort_keys=True) + "\n", encoding="utf-8")

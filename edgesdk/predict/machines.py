@@ -37,7 +37,7 @@ class Machine:
 def _machine(entry: dict[str, Any], cores: dict[str, list[float]]) -> Machine:
     each = [(*(m * ghz * 1e9 for m in cores[core]), ghz * 1e9) for core, count, ghz in entry["cpu"] for _ in range(count)]
     peaks = {k: {d: v * 0.5e12 for d, v in entry.get(k, {}).items()} for k in ("gpu", "npu")}
-    return Machine(entry["name"], tuple(each), entry["bandwidth"] * 1e9, entry["one_core"] * 1e9, peaks["gpu"], peaks["npu"])  # type: ignore[arg-type]
+    return Machine(entry["name"], tuple(each), entry["bandwidth"] * 1e9, entry["one_core"] * 1e9, peaks["gpu"], peaks["npu"])
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -13,20 +14,26 @@ from edgesdk.predict.layers import Net
 
 _ALIASES = {
     "mobilenet": "mobilenetv1", "mobilenetv3": "mobilenetv3large", "mobilenetv3l": "mobilenetv3large", "mobilenetv3s": "mobilenetv3small",
-    "squeezenet11": "squeezenet", "squeezenetv11": "squeezenet", "squeezenet1": "squeezenet", "shufflenet": "shufflenetv1", "googlenetquantized": "googlenet",
+    "squeezenet11": "squeezenet", "squeezenetv11": "squeezenet", "squeezenet1": "squeezenet", "shufflenet": "shufflenetv1",
+    "googlenetquantized": "googlenet",
     "efficientnet": "efficientnetb0", "inception": "inceptionv3", "wideresnet502": "wideresnet50", "resnext5032x4d": "resnext50",
     "resnext10132x8d": "resnext101", "resnet50v15": "resnet50", "mnasnet10": "mnasnet", "mnasnet1": "mnasnet", "regnet": "regnetx3200m",
-    "regnetx32gf": "regnetx3200m", "regnety400mf": "regnety400m", "proxylessnas": "proxylessnasnet", "mobilenetv1ssd": "mobilenetssd", "ssdmobilenetv1": "mobilenetssd",
-    "nanodet": "nanodetm", "densenet": "densenet121", "yolofastest11": "yolofastest", "yolofastestv11": "yolofastest", "shufflenetv2x10": "shufflenetv2",
+    "regnetx32gf": "regnetx3200m", "regnety400mf": "regnety400m", "proxylessnas": "proxylessnasnet", "mobilenetv1ssd": "mobilenetssd",
+    "ssdmobilenetv1": "mobilenetssd",
+    "nanodet": "nanodetm", "densenet": "densenet121", "yolofastest11": "yolofastest", "yolofastestv11": "yolofastest",
+    "shufflenetv2x10": "shufflenetv2",
     "shufflenetv205": "shufflenetv2x05", "convnext": "convnexttiny", "efficientnetv2": "efficientnetv2s", "vgg": "vgg16",
 }  # fmt: skip
-_TRANSFORMERS = {
+_TRANSFORMERS: dict[str, Callable[[], Net]] = {
     "visiontransformer": lambda: sequence.vit(384), "vit": sequence.vit, "vitb16": sequence.vit, "vitbase": sequence.vit,
     "vitb32": lambda: sequence.vit(224, 32), "vitl16": lambda: sequence.vit(224, 16, 1024, 24, 16),
     "deittiny": lambda: sequence.vit(d=192, heads=3), "deitsmall": lambda: sequence.vit(d=384, heads=6), "deitbase": sequence.vit,
-    "swintiny": sequence.swin, "swinsmall": lambda: sequence.swin(depths=(2, 2, 18, 2)), "swinbase": lambda: sequence.swin(128, (2, 2, 18, 2)),
-    "distilbert": lambda: sequence.bert(384, depth=6, vocab=30522), "bert": lambda: sequence.bert(384, vocab=30522), "albert": lambda: sequence.bert(384, vocab=30000),
-    "electra": lambda: sequence.bert(384), "mobilebert": sequence.mobilebert, "nomicembed": lambda: sequence.bert(128), "minilm": lambda: sequence.bert(128, 384, 6, 1536),
+    "swintiny": sequence.swin, "swinsmall": lambda: sequence.swin(depths=(2, 2, 18, 2)), "swinbase": lambda: sequence.swin(128, (2, 2,
+    18, 2)),
+    "distilbert": lambda: sequence.bert(384, depth=6, vocab=30522), "bert": lambda: sequence.bert(384, vocab=30522),
+    "albert": lambda: sequence.bert(384, vocab=30000),
+    "electra": lambda: sequence.bert(384), "mobilebert": sequence.mobilebert, "nomicembed": lambda: sequence.bert(128),
+    "minilm": lambda: sequence.bert(128, 384, 6, 1536),
     "roberta": lambda: sequence.bert(384, vocab=50265),
 }  # fmt: skip
 _PREFIX = {
@@ -58,7 +65,8 @@ def _resolve(name: str) -> tuple[str, Net | None]:
             return text, None
         part = "decoder" if "decod" in text else "encoder"
         return f"whisper-{kind[0]}-{part}", sequence.whisper(kind[0], part == "decoder", 32 if part == "decoder" and ":" not in text else 1)
-    key = re.sub(r"[^a-z0-9]", "", re.sub(r"(?:[_-]int8|[_-]fp16|[_-]fp32|[_-]quantized|-detection|_detection|[_-]det\b|[_-]cls\b)", "", text))
+    key = re.sub(r"[^a-z0-9]", "", re.sub(r"(?:[_-]int8|[_-]fp16|[_-]fp32|[_-]quantized|-detection|_detection|[_-]det\b|[_-]cls\b)", "",
+        text))
     for prefix, target in _PREFIX.items():
         if key.startswith(prefix):
             key = target
@@ -67,18 +75,24 @@ def _resolve(name: str) -> tuple[str, Net | None]:
         return key, _TRANSFORMERS[key]()
     if key in CLASSIFIERS:
         return key, CLASSIFIERS[key](size)
-    key = re.sub(r"^yolov?(\d+)([nsmlx]?)", lambda m: f"yolo{m[1]}{m[2] or ('s' if m[1] == '5' else 'n')}", key) if key not in FIXED else key
+    key = re.sub(r"^yolov?(\d+)([nsmlx]?)", lambda m: f"yolo{m[1]}{m[2] or ('s' if m[1] == '5' else 'n')}",
+        key) if key not in FIXED else key
     return f"{key}-{size}" if size not in (None, 640) else key, detector(key, size)
 
 
 _FAMILIES = (
-    (r"tinyllama", "tinyllama1.1b"), (r"llama.?v?-?2\D*13b", "llama2-13b"), (r"llama.?v?-?2\b(?!\.)\D*7b|llama-2-7b|llama 2 7b", "llama2-7b"),
+    (r"tinyllama", "tinyllama1.1b"), (r"llama.?v?-?2\D*13b", "llama2-13b"), (r"llama.?v?-?2\b(?!\.)\D*7b|llama-2-7b|llama 2 7b",
+    "llama2-7b"),
     (r"llama.?v?-?3[.\d]*\W*70b", "llama3-70b"),
-    (r"deepseek.*1[.]5b", "deepseekr1-1.5b"), (r"deepseek.*\b7b", "deepseekr1-7b"), (r"deepseek.*8b", "deepseekr1-8b"), (r"deepseek.*14b", "deepseekr1-14b"),
-    (r"qwen.?3\D*(0[.]6|1[.]7|4|8)b", "qwen3-{}b"), (r"qwen.?2(?:[.]5)?(?:-coder)?\D*(0[.]5|1[.]5|3|7|14|32)b", "qwen2.5-{}b"), (r"qwen(?:1[.]5)?\D*(0[.]5|1[.]8|4|7)b", "qwen1.5-{}b"),
+    (r"deepseek.*1[.]5b", "deepseekr1-1.5b"), (r"deepseek.*\b7b", "deepseekr1-7b"), (r"deepseek.*8b", "deepseekr1-8b"),
+    (r"deepseek.*14b", "deepseekr1-14b"),
+    (r"qwen.?3\D*(0[.]6|1[.]7|4|8)b", "qwen3-{}b"), (r"qwen.?2(?:[.]5)?(?:-coder)?\D*(0[.]5|1[.]5|3|7|14|32)b", "qwen2.5-{}b"),
+    (r"qwen(?:1[.]5)?\D*(0[.]5|1[.]8|4|7)b", "qwen1.5-{}b"),
     (r"gemma.?3\D*(270m|1b|4b|12b)", "gemma3-{}"), (r"gemma.?2\W+(2b|9b)", "gemma2-{}"), (r"gemma\D*(2b|7b)", "gemma-{}"),
-    (r"phi.?3|phi-3", "phi3-3.8b"), (r"phi.?4.?mini", "phi3-3.8b"), (r"phi.?4", "phi4-14b"), (r"phi", "phi2-2.7b"), (r"mistral", "mistral-7b"),
-    (r"smollm2?[^\d]*(135m|360m|1[.]7b)", "smollm-{}"), (r"stablelm\D*(1[.]6b|3b)", "stablelm-{}"), (r"granite\D*[\d.]*\D*(2b|8b)", "granite3-{}"),
+    (r"phi.?3|phi-3", "phi3-3.8b"), (r"phi.?4.?mini", "phi3-3.8b"), (r"phi.?4", "phi4-14b"), (r"phi", "phi2-2.7b"), (r"mistral",
+    "mistral-7b"),
+    (r"smollm2?[^\d]*(135m|360m|1[.]7b)", "smollm-{}"), (r"stablelm\D*(1[.]6b|3b)", "stablelm-{}"), (r"granite\D*[\d.]*\D*(2b|8b)",
+    "granite3-{}"),
     (r"smollm2? \(size not stated", "smollm-1.7b"), (r"falcon.?3\D*1b", "falcon3-1b"), (r"orca.?mini", "orca-3b"),
     (r"llama.?v?-?3(?:[.]\d)?\D*?(8b)", "llama3-{}"), (r"llama.?v?-?3(?:[.]2)?\D*?(1b|3b)", "llama3.2-{}"), (r"vicuna\D*7b", "llama2-7b"),
 )  # fmt: skip
@@ -137,14 +151,17 @@ class Runtime:
 
 _NPU = {"precompiled_qnn_onnx": "onnx", "qnn_context_binary": "qnn_dlc", "qnn": "qnn_dlc", "ai hub": "onnx"}
 _CPU = (
-    ("torchscript", "torchscript"), ("pytorch", "pytorch"), ("onnx", "onnxruntime"), ("openvino", "openvino"), ("savedmodel", "tf-savedmodel"), ("graphdef", "tf-graphdef"),
-    ("tflite|tf lite|litert", "tflite"), ("paddle", "paddle"), ("mnn", "mnn"), (r"benchncnn.*20[12]\d", "ncnn-2021"), ("benchncnn", "ncnn"), ("ncnn", "ncnn-ultralytics"),
+    ("torchscript", "torchscript"), ("pytorch", "pytorch"), ("onnx", "onnxruntime"), ("openvino", "openvino"), ("savedmodel",
+    "tf-savedmodel"), ("graphdef", "tf-graphdef"),
+    ("tflite|tf lite|litert", "tflite"), ("paddle", "paddle"), ("mnn", "mnn"), (r"benchncnn.*20[12]\d", "ncnn-2021"), ("benchncnn",
+    "ncnn"), ("ncnn", "ncnn-ultralytics"),
     ("executorch|xnnpack", "xnnpack"), ("whisper", "whisper.cpp"),
     ("llamafile|sgemm", "llamafile"), ("ollama", "ollama"), ("llama[.]cpp|llama-bench", "llama.cpp"),
 )  # fmt: skip
 
 
-def runtime(text: str, device: str, note: str, quantized: bool, has_npu: bool, has_gpu: bool, old_npu: bool, attention: bool = False) -> Runtime | None:
+def runtime(text: str, device: str, note: str, quantized: bool, has_npu: bool, has_gpu: bool, old_npu: bool,
+    attention: bool = False) -> Runtime | None:
     """What a row's runtime runs on. `old_npu`: ONNX Runtime quantized programs fall back to the CPU there;
     with `attention` they fall back in part on every NPU."""
     t, n = text.lower(), note.lower()

@@ -10,12 +10,16 @@ from edgesdk.errors import UnknownName
 
 # runtime of a profile → (engine, variant) of the fit
 _ENGINES = {
-    "executorch": ("cpu", "tflite"), "litert": ("cpu", "tflite"), "tflite-runtime": ("cpu", "tflite"), "onnxruntime": ("cpu", "onnxruntime"), "ncnn": ("cpu", "ncnn"),
-    "ncnn-vulkan": ("vulkan", "ncnn"), "executorch-vulkan": ("vulkan", "ncnn"), "litert-gpu": ("vulkan", "ncnn"), "tensorrt": ("gpu", "tensorrt"),
-    "executorch-cuda": ("gpu", "torch"), "qnn": ("npu", "qnn_dlc"), "executorch-qnn": ("npu", "qnn_dlc"), "litert-qnn": ("npu", "tflite"), "llama.cpp": ("llm-cpu", "llama.cpp"),
+    "executorch": ("cpu", "tflite"), "litert": ("cpu", "tflite"), "tflite-runtime": ("cpu", "tflite"), "onnxruntime": ("cpu",
+    "onnxruntime"), "ncnn": ("cpu", "ncnn"),
+    "ncnn-vulkan": ("vulkan", "ncnn"), "executorch-vulkan": ("vulkan", "ncnn"), "litert-gpu": ("vulkan", "ncnn"), "tensorrt": ("gpu",
+    "tensorrt"),
+    "executorch-cuda": ("gpu", "torch"), "qnn": ("npu", "qnn_dlc"), "executorch-qnn": ("npu", "qnn_dlc"), "litert-qnn": ("npu",
+    "tflite"), "llama.cpp": ("llm-cpu", "llama.cpp"),
 }  # fmt: skip
 # operator class of the planner's graph → class of the fit
-_OPS = {"conv2d": "conv", "conv": "conv", "depthwise": "dw", "depthwise_conv2d": "dw", "linear": "pw", "attention": "bmm", "matmul": "bmm", "*": "conv"}
+_OPS = {"conv2d": "conv", "conv": "conv", "depthwise": "dw", "depthwise_conv2d": "dw", "linear": "pw", "attention": "bmm",
+    "matmul": "bmm", "*": "conv"}
 
 
 def efficiency(device: DeviceProfile, runtime: str) -> Efficiency:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from edgesdk.errors import InputError
-from edgesdk.predict import names
+from edgesdk.predict import names, sequence
 from edgesdk.predict.layers import Layer
 from edgesdk.predict.machines import Machine, find_machine
 from edgesdk.predict.physics import Case
@@ -96,13 +96,14 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
         raise InputError(f"{path}: cannot be read ({error})", f"give a CSV file with the columns {','.join(COLUMNS)}") from None
 
 
-def _llm_layers(model: names.sequence.Language, prompt: bool) -> tuple[Layer, ...]:
+def _llm_layers(model: sequence.Language, prompt: bool) -> tuple[Layer, ...]:
     n = PROMPT if prompt else 1
     d, one = model.d, model.block_weights / model.layers / 4
     op = "pw" if prompt else "fc"
     body = [Layer(op, n * one, one, float(n * d), float(n * d), d) for _ in range(4 * model.layers)]  # type: ignore[arg-type]
     cache = model.cache_elements(CONTEXT) / 2
-    return (*body, Layer("fc", model.head_weights, model.head_weights, float(d), float(model.vocab), d), Layer("bmm", cache * n, 0.0, cache, 0.0, d))
+    return (*body, Layer("fc", model.head_weights, model.head_weights, float(d), float(model.vocab), d), Layer("bmm", cache * n, 0.0,
+        cache, 0.0, d))
 
 
 def _cpu(machine: Machine, kind: str, threads: int) -> tuple[float, float, float]:
@@ -147,14 +148,16 @@ def case_of(row: Row) -> Case | str:
     return _case(row, machine, rt, prec, model_name, layers, llm)
 
 
-def _case(row: Row, machine: Machine, rt: names.Runtime, prec: names.Precision, model: str, layers: tuple[Layer, ...], llm: bool) -> Case | str:
+def _case(row: Row, machine: Machine, rt: names.Runtime, prec: names.Precision, model: str, layers: tuple[Layer, ...],
+    llm: bool) -> Case | str:
     kind, spread, clock = prec.kind, 1.0, 2e9
     if rt.engine in ("cpu", "ort"):
         if kind == "fp":
             kind = "fp16" if rt.variant in ("llama.cpp", "ollama", "llamafile", "whisper.cpp") else "fp32"
         if rt.variant.startswith(("pytorch", "torchscript", "tf-", "paddle")):
             kind = "fp32"
-        threads = min(row.threads or machine.default_threads(), len(machine.cores))
+        alone = "ultralytics" in row.runtime.lower() and rt.variant in ("tflite", "paddle")  # these take one thread unless told
+        threads = min(row.threads or (1 if alone else machine.default_threads()), len(machine.cores))
         peak, band, spread = _cpu(machine, kind, threads)
         clock = machine.cores[0][3]
     else:
