@@ -22,7 +22,7 @@ class OpRate(Part):
     """
 
     op: str  # edgesdk.graph.types.Op; "*" matches every operator that has no row of its own
-    precision: str  # edgesdk.plan.types.Precision; "*" matches every precision
+    precision: str  # edgesdk.plan.types.Precision; "int8" stands for every integer one, "*" matches every precision
     ops_per_s: PositiveFloat | None = None
     share_of_peak: Annotated[float, Field(gt=0, le=1)] | None = None
     per_output_s: NonNegativeFloat = 0.0
@@ -52,9 +52,10 @@ class Efficiency(Noun):
     notes: tuple[str, ...] = ()
 
     def row(self, op: str, precision: str) -> OpRate | None:
-        """The row of an operator class and precision, else of any precision, else of any operator; None where nothing fits."""
+        """The row of an operator class and precision, else of int8 for every integer precision, else of any precision or operator; None where nothing fits."""
         table = {(r.op, r.precision): r for r in self.rows}
-        for key in ((op, precision), (op, "*"), ("*", precision), ("*", "*")):
+        width = "int8" if precision.startswith("int") else precision
+        for key in ((op, precision), (op, width), (op, "*"), ("*", precision), ("*", width), ("*", "*")):
             if key in table:
                 return table[key]
         return None

@@ -2,8 +2,131 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Annotated
+
 import typer
+
+from edgesdk.cli.common import Json, console, emit_json, progress, say
+from edgesdk.model_help import MODEL_HELP
+
+if TYPE_CHECKING:
+    from edgesdk.plan.types import Budget, Plan
+
+
+def read_budget(
+    memory: str | None, latency: str | None, storage: str | None, quality_drop: str | None, method_latency: list[str] | None = None
+) -> Budget:
+    """A Budget from what people type. Raises `InputError`."""
+    from edgesdk.errors import InputError
+    from edgesdk.plan.types import Budget
+    from edgesdk.units import parse_bytes, parse_seconds, parse_share
+
+    per_method = {}
+    for item in method_latency or []:
+        name, sign, value = item.partition("=")
+        if not sign:
+            raise InputError(f"--method-latency {item}: no '='", "write it like decode=5ms")
+        per_method[name] = parse_seconds(value)
+    return Budget(
+        memory_bytes=parse_bytes(memory) if memory else None, latency_s=parse_seconds(latency) if latency else None, method_latency_s=per_method,
+        storage_bytes=parse_bytes(storage) if storage else None, quality_drop=parse_share(quality_drop) if quality_drop else None,
+    )  # fmt: skip
+
+
+Model = Annotated[str | None, typer.Option("--model", help=MODEL_HELP)]
+Device = Annotated[str, typer.Option("--device", help="A name or alias (jetson, pi5, phone, …: `edgesdk devices list`), a TOML file, or host.")]
+Memory = Annotated[str | None, typer.Option("--memory", help="All a model may take in memory, its runtime included: 512MB, 4GiB.")]
+Latency = Annotated[str | None, typer.Option("--latency", help="Time of one whole answer: 20ms, 1.5s.")]
+Storage = Annotated[str | None, typer.Option("--storage", help="Bytes of weights on the device: 2MB.")]
+QualityDrop = Annotated[str | None, typer.Option("--quality-drop", help="Quality that may be lost: 1% or 0.01. Default: 1%.")]
+MethodLatency = Annotated[list[str] | None, typer.Option("--method-latency", help="Time of one call of a method: decode=5ms. May be repeated.")]
+Runtime = Annotated[str | None, typer.Option("--runtime", help="Only this runtime. Default: every one the device has is weighed.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: 1.")]
+Layout = Annotated[str | None, typer.Option("--layout", help="Only this layout of a sequence model. Default: all are weighed.")]
+
+
+def plan(
+    model: Model = None,
+    device: Device = "host",
+    memory: Memory = None,
+    latency: Latency = None,
+    storage: Storage = None,
+    quality_drop: QualityDrop = None,
+    method_latency: MethodLatency = None,
+    runtime: Runtime = None,
+    threads: Threads = None,
+    layout: Layout = None,
+    batch: Annotated[int, typer.Option(min=1, help="Inputs in one answer, run one after another.")] = 1,
+    sustained: Annotated[bool, typer.Option("--sustained", help="Plan with the clocks the device holds for long, where its profile has them.")] = False,
+    out: Annotated[str | None, typer.Option(help="Write the plan here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Choose precisions, layout and runtime that fit a device and a budget (exit 1 if nothing does)."""
+    from edgesdk.plan import DEFAULT_MODEL
+    from edgesdk.plan import plan as make
+    from edgesdk.plan.types import Workload
+
+    if model is None:
+        say(f"no --model: planning the built-in {DEFAULT_MODEL}")
+    budget = read_budget(memory, latency, storage, quality_drop, method_latency)
+    workload = Workload(batch=batch, sustained=sustained)
+    with progress("plan") as step:
+        answer = make(model or DEFAULT_MODEL, device, budget=budget, workload=workload, runtime=runtime, threads=threads, layout=layout, step=step)
+    if out:
+        answer.save(out)
+        say(f"wrote {out}")
+    if as_json:
+        emit_json(answer)
+    else:
+        show(answer, out)
+    if not answer.fits:
+        raise typer.Exit(1)
+
+
+def show(plan: Plan, out: str | None = None) -> None:
+    """The plan as tables for people."""
+    from rich.table import Table
+
+    from edgesdk.units import show_bytes, show_seconds
+
+    screen = console()
+    head = f"{plan.model_name} ({plan.layout}) on {plan.device}: {plan.runtime}, {plan.unit}, {plan.threads} thread{'s' if plan.threads > 1 else ''}"
+    screen.print(head if plan.fits else f"[red]Nothing fits.[/] The nearest plan: {head}", style="bold")
+    table = Table(box=None, header_style="dim")
+    for column in ("unit", "op", "precision", "weights", "time a call", "80% interval", "bound by", "why"):
+        table.add_column(column)
+    for u in [u for u in plan.units if u.weight_bytes or u.op in ("attention", "matmul")][:40]:
+        name = u.unit if len(plan.method_latency) == 1 else f"{u.method}: {u.unit}"
+        span = f"{show_seconds(u.latency.low)} … {show_seconds(u.latency.high)}"
+        table.add_row(name, u.op, u.precision, show_bytes(u.weight_bytes), show_seconds(u.latency.value), span, u.bound, u.why)
+    screen.print(table)
+    screen.print(f"[dim]{len(plan.units)} units in all; --json has every one[/]")
+    for method, e in plan.method_latency.items():
+        screen.print(f"  {method:<10} {show_seconds(e.value):>9} a call, predicted ({show_seconds(e.low)} … {show_seconds(e.high)})")
+    lost = "" if plan.quality_drop is None else f", quality −{plan.quality_drop:.2%} predicted"
+    screen.print(f"  whole      {show_seconds(plan.latency.value):>9}, memory {show_bytes(plan.memory.peak_bytes)}, stored {show_bytes(plan.storage_bytes)}{lost}")
+    _budgets(plan)
+    for reason in plan.reasons:
+        screen.print(f"  · {reason}")
+    for warning in plan.warnings:
+        screen.print(f"  [yellow]! {warning}[/]")
+    screen.print(f"  solver: {plan.proof.name}, gap {plan.proof.gap:.2g}, {plan.proof.seconds * 1e3:.0f} ms")
+    if plan.fits:
+        screen.print(f"next: edgesdk build {out or 'plan.json'}" + ("" if out else "   (write the plan with --out plan.json)"))
+
+
+def _budgets(plan: Plan) -> None:
+    from edgesdk.units import show_bytes, show_seconds
+
+    for check in plan.checks:
+        form = show_bytes if check.name in ("memory", "storage") else show_seconds if check.name.startswith("latency") else lambda v: f"{v or 0:.2%}"
+        name = {"harm": "quality drop"}.get(check.name, check.name)
+        mark = "[green]fits[/]" if check.fits else f"[red]needs {check.reached / check.limit:.2f}x[/]"
+        console().print(f"  budget {name}: {form(check.reached)} of {form(check.limit)} {mark}")
+    if not plan.fits:
+        worst = plan.checks[0]
+        console().print(f"  binding: {worst.name}; raise it {worst.reached / worst.limit:.2f}x and the plan above fits")
 
 
 def register(app: typer.Typer) -> None:
-    """Not there yet."""
+    app.command("plan")(plan)

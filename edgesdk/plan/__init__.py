@@ -1,1 +1,31 @@
+"""The planner: which precision, layout and runtime fit a device and a budget, with proof. Imports no runtime."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from edgesdk.plan.types import Budget, Plan, Workload
+
+__all__ = ["DEFAULT_MODEL", "Budget", "Plan", "Workload", "plan"]
+
+DEFAULT_MODEL = "example:digits-cnn"
+
+
+def plan(
+    model: str = DEFAULT_MODEL,
+    device: str = "host",
+    *,
+    budget: Budget | None = None,
+    workload: Workload | None = None,
+    runtime: str | None = None,
+    threads: int | None = None,
+    layout: str | None = None,
+    step: Callable[[str, float], None] | None = None,
+) -> Plan:
+    """The plan for `model` (see `MODEL_HELP`) on `device` within `budget`; `plan.fits` says whether it does, `plan.checks[0]` what binds.
+
+    Without `runtime` and `layout` all of them are weighed. Raises `InputError` or `UnknownName` for what it cannot read.
+    """
+    from edgesdk.plan.planner import make_plan
+
+    return make_plan(model, device, budget or Budget(), workload or Workload(), runtime, threads, layout, step or (lambda text, share: None))

@@ -1,128 +1,220 @@
-"""How much each precision costs in quality: measured with round-tripped weights and activations in PyTorch, kept by content."""
+"""What each weight at each precision costs in quality.
+
+Measured: one weight at a time is rounded, the outputs' divergence taken on calibration data; whole models at one precision are evaluated, and
+that drop is shared out by squared divergence. Without `evaluate` the divergence itself stands for it; for a flatbuffer the weights' rounding error.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+import hashlib
+import json
+import struct
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from edgesdk.noun import Noun, Part
 
 if TYPE_CHECKING:
-    from edgesdk.graph.types import ModelGraph
-    from edgesdk.model import ModelSpec
+    from edgesdk.plan.subject import Subject
 
-LOSSY = ("int8-static", "int8-dynamic", "int8-weight-only", "int4-g32")
+Step = Callable[[str, float], None]
+PRECISIONS = ("int8-static", "int8-dynamic", "int8-weight-only", "int4-g32")
+TIME_LIMIT_S = 60.0
+"""Divergences that would take longer are replaced by the weights' rounding error."""
 
 
-class UnitError(Part):
-    """Relative output error ‖Δy‖ / ‖y‖ of a unit's own output, averaged over calibration inputs."""
-
-    method: str
-    unit: str
+class HarmRow(Part):
+    weight: str
     precision: str
-    error: float
+    divergence: float  # relative output error with this weight alone at this precision
+    harm: float  # share of the quality drop, 0..1; of the proxy where `kind` is not "evaluated"
 
 
 class Harm(Noun):
-    """`drop`: quality lost when every unit takes one precision. A unit's part of it goes with its squared output error."""
-
     KIND: ClassVar[str] = "harm"
 
-    quality: float | None
-    drop: dict[str, float]
-    errors: tuple[UnitError, ...]
+    model_digest: str
+    kind: Literal["evaluated", "divergence", "rounding"]
+    quality: float | None  # of the reference
+    rows: tuple[HarmRow, ...]
 
-    def of(self, method: str, unit: str, precision: str) -> float | None:
-        """Predicted quality drop of one unit in one precision; None when quality cannot be measured."""
-        if precision in ("fp32", "as-is", "fp16"):
-            return 0.0
-        if precision not in self.drop:
-            return None
-        same = [e for e in self.errors if e.precision == precision]
-        whole = sum(e.error**2 for e in same)
-        own = next((e.error**2 for e in same if e.method == method and e.unit == unit), 0.0)
-        return self.drop[precision] * own / whole if whole else 0.0
+    def of(self, weight: str, precision: str) -> float:
+        return next((r.harm for r in self.rows if r.weight == weight and r.precision == precision), 0.0)
+
+    def table(self) -> dict[tuple[str, str], float]:
+        return {(r.weight, r.precision): r.harm for r in self.rows}
 
 
-def measure(spec: ModelSpec, graph: ModelGraph) -> Harm:
-    """The harm table of a model, from the cache when its digest is known. A flatbuffer, or a model without `evaluate`, has none."""
+class Quality(Noun):
+    KIND: ClassVar[str] = "quality"
+
+    value: float
+
+
+def harm_of(subject: Subject, step: Step) -> Harm:
+    """The harm table of a model, kept in the cache by its content."""
     from edgesdk import __version__
     from edgesdk.cache import cached
 
-    return cached("harm", f"{spec.digest[:32]}-{__version__}", Harm, lambda: _measure(spec, graph))
+    return cached("harm", f"{subject.facts.model_digest[:32]}-{__version__}", Harm, lambda: _measure(subject, step))
 
 
-def _measure(spec: ModelSpec, graph: ModelGraph) -> Harm:
-    if spec.flatbuffer is not None or spec.evaluate is None:
-        return Harm(quality=None, drop={}, errors=())
-    reference = spec.evaluate(_runner(spec, "fp32"))
-    errors: list[UnitError] = []
-    drop = {}
-    for precision in LOSSY:
-        seen: dict[tuple[str, str], list[float]] = {}
-        drop[precision] = max(0.0, reference - spec.evaluate(_runner(spec, precision, seen))) + 1e-4
-        units = {(m.name, u.name.split("#")[0]) for m in graph.methods for u in m.units if u.weight_elements}
-        errors += [UnitError(method=m, unit=u, precision=precision, error=sum(v) / len(v)) for (m, u), v in seen.items() if (m, u) in units]
-    return Harm(quality=reference, drop=drop, errors=tuple(errors))
+def quality_of(subject: Subject, choice: Mapping[str, str], step: Step) -> float | None:
+    """Evaluated quality of the fake-quantized model (weight → precision), kept in the cache; None where the model has no `evaluate`."""
+    from edgesdk import __version__
+    from edgesdk.cache import cached
+
+    if not subject.facts.has_evaluate or subject.graph.source != "torch":
+        return None
+    lowered = sorted((w, p) for w, p in choice.items() if p not in ("fp32", "as-is"))
+    key = hashlib.sha256(json.dumps([subject.facts.model_digest, __version__, lowered]).encode()).hexdigest()[:40]
+
+    def make() -> Quality:
+        from edgesdk.plan.fake_quant import observe, quantized, run
+
+        step(f"measuring {subject.facts.quality_name}" + (" of the rounded model" if lowered else ""), 0.5)
+        spec, graph = subject.spec, subject.graph
+        assert spec.evaluate is not None
+        with one_thread(), quantized(spec, graph, choice, observe(spec, graph)):
+            return Quality(value=float(spec.evaluate(run(spec))))
+
+    return cached("quality", key, Quality, make).value
 
 
-def _runner(spec: ModelSpec, precision: str, seen: dict[tuple[str, str], list[float]] | None = None) -> Any:
-    """`run(method, inputs)` over copies of the modules with round-tripped weights and inputs; fills `seen` with unit errors."""
-    import copy
-
-    import numpy as np
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Small models run faster on one thread, and leave the machine to others."""
     import torch
-    from torch import nn
 
-    modules = copy.deepcopy({n: m.module for n, m in spec.methods.items()})
-    current = [""]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
-    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any, names: dict[str, str], plain: Any) -> None:
-        key = (current[0], names.get(current[0], ""))
-        if seen is not None and key[1] and len(seen.setdefault(key, [])) < 16:
-            wanted = plain(inputs[0])
-            seen[key].append(float((output - wanted).norm() / wanted.norm().clamp_min(1e-9)))
 
-    if precision != "fp32":
-        by_module: dict[int, tuple[nn.Module, dict[str, str]]] = {}
-        for method, module in modules.items():
-            for name, part in module.named_modules():
-                if isinstance(part, nn.Linear | nn.Conv2d | nn.Conv1d):
-                    by_module.setdefault(id(part), (part, {}))[1][method] = name
-        for part, names in by_module.values():
-            plain = copy.deepcopy(part)
-            part.weight.data = round_trip(part.weight.data, precision)
-            if precision != "int8-weight-only":
-                part.register_forward_pre_hook(lambda m, x: (round_trip_activation(x[0]), *x[1:]))
-            part.register_forward_hook(lambda m, x, y, names=names, plain=plain: hook(m, x, y, names, plain))
+def _weights(subject: Subject) -> dict[str, Any]:
+    return {name: unit for name, unit in subject.graph.weights().items() if unit.weight_elements}
 
-    def run(method: str, inputs: Sequence[Any]) -> list[Any]:
-        current[0] = method
+
+def _allowed(unit: Any, precision: str) -> bool:
+    if unit.op == "embedding":
+        return precision == "int8-weight-only"
+    return precision != "int4-g32" or (unit.op == "linear" and unit.cols % 32 == 0)
+
+
+def _measure(subject: Subject, step: Step) -> Harm:
+    digest = subject.facts.model_digest
+    if subject.graph.source == "tflite":
+        rows = _shared(_tflite_rounding(subject), None)
+        return Harm(model_digest=digest, kind="rounding", quality=None, rows=rows)
+    with one_thread():
+        found = _divergences(subject, step)
+    kind: Literal["divergence", "rounding"] = "divergence"
+    if found is None:
+        kind, found = "rounding", _torch_rounding(subject)
+    quality = quality_of(subject, {}, step)
+    if quality is None:
+        return Harm(model_digest=digest, kind=kind, quality=None, rows=_shared(found, None))
+    drops = {}
+    for i, precision in enumerate(PRECISIONS):
+        if precision == "int8-static" and (not subject.facts.has_calibration or subject.facts.layout != "plain"):
+            continue
+        step(f"measuring {subject.facts.quality_name} with every weight {precision}", 0.5 + 0.1 * i)
+        value = quality_of(subject, {w: p for w, p in found if p == precision}, step)
+        drops[precision] = max(0.0, quality - (value if value is not None else quality))
+    return Harm(model_digest=digest, kind="evaluated", quality=quality, rows=_shared(found, drops))
+
+
+def _shared(found: dict[tuple[str, str], float], drops: dict[str, float] | None) -> tuple[HarmRow, ...]:
+    """A precision's whole drop, shared out by squared divergence; without drops, the root of the sum of squares stands for it."""
+    rows = []
+    for precision in PRECISIONS:
+        mine = {w: d for (w, p), d in found.items() if p == precision}
+        squares = sum(d * d for d in mine.values()) or 1.0
+        whole = drops.get(precision, 0.0) if drops is not None else min(1.0, squares**0.5)
+        rows += [HarmRow(weight=w, precision=precision, divergence=d, harm=whole * d * d / squares) for w, d in mine.items()]
+    return tuple(rows)
+
+
+def _divergences(subject: Subject, step: Step, cases: int = 4) -> dict[tuple[str, str], float] | None:
+    """(weight, precision) → relative output error over all methods; None where it would take too long."""
+    import torch
+
+    from edgesdk.plan.fake_quant import observe, quantized, samples
+
+    spec, graph = subject.spec, subject.graph
+    wanted = [(w, p) for w, u in _weights(subject).items() for p in PRECISIONS if _allowed(u, p)]
+    inputs = {m: samples(spec, m, cases) for m in spec.methods}
+
+    def outputs() -> torch.Tensor:
+        parts = []
         with torch.no_grad():
-            out = modules[method](*(torch.from_numpy(np.ascontiguousarray(i)) for i in inputs))
-        return [o.numpy() for o in (out if isinstance(out, tuple | list) else (out,))]
+            for method, lists in inputs.items():
+                for sample in lists:
+                    out = spec.methods[method].module(*sample)
+                    parts += [o.double().flatten() for o in (out if isinstance(out, tuple | list) else (out,)) if o.is_floating_point()]
+        return torch.cat([part.clamp(-1e3, 1e3) for part in parts])
 
-    return run
+    start = time.perf_counter()
+    reference = outputs()
+    if (time.perf_counter() - start) * len(wanted) > TIME_LIMIT_S:
+        return None
+    ranges, norm = observe(spec, graph), float(reference.norm()) or 1.0
+    found = {}
+    for i, (weight, precision) in enumerate(wanted):
+        step(f"sensitivity of {subject.facts.name}", 0.1 + 0.4 * i / len(wanted))
+        with quantized(spec, graph, {weight: precision}, ranges):
+            found[weight, precision] = float((outputs() - reference).norm()) / norm
+    return found
 
 
-def round_trip(weight: Any, precision: str) -> Any:
-    """A weight after symmetric rounding: int8 a channel, or int4 in groups of 32 along the reduction where its length allows."""
-    import torch
+def _torch_rounding(subject: Subject) -> dict[tuple[str, str], float]:
+    from edgesdk.plan.fake_quant import round_weight
 
-    flat = weight.reshape(weight.shape[0], -1)
-    grouped = precision == "int4-g32" and flat.shape[1] % 32 == 0 and weight.dim() == 2
-    groups, top = (flat.reshape(-1, 32), 7.0) if grouped else (flat, 127.0)
-    scale = groups.abs().amax(1, keepdim=True).clamp_min(1e-9) / top
-    return (torch.round(groups / scale).clamp(-top - 1, top) * scale).reshape(weight.shape)
+    found = {}
+    units = _weights(subject)
+    for method in subject.spec.methods.values():
+        for name, parameter in method.module.named_parameters(remove_duplicate=False):
+            if name in units and parameter.dim() >= 2:
+                for p in PRECISIONS:
+                    if _allowed(units[name], p):
+                        found[name, p] = float((round_weight(parameter.data, p) - parameter.data).norm() / parameter.data.norm().clamp_min(1e-12))
+    return _averaged(found)
 
 
-def round_trip_activation(x: Any) -> Any:
-    """An activation after asymmetric int8 rounding over its whole range (float tensors only)."""
-    import torch
+def _averaged(found: dict[tuple[str, str], float]) -> dict[tuple[str, str], float]:
+    """Rounding errors scaled so that the root of the sum of squares of a precision is their mean: errors of layers do not add up to more."""
+    answer = {}
+    for precision in PRECISIONS:
+        mine = {k: v for k, v in found.items() if k[1] == precision}
+        scale = 1.0 / max(1, len(mine)) ** 0.5
+        answer.update({k: v * scale for k, v in mine.items()})
+    return answer
 
-    if not torch.is_floating_point(x):
-        return x
-    low, high = min(0.0, float(x.min())), max(0.0, float(x.max()))
-    scale = max(high - low, 1e-9) / 255
-    zero = round(-low / scale)
-    return (torch.clamp(torch.round(x / scale) + zero, 0, 255) - zero) * scale
+
+def _tflite_rounding(subject: Subject) -> dict[tuple[str, str], float]:
+    """Relative rounding error of each float weight of a flatbuffer."""
+    import numpy as np
+
+    from edgesdk.graph.tflite_read import Table
+
+    assert subject.spec.flatbuffer is not None
+    data = subject.spec.flatbuffer.read_bytes()
+    model = Table(data, struct.unpack_from("<I", data, 0)[0])
+    buffers, units, found = model.tables(4), _weights(subject), {}
+    for tensor in (t for graph in model.tables(2) for t in graph.tables(0)):
+        unit = units.get(tensor.text(3))
+        if unit is None or unit.weight_dtype != "float32":
+            continue
+        start, count = buffers[tensor.number(2, "<I")]._vector(0)
+        weight = np.frombuffer(data, np.float32, count // 4, start)
+        last = unit.op == "depthwise_conv2d"
+        flat = weight.reshape(-1, unit.rows).T if last else weight.reshape(unit.rows, -1)
+        scale = np.maximum(np.abs(flat).max(1, keepdims=True), 1e-12) / 127.0
+        error = float(np.linalg.norm(np.round(flat / scale) * scale - flat) / max(float(np.linalg.norm(flat)), 1e-12))
+        found.update({(unit.weight, p): error for p in PRECISIONS if p.startswith("int8") and _allowed(unit, p)})
+    return _averaged(found)

@@ -1,0 +1,306 @@
+"""Model and device to Plan: candidates over layouts and runtimes, each solved; the best that fits, with its reasons."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from edgesdk import __version__
+from edgesdk.device import ComputeUnit, DeviceProfile
+from edgesdk.devices import load_device
+from edgesdk.efficiency import Efficiency
+from edgesdk.errors import InputError, UnknownName
+from edgesdk.graph.types import ModelGraph, Unit
+from edgesdk.graph.memory import memory_answer, weight_bytes
+from edgesdk.plan.cost import UnitCost, total, unit_cost, working_set
+from edgesdk.plan.harm import Harm, Step, harm_of
+from edgesdk.plan.options import options
+from edgesdk.plan.rates import efficiency_for
+from edgesdk.plan.solve import Option, Solution, solve
+from edgesdk.plan.types import Budget, BudgetCheck, Candidate, Estimate, Plan, Precision, UnitPlan, Workload
+from edgesdk.plan.subject import Subject
+from edgesdk.target import target_for
+
+DEFAULT_DROP = 0.01
+"""Quality a plan may lose when the user names no limit and quality can be measured."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One candidate's surroundings: everything but the precisions."""
+
+    subject: Subject
+    graph: ModelGraph
+    device: DeviceProfile
+    compute: ComputeUnit
+    runtime: str
+    threads: int
+    efficiency: Efficiency
+    harm: Harm
+    workload: Workload
+
+
+def make_plan(
+    model: str, device: str, budget: Budget, workload: Workload, runtime: str | None, threads: int | None, layout: str | None, step: Step
+) -> Plan:
+    """See `edgesdk.plan.plan`."""
+    profile = load_device(device)
+    asked = Subject(model)
+    refs = {asked.facts.layout: model, **asked.facts.alternatives}
+    if layout is not None and layout not in refs:
+        raise UnknownName("layout", layout, refs)
+    plans: list[Plan] = []
+    for ref in [refs[layout]] if layout else list(refs.values()):
+        subject = asked if ref == model else Subject(ref)
+        graph, harm = subject.graph, harm_of(subject, step)
+        for name in _runtimes(profile, runtime, graph):
+            plans.append(_candidate(_setting(subject, graph, harm, profile, name, threads, workload), budget))
+    best_quality = max((p.quality for p in plans if p.quality is not None), default=None)
+    best = min(plans, key=lambda p: _rank(p, best_quality, budget))
+    front = _pareto([c for p in plans for c in p.front])
+    return best.model_copy(update={"front": front, "reasons": (*best.reasons, *_against(best, plans))})
+
+
+def _rank(plan: Plan, best_quality: float | None, budget: Budget) -> tuple[bool, bool, float, float]:
+    """Fits first; then a layout whose own quality is within the allowed drop of the best layout's; then the least stretch; then time."""
+    allowed = budget.quality_drop if budget.quality_drop is not None else DEFAULT_DROP
+    worse = plan.quality is not None and best_quality is not None and best_quality - plan.quality > allowed
+    over = max((c.reached / c.limit for c in plan.checks), default=0.0)
+    return not plan.fits, worse, 0.0 if plan.fits else over, plan.latency.value
+
+
+def _runtimes(device: DeviceProfile, asked: str | None, graph: ModelGraph) -> list[str]:
+    """Runtimes to consider, in the target's order: what the device has and edgesdk lowers for."""
+    here = {r.name for r in device.runtimes}
+    if asked is not None:
+        if asked not in here:
+            raise UnknownName(f"runtime on {device.name}", asked, here)
+        return [asked]
+    target = target_for(device)
+    kept = [r for r in target.runtimes if r in here and not (graph.source == "tflite" and r.startswith("executorch"))]
+    if not kept:
+        raise InputError(f"{device.name} has no runtime that takes {graph.name}", f"its runtimes: {', '.join(sorted(here)) or 'none'}; name one with --runtime")
+    return kept
+
+
+def _setting(
+    subject: Subject, graph: ModelGraph, harm: Harm, device: DeviceProfile, runtime: str, threads: int | None, workload: Workload
+) -> Setting:
+    compute = device.unit(next(r.unit for r in device.runtimes if r.name == runtime))
+    n = threads or target_for(device).default_threads
+    if n > compute.cores:
+        raise InputError(f"--threads {n}: {device.name}'s {compute.name} has {compute.cores} cores", "ask for fewer threads")
+    return Setting(subject, graph, device, compute, runtime, n, efficiency_for(device, compute, runtime, n), harm, workload)
+
+
+def _group(method: str, unit: Unit) -> str:
+    return unit.weight or f"{method}/{unit.name}"
+
+
+def _cost(s: Setting, unit: Unit, precision: str, touched: float) -> UnitCost:
+    """`touched`: bytes a call of the whole method touches, as float: what decides the memory level its weights come from."""
+    cost = unit_cost(unit, precision, s.device, s.runtime, s.threads, s.efficiency, working_set=touched)
+    clock = s.compute.clock_hz / s.compute.sustained_clock_hz if s.workload.sustained and s.compute.sustained_clock_hz else 1.0
+    factor = clock * s.workload.batch
+    return replace(cost, seconds=cost.seconds * factor, low=cost.low * factor, high=cost.high * factor)
+
+
+def _offered(s: Setting, unit: Unit, method: str) -> list[Precision]:
+    if not unit.weight_elements:
+        return ["as-is"] if unit.act_bytes == 1 else ["fp32"]
+    static = s.subject.facts.has_calibration or s.graph.source == "tflite"
+    return options(unit, method, s.runtime, s.device, source=s.graph.source, static=static)
+
+
+def _table(s: Setting, slower: bool) -> tuple[list[Option], dict[str, float], int]:
+    """Options by group, the fixed part of every metric, and how many options were refused for being slower than float."""
+    uses: dict[tuple[str, str], dict[str, float]] = {}
+    choices: dict[str, list[Precision]] = {}
+    fixed: dict[str, float] = {"latency": 0.0}
+    for method in s.graph.methods:
+        fixed[f"latency:{method.name}"] = s.efficiency.call_overhead_s
+        fixed["latency"] += s.efficiency.call_overhead_s * method.unroll
+        touched = working_set(method, {})
+        for unit in method.units:
+            group, offered = _group(method.name, unit), _offered(s, unit, method.name)
+            if len(offered) == 1:
+                value = _cost(s, unit, offered[0], touched).seconds
+                fixed["latency"] += value * method.unroll
+                fixed[f"latency:{method.name}"] += value
+                continue
+            choices[group] = [p for p in offered if p in choices.get(group, offered)]
+            for precision in offered:
+                use = uses.setdefault((group, precision), {"memory": weight_bytes(unit, precision, s.runtime), "latency": 0.0, "harm": 0.0})
+                value = _cost(s, unit, precision, touched).seconds
+                use["latency"] += value * method.unroll
+                use[f"latency:{method.name}"] = use.get(f"latency:{method.name}", 0.0) + value
+                use["harm"] += s.harm.of(unit.weight or "", precision)
+                use["storage"] = use["memory"]
+    kept = [Option(g, p, u) for (g, p), u in uses.items() if p in choices[g]]
+    fast = [o for o in kept if slower or o.use["latency"] <= uses[(o.group, choices[o.group][0])]["latency"] * 1.0001]
+    held = {o.group: o.use["memory"] for o in kept if o.precision == choices[o.group][0]}
+    answer = memory_answer(s.graph, {}, s.runtime, s.device)
+    fixed["memory"] = answer.peak_bytes - sum(held.values())
+    fixed["storage"] = answer.weights_bytes - sum(held.values())
+    return fast, fixed, len(kept) - len(fast)
+
+
+def _limits(s: Setting, budget: Budget) -> dict[str, float]:
+    limits: dict[str, float] = {"memory": float(budget.memory_bytes or s.device.usable_bytes)}
+    if budget.latency_s:
+        limits["latency"] = budget.latency_s
+    for method, seconds in budget.method_latency_s.items():
+        if method not in [m.name for m in s.graph.methods]:
+            raise UnknownName(f"method of {s.subject.facts.name}", method, [m.name for m in s.graph.methods])
+        limits[f"latency:{method}"] = seconds
+    if budget.storage_bytes:
+        limits["storage"] = float(budget.storage_bytes)
+    if s.harm.quality is not None:
+        limits["harm"] = max(budget.quality_drop if budget.quality_drop is not None else DEFAULT_DROP, 1e-9)
+    elif budget.quality_drop is not None:
+        raise InputError(f"--quality-drop: {s.subject.facts.name} has no evaluate()", "give a model with evaluate (see docs/concepts.md), or leave the limit out")
+    return limits
+
+
+def _candidate(s: Setting, budget: Budget) -> Plan:
+    limits = _limits(s, budget)
+    fast, fixed, refused = _table(s, slower=False)
+    solution = solve(fast, fixed, limits)
+    forced = False
+    if solution.stretch > 1 and refused:
+        every, fixed, _ = _table(s, slower=True)
+        wider = solve(every, fixed, limits)
+        forced = wider.stretch < solution.stretch
+        solution = wider if forced else solution
+    if s.harm.quality is None and solution.stretch <= 1:
+        every = [o for o in fast if o.precision not in ("int4-g32", "int8-static")]
+        careful = solve(every, fixed, limits)
+        solution = careful if careful.stretch <= 1 else solution
+    return _plan(s, budget, limits, fixed, solution, refused, forced)
+
+
+def _reached(solution: Solution, fixed: dict[str, float], metric: str) -> float:
+    return fixed.get(metric, 0.0) + sum(o.use.get(metric, 0.0) for o in solution.chosen.values())
+
+
+def _plan(s: Setting, budget: Budget, limits: dict[str, float], fixed: dict[str, float], solution: Solution, refused: int, forced: bool) -> Plan:
+    units, per_method, seen = [], {}, set()
+    for method in s.graph.methods:
+        own, touched = [], working_set(method, {})
+        for unit in method.units:
+            group = _group(method.name, unit)
+            offered = _offered(s, unit, method.name)
+            precision = solution.chosen[group].precision if group in solution.chosen else offered[0]
+            cost = _cost(s, unit, precision, touched)
+            own.append(cost)
+            estimate = Estimate(value=cost.seconds, low=cost.low, high=cost.high)
+            size = 0 if group in seen else weight_bytes(unit, precision, s.runtime)
+            seen.add(group)
+            harm = s.harm.of(unit.weight or "", precision) if unit.weight_elements else 0.0
+            units.append(
+                UnitPlan.model_validate({
+                    "unit": unit.name, "method": method.name, "op": unit.op, "precision": precision, "weight_bytes": size, "latency": estimate,
+                    "bound": cost.bound, "harm": harm, "why": _why(s, unit, precision, offered, touched),
+                })
+            )  # fmt: skip
+        per_method[method.name] = total(own, s.efficiency)
+    latency = _whole(s.graph, per_method)
+    memory = memory_answer(s.graph, {(u.method, u.unit): u.precision for u in units}, s.runtime, s.device)
+    checks = tuple(
+        sorted(
+            (BudgetCheck(name=k, limit=v, reached=(r := _reached(solution, fixed, k)), fits=r <= v * (1 + 1e-6)) for k, v in limits.items()),
+            key=lambda c: -c.reached / c.limit,
+        )
+    )
+    drop = _reached(solution, fixed, "harm") if s.harm.quality is not None else None
+    candidate = Candidate(
+        layout=s.subject.facts.layout, runtime=s.runtime, precisions=dict(Counter(u.precision for u in units if u.weight_bytes)), memory_bytes=memory.peak_bytes,
+        storage_bytes=memory.weights_bytes, latency=latency, quality_drop=drop,
+    )  # fmt: skip
+    return Plan(
+        model=s.subject.ref, model_name=s.subject.facts.name, layout=s.subject.facts.layout, device=s.device.name, runtime=s.runtime, unit=s.compute.name, threads=s.threads,
+        power_mode=s.device.default_power_mode, workload=s.workload, budget=budget, fits=all(c.fits for c in checks), checks=checks, units=tuple(units),
+        latency=latency, method_latency=per_method, memory=memory, storage_bytes=memory.weights_bytes, quality=s.harm.quality, quality_drop=drop,
+        proof=solution.proof, front=(candidate, *_extremes(s, limits)), reasons=_reasons(s, refused), warnings=_warnings(s, forced),
+        digests={"model": s.subject.facts.model_digest, "graph": s.graph.digest(), "device": s.device.digest(), "efficiency": s.efficiency.digest(), "edgesdk": __version__},
+    )  # fmt: skip
+
+
+def _whole(graph: ModelGraph, per_method: dict[str, Estimate]) -> Estimate:
+    """One answer: every method as often as it is called. Methods of one runtime err together, so their bounds add up."""
+    sums = {k: sum(getattr(per_method[m.name], k) * m.unroll for m in graph.methods) for k in ("value", "low", "high")}
+    return Estimate(**sums)
+
+
+def _extremes(s: Setting, limits: dict[str, float]) -> list[Candidate]:
+    """The smallest and the fastest choices without any budget but quality, and all-float: the ends of the front."""
+    table, fixed, _ = _table(s, slower=True)
+    kept = {k: v for k, v in limits.items() if k == "harm"}
+    answers = []
+    for objective in ("latency", "memory", None):
+        if objective is None:
+            solution = solve([o for o in table if o.precision == "fp32"], fixed, {})
+        else:
+            solution = solve(table, fixed, kept, objective)
+        value = _reached(solution, fixed, "latency")
+        spread = max((r.log_sd for r in s.efficiency.rows), default=0.6)
+        memory = round(_reached(solution, fixed, "memory"))
+        answers.append(
+            Candidate(
+                layout=s.subject.facts.layout, runtime=s.runtime, precisions=dict(Counter(o.precision for o in solution.chosen.values())), memory_bytes=memory,
+                storage_bytes=round(_reached(solution, fixed, "storage")), latency=Estimate(value=value, low=value / 2.72**spread, high=value * 2.72**spread),
+                quality_drop=_reached(solution, fixed, "harm") if s.harm.quality is not None else None,
+            )
+        )  # fmt: skip
+    return answers
+
+
+def _pareto(points: list[Candidate]) -> tuple[Candidate, ...]:
+    kept: list[Candidate] = []
+    for p in sorted(points, key=lambda c: (c.latency.value, c.memory_bytes)):
+        if not kept or p.memory_bytes < kept[-1].memory_bytes:
+            kept.append(p)
+    return tuple(kept)
+
+
+def _why(s: Setting, unit: Unit, precision: str, offered: list[Precision], touched: float) -> str:
+    if not unit.weight_elements:
+        return "no weights"
+    if len(offered) == 1:
+        return "the only choice here"
+    if precision == "fp32":
+        return "float is fastest here, or needed for quality"
+    float_s, own_s = _cost(s, unit, "fp32", touched).seconds, _cost(s, unit, precision, touched).seconds
+    smaller = weight_bytes(unit, "fp32", s.runtime) / max(weight_bytes(unit, precision, s.runtime), 1)
+    return f"{float_s / own_s:.2g}x the speed of float, {smaller:.2g}x smaller" if own_s > 0 else f"{smaller:.2g}x smaller"
+
+
+def _reasons(s: Setting, refused: int) -> tuple[str, ...]:
+    reasons = [f"times: {s.efficiency.origin}" + (f", {s.efficiency.notes[0]}" if s.efficiency.notes else "")]
+    if refused:
+        reasons.append(f"{refused} quantized options were refused: predicted slower than float on {s.device.name} with {s.runtime}")
+    if s.harm.quality is None:
+        reasons.append("quality: the model has no evaluate(), so int8-static and int4 are taken only if a budget needs them")
+    else:
+        reasons.append(f"quality: {s.subject.facts.quality_name} {s.harm.quality:.2%} on held-out data before compression")
+    return tuple(reasons)
+
+
+def _warnings(s: Setting, forced: bool) -> tuple[str, ...]:
+    warnings = []
+    if forced:
+        warnings.append("memory forces precisions that are predicted slower than float")
+    if s.efficiency.origin == "prior":
+        warnings.append(f"nothing was measured on {s.device.name} with {s.runtime}: run `edgesdk calibrate` there for tight predictions")
+    return tuple(warnings)
+
+
+def _against(best: Plan, plans: list[Plan]) -> list[str]:
+    """Why not the others: one line each."""
+    lines = []
+    for p in plans:
+        if (p.layout, p.runtime) != (best.layout, best.runtime):
+            state = f"{p.latency.value / best.latency.value:.2f}x the time" + ("" if p.fits else ", does not fit")
+            quality = "" if p.quality is None else f", quality {p.quality:.1%}"
+            lines.append(f"not {p.layout} on {p.runtime}: {state}{quality}")
+    return lines

@@ -1,0 +1,52 @@
+"""Where a plan's efficiencies come from: a calibration on the device, else a fit on published measurements, else a wide prior."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgesdk.efficiency import Efficiency, OpRate
+from edgesdk.errors import InputError, UnknownName
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from edgesdk.device import ComputeUnit, DeviceProfile
+
+PRIOR = {"linear": 0.35, "conv2d": 0.35, "conv1d": 0.3, "depthwise_conv2d": 0.08, "matmul": 0.25, "attention": 0.25, "*": 0.1}
+"""Share of the peak reached where nothing was measured."""
+
+
+def calibration_path(device: str, runtime: str, threads: int) -> Path:
+    """Where a calibration is kept."""
+    from edgesdk.cache import cache_dir
+
+    return cache_dir("calibration") / f"{device}-{runtime}-{threads}.json"
+
+
+def efficiency_for(device: DeviceProfile, compute: ComputeUnit, runtime: str, threads: int) -> Efficiency:
+    """The best there is for `runtime` on `device`."""
+    path = calibration_path(device.name, runtime, threads)
+    if path.exists():
+        try:
+            return Efficiency.load(path)
+        except InputError:
+            path.unlink()  # an older form: calibrate again
+    if device.name != "host":
+        from edgesdk.predict import efficiency_for as fitted
+
+        try:
+            return fitted(device, runtime)
+        except UnknownName:
+            pass
+    return prior(device, compute, runtime, threads)
+
+
+def prior(device: DeviceProfile, compute: ComputeUnit, runtime: str, threads: int) -> Efficiency:
+    """Shares of peak from `PRIOR`, an overhead that scales with the clock; log sd 0.6, about a factor of two either way."""
+    overhead = 3e-6 * 2.4e9 / compute.clock_hz if compute.kind == "cpu" else 1e-5
+    rows = tuple(
+        OpRate(op=op, precision=p, share_of_peak=share * factor, overhead_s=overhead, log_sd=0.6, source="prior")
+        for op, share in PRIOR.items()
+        for p, factor in (("*", 1.0), ("int8", 0.7), ("int8-weight-only", 0.9))
+    )
+    return Efficiency(device=device.name, runtime=runtime, threads=threads, origin="prior", rows=rows, call_overhead_s=5 * overhead, call_log_sd=0.3)

@@ -1,0 +1,85 @@
+"""The model as the planner needs it: facts and graph from the cache when nothing changed, so that planning again imports no framework."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from edgesdk.graph.types import ModelGraph
+from edgesdk.noun import Noun
+
+if TYPE_CHECKING:
+    from edgesdk.model import ModelSpec
+
+
+class Facts(Noun):
+    KIND: ClassVar[str] = "model-facts"
+
+    name: str
+    model_digest: str
+    layout: str
+    alternatives: dict[str, str] = Field(default_factory=dict)
+    quality_name: str
+    has_calibration: bool
+    has_evaluate: bool
+
+
+def _content_key(ref: str) -> str | None:
+    """A digest of everything the reference loads, or None where that cannot be told without loading (a Python factory, a hub id)."""
+    total = hashlib.sha256(ref.encode())
+    if ref.startswith("example:"):
+        import edgesdk.examples as folder
+
+        paths = sorted(p for p in Path(folder.__file__).parent.iterdir() if p.suffix in (".py", ".npz"))
+    else:
+        paths = [Path(ref)]
+        if paths[0].suffix not in (".tflite", ".pt2") or not paths[0].is_file():
+            return None
+    for path in paths:
+        total.update(path.name.encode())
+        total.update(path.read_bytes())
+    return total.hexdigest()[:40]
+
+
+class Subject:
+    """`facts`, `graph` and, loaded only when something new must be measured, `spec`."""
+
+    def __init__(self, ref: str) -> None:
+        from edgesdk import __version__
+        from edgesdk.cache import cache_dir, cached
+
+        self.ref = ref
+        key = _content_key(ref)
+        self.facts = cached("facts", f"{key}-{__version__}", Facts, self._facts) if key else self._facts()
+        saved = cache_dir("graphs") / f"{self.facts.model_digest[:32]}-{__version__}.json"
+        self._saved_graph = saved if saved.exists() else None
+
+    def _facts(self) -> Facts:
+        spec = self.spec
+        return Facts(
+            name=spec.name, model_digest=spec.digest, layout=spec.layout, alternatives=spec.alternatives, quality_name=spec.quality_name,
+            has_calibration=spec.calibration is not None, has_evaluate=spec.evaluate is not None,
+        )  # fmt: skip
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """The loaded model. Raises what `load_model` raises."""
+        from edgesdk.intake import load_model
+
+        return load_model(self.ref)
+
+    @cached_property
+    def graph(self) -> ModelGraph:
+        from edgesdk.errors import InputError
+        from edgesdk.graph import trace
+
+        if self._saved_graph:
+            try:
+                return ModelGraph.load(self._saved_graph)
+            except InputError:
+                self._saved_graph.unlink(missing_ok=True)
+        return trace(self.spec)
