@@ -149,3 +149,18 @@ def working_set(method: MethodGraph, precisions: dict[str, str]) -> float:
         if unit.weight:
             stored[unit.weight] = weight_traffic(unit, precisions.get(unit.weight, "fp32"))
     return sum(stored.values()) + method.peak_activation_bytes
+
+
+_CLAMPS = ("relu", "hardtanh", "clamp")
+
+
+def fused(method: MethodGraph) -> frozenset[str]:
+    """Units that every runtime here folds into the operator before them: a clamp after a convolution, a linear layer or an addition."""
+    found, before = set(), None
+    for unit in method.units:
+        clamp = unit.op == "activation" and unit.name.split("#")[0].rsplit(".", 1)[-1].startswith(_CLAMPS)
+        if clamp and before is not None and (before.weight_elements or before.name.startswith("add")):
+            found.add(unit.name)
+        if unit.op != "reshape":
+            before = unit
+    return frozenset(found)

@@ -11,6 +11,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from edgesdk.plan.types import SolverProof
 
+_HIGHS = {"mip_rel_gap": 1e-4, "time_limit": 20.0}
+
 
 @dataclass(frozen=True)
 class Option:
@@ -32,6 +34,7 @@ def solve(options: Sequence[Option], fixed: Mapping[str, float], limits: Mapping
     """Least `objective` with every metric within its limit (`fixed` is what does not depend on the choice).
 
     When that is infeasible: the choice that needs the smallest common stretch of the limits, ties broken by the objective.
+    Quality ("harm") is never stretched: without compression it always holds.
     """
     solution = _milp(options, fixed, limits, objective, stretch=False)
     return solution or _milp(options, fixed, limits, objective, stretch=True) or _first(options)
@@ -44,7 +47,9 @@ def _first(options: Sequence[Option]) -> Solution:
     return Solution(chosen, SolverProof(name="none", status="no choice to make", objective=0, bound=0, gap=0, seconds=0), 1.0)
 
 
-def _milp(options: Sequence[Option], fixed: Mapping[str, float], limits: Mapping[str, float], objective: str, stretch: bool) -> Solution | None:
+def _milp(
+    options: Sequence[Option], fixed: Mapping[str, float], limits: Mapping[str, float], objective: str, stretch: bool
+) -> Solution | None:
     start = time.perf_counter()
     if not options:
         fits = all(fixed.get(k, 0.0) <= v for k, v in limits.items())
@@ -65,9 +70,10 @@ def _milp(options: Sequence[Option], fixed: Mapping[str, float], limits: Mapping
     for metric, limit in limits.items():
         row = np.zeros(size)
         row[:n] = [o.use.get(metric, 0.0) / limit for o in options]
-        if stretch:
+        elastic = stretch and metric != "harm"
+        if elastic:
             row[n] = -1.0
-        room = -fixed.get(metric, 0.0) / limit + (0.0 if stretch else 1.0)
+        room = -fixed.get(metric, 0.0) / limit + (0.0 if elastic else 1.0)
         constraints.append(LinearConstraint(row[None], -np.inf, room + 1e-9))
     upper = np.ones(size)
     if stretch:
@@ -75,7 +81,7 @@ def _milp(options: Sequence[Option], fixed: Mapping[str, float], limits: Mapping
     integrality = np.ones(size)
     if stretch:
         integrality[n] = 0
-    result = milp(cost, constraints=constraints, bounds=Bounds(np.zeros(size), upper), integrality=integrality, options={"mip_rel_gap": 1e-6, "time_limit": 20})
+    result = milp(cost, constraints=constraints, bounds=Bounds(np.zeros(size), upper), integrality=integrality, options=_HIGHS)
     if result.x is None:
         return None
     chosen = {o.group: o for i, o in enumerate(options) if result.x[i] > 0.5}
