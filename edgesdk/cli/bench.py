@@ -77,7 +77,8 @@ def predictions(rows: Rows, as_json: Json = False, check: Validate = False) -> N
     if validation:
         _summary_table("Left out of the fit", validation)
     unknown = [p for p in items if not p.known]
-    say(f"{len(items)} rows, {len(unknown)} unknown; an interval claims {shipped['covers']:.0%}; parameters fitted on {shipped['points']} published numbers")
+    claim = f"an interval claims {shipped['covers']:.0%}"
+    say(f"{len(items)} rows, {len(unknown)} unknown; {claim}; parameters fitted on {shipped['points']} published numbers")
 
 
 def register(app: typer.Typer) -> None:

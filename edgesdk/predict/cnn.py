@@ -306,6 +306,13 @@ _VGG19 = (64, 64, 0, 128, 128, 0, *(256,) * 4, 0, *(512,) * 4, 0, *(512,) * 4, 0
 _EFF = ((1.0, 1.0, 224), (1.0, 1.1, 240), (1.1, 1.2, 260), (1.2, 1.4, 300), (1.4, 1.8, 380), (1.6, 2.2, 456), (1.8, 2.6, 528), (2.0, 3.1,
     600))
 
+_LITE = ((1.0, 1.0, 224), (1.0, 1.1, 240), (1.1, 1.2, 260), (1.2, 1.4, 280), (1.4, 1.8, 300))
+
+
+def _scaled(width: float, depth: float, size: int, lite: bool) -> Callable[[int | None], Net]:
+    return lambda s: efficientnet(width, depth, s or size, lite)
+
+
 CLASSIFIERS: dict[str, Callable[[int | None], Net]] = {
     "resnet18": lambda s: resnet((2, 2, 2, 2), False, s or 224),
     "resnet34": lambda s: resnet((3, 4, 6, 3), False, s or 224),
@@ -327,12 +334,8 @@ CLASSIFIERS: dict[str, Callable[[int | None], Net]] = {
     "mnasnet": lambda s: mnasnet(s or 224),
     "mnasnet05": lambda s: mnasnet(s or 224, 0.5),
     "proxylessnasnet": lambda s: proxylessnas(s or 224),
-    **{f"efficientnetb{i}": (lambda s, w=w, d=d, z=z: efficientnet(w, d, s or z)) for i, (w, d, z) in enumerate(_EFF)},
-        # type: ignore[misc]
-    **{
-        f"efficientnetlite{i}": (lambda s, w=w, d=d, z=z: efficientnet(w, d, s or z, True))  # type: ignore[misc]
-        for i, (w, d, z) in enumerate(((1.0, 1.0, 224), (1.0, 1.1, 240), (1.1, 1.2, 260), (1.2, 1.4, 280), (1.4, 1.8, 300)))
-    },
+    **{f"efficientnetb{i}": _scaled(w, d, z, False) for i, (w, d, z) in enumerate(_EFF)},
+    **{f"efficientnetlite{i}": _scaled(w, d, z, True) for i, (w, d, z) in enumerate(_LITE)},
     "efficientnetv2b0": lambda s: efficientnet_v2("b0", s or 224),
     "efficientnetv2s": lambda s: efficientnet_v2("s", s or 384),
     "shufflenetv1": lambda s: shufflenet_v1(s or 224),

@@ -18,12 +18,14 @@ DEFAULT = Path(__file__).parents[2].parent / "shared" / "data" / "published_late
 def main() -> int:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT
     if not path.exists():
-        print(f"{path} is not there: give a CSV of published rows")
+        sys.stdout.write(f"{path} is not there: give a CSV of published rows\n")
         return 2
-    for name, group in {"all rows, shipped parameters": predict.summarise(predict.predict_rows(path))["all"], **predict.validate(path)}.items():
+    shipped = predict.summarise(predict.predict_rows(path))["all"]
+    for name, group in {"all rows, shipped parameters": shipped, **predict.validate(path)}.items():
         median, near, inside = group["median_error"], group["within_25_percent"], group["inside_interval"]
         if median is not None:
-            print(f"{name:42s} rows {group['rows']:4d}  median error {median:6.1%}  within 25% {near:5.0%}  inside the interval {inside:5.0%}")
+            head = f"{name:42s} rows {group['rows']:4d}  median error {median:6.1%}"
+            sys.stdout.write(f"{head}  within 25% {near:5.0%}  inside the interval {inside:5.0%}\n")
     return 0
 
 
