@@ -65,11 +65,13 @@ class Report(Noun):
     bundle_digest: str
     model_name: str
     conditions: Conditions
-    load_cold_s: float | None
-    load_warm_s: float | None
+    load_cold_s: float | None  # the program's first load in a fresh process, the runtime imported before
+    load_warm_s: float | None  # loaded once more in the same process
     methods: tuple[MethodSamples, ...]
     peak_rss_bytes: int | None
-    rss_before_load_bytes: int | None = None
+    rss_before_load_bytes: int | None = None  # with the runtime imported, without the program
+    rss_start_bytes: int | None = None  # before the runtime was imported
+    runtime_import_s: float | None = None
     operators: tuple[OperatorTime, ...] = ()
     operators_route: str | None = None  # how the per-operator times were obtained
     comparisons: tuple[Comparison, ...] = ()
