@@ -1,9 +1,105 @@
-"""The verb `report`."""
+"""The verb `report`, and how a report is shown."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
 import typer
+
+from edgesdk.cli.common import Json, console, emit_json, say
+
+if TYPE_CHECKING:
+    from edgesdk.report import Report
+
+
+def report(
+    path: Annotated[Path | None, typer.Argument(metavar="REPORT", help="What `edgesdk profile --out` wrote.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page that stands alone.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Write the samples as a picture (needs matplotlib).")] = None,
+    etdump: Annotated[Path | None, typer.Option("--etdump", help="An ETDump from your own ExecuTorch runner: print its operators.")] = None,
+    etrecord: Annotated[Path | None, typer.Option("--etrecord", help="The ETRecord that belongs to it: real operator names.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a saved report, or the operator times in an ETDump."""
+    from edgesdk.errors import InputError
+    from edgesdk.report import Report
+
+    if (path is None) == (etdump is None):
+        raise InputError("report wants one of: a report, --etdump FILE", "edgesdk report report.json")
+    if etdump is not None:
+        _etdump(etdump, etrecord, as_json)
+        return
+    loaded = Report.load(str(path))
+    if html:
+        from edgesdk.report_page import page
+
+        html.write_text(page(loaded), encoding="utf-8")
+        say(f"wrote {html}")
+    if plot:
+        from edgesdk.report_page import draw
+
+        draw(loaded, plot)
+        say(f"wrote {plot}")
+    if as_json:
+        emit_json(loaded)
+    else:
+        show(loaded)
+
+
+def _etdump(etdump: Path, etrecord: Path | None, as_json: bool) -> None:
+    from edgesdk.operators import read_etdump
+    from edgesdk.units import show_seconds
+
+    rows, route = read_etdump(etdump, etrecord)
+    if as_json:
+        emit_json({"kind": "operators", "schema_version": 1, "route": route, "operators": [r.model_dump() for r in rows]})
+        return
+    out = console()
+    out.print(f"operators ({route})", markup=False)
+    for r in rows:
+        out.print(f"  {r.method:10} {r.unit:48} {show_seconds(r.median_s):>9} {r.share:6.1%}", markup=False)
+
+
+def show(r: Report) -> None:
+    """A report for people."""
+    from rich.table import Table
+
+    from edgesdk.units import show_bytes, show_seconds
+
+    out, c = console(), r.conditions
+    out.print(f"[bold]{r.model_name}[/bold] on {c.device} ({c.link}), {c.runtime} {c.runtime_version}, {c.threads} thread{'s' * (c.threads > 1)}")
+    out.print(f"  {c.machine}; {c.system}", markup=False)
+    table = Table("method", "first call", "p50", "p90", "p99", "calls", box=None, header_style="dim")
+    for m in r.methods:
+        table.add_row(m.method, *(show_seconds(t) for t in (m.cold_s, m.p50_s, m.p90_s, m.p99_s)), str(len(m.samples_s)))
+    out.print(table)
+    out.print(f"  load      {show_seconds(r.load_cold_s)} cold, {show_seconds(r.load_warm_s)} warm; runtime import {show_seconds(r.runtime_import_s)}")
+    out.print(f"  memory    {show_bytes(r.peak_rss_bytes)} peak, {show_bytes(r.rss_before_load_bytes)} before the program was loaded")
+    out.print(f"  clock     {_hz(c.clock_before_hz)} before, {_hz(c.clock_after_hz)} after; {_c(c.temperature_before_c)} before, {_c(c.temperature_after_c)} after")
+    if r.comparisons:
+        table = Table("", "predicted", "interval", "measured", "off by", box=None, header_style="dim")
+        for row in r.comparisons:
+            unit = show_seconds if row.unit == "s" else show_bytes
+            interval = f"{unit(row.predicted_low)} to {unit(row.predicted_high)}" if row.predicted_low is not None else "–"
+            off = f"{row.predicted / row.measured - 1:+.0%}" if row.predicted is not None and row.measured else "–"
+            table.add_row(row.name, unit(row.predicted), interval, unit(row.measured), off)
+        out.print(table)
+    if r.operators:
+        out.print(f"  operators ({r.operators_route})", markup=False)
+        for o in sorted(r.operators, key=lambda o: -o.median_s)[:15]:
+            out.print(f"    {o.method:10} {o.unit:40} {o.op:16} {show_seconds(o.median_s):>9} {o.share:6.1%}", markup=False)
+    colour = {"good": "green", "noisy": "yellow"}.get(r.trust.verdict, "red")
+    out.print(f"  trust     [{colour}]{r.trust.verdict}[/{colour}]" + (": " + "; ".join(r.trust.reasons) if r.trust.reasons else ""))
+
+
+def _hz(value: float | None) -> str:
+    return "unknown" if value is None else f"{value / 1e6:.0f} MHz"
+
+
+def _c(value: float | None) -> str:
+    return "unknown temperature" if value is None else f"{value:.0f} °C"
 
 
 def register(app: typer.Typer) -> None:
-    """Not there yet."""
+    app.command("report")(report)
