@@ -184,3 +184,21 @@ def test_published_rows_are_predicted(tmp_path: Path) -> None:
     assert summary["all"]["median_error"] < 0.16
     assert summary["all"]["inside_interval"] >= 0.75
     assert all(math.isfinite(p.predicted or math.nan) for p in items)
+
+
+def test_the_planner_gets_fitted_efficiencies() -> None:
+    from edgesdk.device import ComputeUnit, DeviceProfile, Memory, RuntimeSupport
+    from edgesdk.errors import UnknownName
+
+    unit = ComputeUnit(name="cpu", kind="cpu", core="cortex-a76", cores=4, clock_hz=2.4e9, peak_ops_per_s={"fp32": 1.536e11})
+    device = DeviceProfile(
+        name="raspberry-pi-5", title="Raspberry Pi 5", family="raspberry-pi", arch="aarch64", os="linux", units=(unit,),
+        memory=Memory(size_bytes=8 << 30, usable_share=0.8, bandwidth_bytes_per_s=17e9),
+        runtimes=(RuntimeSupport(name="litert", unit="cpu", precisions=("fp32",)),), sources={"": "a test"},
+    )  # fmt: skip
+    answer = predict.efficiency_for(device, "litert")
+    row = answer.row("conv2d", "fp32")
+    assert answer.origin == "fitted" and row is not None and row.share_of_peak is not None
+    assert 0.05 < row.share_of_peak < 1 and 0.1 < row.log_sd < 1
+    with pytest.raises(UnknownName):
+        predict.efficiency_for(device, "tflite-micro")

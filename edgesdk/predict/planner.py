@@ -18,8 +18,12 @@ _ENGINES = {
     "tflite"), "llama.cpp": ("llm-cpu", "llama.cpp"),
 }  # fmt: skip
 # operator class of the planner's graph → class of the fit
-_OPS = {"conv2d": "conv", "conv": "conv", "depthwise": "dw", "depthwise_conv2d": "dw", "linear": "pw", "attention": "bmm",
-    "matmul": "bmm", "*": "conv"}
+_OPS = {
+    "conv2d": "conv", "conv1d": "conv", "depthwise_conv2d": "dw", "linear": "pw", "recurrent": "fc", "attention": "bmm", "matmul": "bmm",
+    "norm": "elem", "softmax": "elem", "activation": "elem", "elementwise": "elem", "pool": "elem", "*": "elem",
+}  # fmt: skip
+
+TYPICAL_CHANNELS = 128  # the fitted efficiency falls with few channels; the planner's rows have no channel count
 
 
 def efficiency(device: DeviceProfile, runtime: str) -> Efficiency:
@@ -50,7 +54,7 @@ def efficiency(device: DeviceProfile, runtime: str) -> Efficiency:
 
 
 def _rate(p: dict[str, float], op: str, mine: str, precision: str, whole: float, sd: float) -> OpRate:
-    share = p[f"eff:{mine}"] - whole
+    share = p[f"eff:{mine}"] - whole - log(1 + exp(p["lanes"]) / TYPICAL_CHANNELS)
     if precision == "int8":
         share += p.get(f"int8:{mine}", p["int8:other"]) - p.get("precision:int8", 0.0)
     else:
