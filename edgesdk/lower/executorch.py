@@ -71,17 +71,30 @@ def _static(module: Any, spec: ModelSpec, method: str, units: set[str]) -> Any:
 
     inputs = fresh(spec.methods[method].example_inputs)
     config = get_symmetric_quantization_config(is_per_channel=True)
+    quantizer = XNNPACKQuantizer().set_global(config)
     everything = {n for n, m in module.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv1d | torch.nn.Conv2d)} <= units
-    quantizer = XNNPACKQuantizer()
-    if everything:
-        quantizer.set_global(config)
-    else:
-        for unit in units:
-            quantizer.set_module_name(unit, config)
+    if not everything:
+        quantizer.set_filter_function(_follows(units))
     prepared = prepare_pt2e(torch.export.export(module, inputs, strict=False).module(check_guards=False), quantizer)
     for sample in spec.calibration(method) if spec.calibration else [inputs]:
         prepared(*sample)
     return convert_pt2e(prepared)
+
+
+def _follows(units: set[str]) -> Callable[[Any], bool]:
+    """Accepts the operators of `units`, and those without weights that follow them alone (a relu, an addition of two of them):
+    the quantizer's own selection by module name leaves a convolution out when a relu stands behind it."""
+
+    def accept(node: Any) -> bool:
+        if node.op != "call_function":
+            return True  # an input or a weight decides nothing
+        stack = node.meta.get("nn_module_stack") or {}
+        weighted = any(a.op == "get_attr" for a in node.all_input_nodes)
+        if weighted:
+            return bool(stack) and list(stack.values())[-1][0].removeprefix("L['self'].") in units
+        return bool(node.all_input_nodes) and all(accept(a) for a in node.all_input_nodes)
+
+    return accept
 
 
 def lower_executorch(spec: ModelSpec, choice: Choice, say: Callable[[str], None], delegate: str = "xnnpack") -> bytes:
