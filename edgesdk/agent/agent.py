@@ -21,30 +21,33 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
+from typing import Any, Callable
 
 VERSION = 1
+Write = Callable[["dict[str, Any]"], None]
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 class Refused(Exception):
     """A request that cannot be answered: what is wrong, and what to do."""
 
-    def __init__(self, what, hint=""):
+    def __init__(self, what: str, hint: str = "", bad_input: bool = False) -> None:
         super().__init__(what)
-        self.what, self.hint = what, hint
+        self.what, self.hint, self.bad_input = what, hint, bad_input
 
 
 # ---- the wire
 
 
-def encode(message):
+def encode(message: dict[str, Any]) -> bytes:
     body = json.dumps(message, separators=(",", ":")).encode()
     return b"%d %08x %s\n" % (len(body), zlib.crc32(body), body)
 
 
-def decode(line):
+def decode(line: bytes) -> dict[str, Any]:
     length, crc, body = line.rstrip(b"\n").split(b" ", 2)
     if len(body) != int(length) or b"%08x" % zlib.crc32(body) != crc:
         raise Refused("the request was damaged on the way", "run the command again")
@@ -54,7 +57,7 @@ def decode(line):
 # ---- facts
 
 
-def read(path):
+def read(path: str) -> str:
     try:
         with open(path, "rb") as file:
             return file.read(1 << 20).replace(b"\0", b" ").decode(errors="replace").strip()
@@ -62,7 +65,7 @@ def read(path):
         return ""
 
 
-def cpuinfo():
+def cpuinfo() -> tuple[str, dict[str, str]]:
     """(the CPU's name, the keys that appear, megahertz if listed)"""
     keys = {}
     for line in read("/proc/cpuinfo").splitlines():
@@ -72,7 +75,7 @@ def cpuinfo():
     return name, keys
 
 
-def emulated():
+def emulated() -> list[str]:
     """Reasons to believe that this is an emulator; empty on silicon. A virtual machine on the same kind of CPU is none."""
     reasons = []
     name, keys = cpuinfo()
@@ -91,11 +94,11 @@ def emulated():
     return reasons
 
 
-def clock_hz():
+def clock_hz() -> float | None:
     """The fastest core's clock right now, or None."""
     best = 0
     for core in range(os.cpu_count() or 1):
-        text = read("/sys/devices/system/cpu/cpu%d/cpufreq/scaling_cur_freq" % core)
+        text = read(f"/sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq")
         if text.isdigit():
             best = max(best, int(text) * 1000)
     if not best:
@@ -105,17 +108,17 @@ def clock_hz():
     return float(best) or None
 
 
-def temperature_c():
+def temperature_c() -> float | None:
     """The warmest thermal zone, or None."""
     best = None
     for zone in range(32):
-        text = read("/sys/class/thermal/thermal_zone%d/temp" % zone)
+        text = read(f"/sys/class/thermal/thermal_zone{zone}/temp")
         if text.lstrip("-").isdigit() and -40 < int(text) / 1000.0 < 200:
             best = max(best if best is not None else -99.0, int(text) / 1000.0)
     return best
 
 
-def throttled():
+def throttled() -> bool | None:
     """True if the board says that it is held back now or since boot began; None if it does not say (Raspberry Pi: get_throttled)."""
     for path in ("/sys/devices/platform/soc/soc:firmware/get_throttled",):
         text = read(path)
@@ -124,14 +127,14 @@ def throttled():
     return None
 
 
-def memory_bytes(key):
+def memory_bytes(key: str) -> int | None:
     for line in read("/proc/meminfo").splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     return None
 
 
-def own_bytes(key):
+def own_bytes(key: str) -> int | None:
     """VmRSS or VmHWM of this process, in bytes, or None."""
     for line in read("/proc/self/status").splitlines():
         if line.startswith(key + ":"):
@@ -139,12 +142,13 @@ def own_bytes(key):
     return None
 
 
-def conditions():
+def conditions() -> dict[str, Any]:
     return {"clock_hz": clock_hz(), "temperature_c": temperature_c(), "throttled": throttled()}
 
 
-def facts():
-    runtimes, numpy = {}, None
+def facts() -> dict[str, Any]:
+    runtimes: dict[str, str] = {}
+    numpy = None
     try:
         import numpy as np
 
@@ -174,60 +178,66 @@ def facts():
 # ---- bundles
 
 
-def manifest_of(folder):
+def manifest_of(folder: str) -> dict[str, Any]:
     try:
         with open(os.path.join(folder, "manifest.json"), "rb") as file:
             return json.loads(file.read())
     except (OSError, ValueError) as error:
-        raise Refused("no bundle in %s (%s)" % (folder, error), "install one: edgesdk flash BUNDLE --on …") from None
+        raise Refused(f"no bundle in {folder} ({error})", "install one: edgesdk flash BUNDLE --on …") from None
 
 
-def numpy_runner():
+def numpy_runner() -> Any:
     try:
         import numpy
         import runner
     except ImportError as error:
-        raise Refused("%s of %s has no numpy (%s)" % (sys.executable, platform.node(), error), "install it there, or --python PATH") from None
+        raise Refused(f"{sys.executable} of {platform.node()} has no numpy ({error})", "install it there, or --python PATH") from None
     return numpy, runner
 
 
-def import_runtime(runtime):
+MODULES = {
+    "executorch": ("executorch.runtime",),
+    "litert": ("ai_edge_litert.interpreter", "tflite_runtime.interpreter"),
+    "tflite-runtime": ("tflite_runtime.interpreter", "ai_edge_litert.interpreter"),
+}
+PACKAGES = {"litert": "ai-edge-litert"}
+
+
+def import_runtime(runtime: str) -> None:
     """Import the runtime alone, so that its time and memory are not counted as the program's."""
     import importlib
 
-    for name in {"executorch": ("executorch.runtime",), "litert": ("ai_edge_litert.interpreter", "tflite_runtime.interpreter")}.get(
-        runtime, ("tflite_runtime.interpreter",)
-    ):
+    for name in MODULES.get(runtime, ()):
         try:
             importlib.import_module(name)
             return
         except ImportError:
             continue
-    hint = "install it for %s (pip install %s), or --python PATH" % (sys.executable, {"litert": "ai-edge-litert"}.get(runtime, runtime))
-    raise Refused("the runtime '%s' is not installed on this device" % runtime, hint)
+    hint = f"install it for {sys.executable} (pip install {PACKAGES.get(runtime, runtime)}), or --python PATH"
+    raise Refused(f"the runtime '{runtime}' is not installed on this device", hint)
 
 
-def open_runner(folder, manifest):
-    numpy, runner = numpy_runner()
+def open_runner(folder: str, manifest: dict[str, Any]) -> Any:
+    _, runner = numpy_runner()
     import_runtime(manifest["runtime"])
     try:
         return runner.open_program(os.path.join(folder, manifest["program"]), manifest["runtime"], int(manifest["threads"]))
     except Exception as error:
-        raise Refused("the program cannot be opened here: %s" % error, "the device's runtime may be older than the host's") from None
+        raise Refused(f"the program cannot be opened here: {error}", "the device's runtime may be older than the host's") from None
 
 
-def load_arrays(folder, names):
+def load_arrays(folder: str, names: list[str]) -> list[Any]:
     numpy = sys.modules["numpy"]
     return [numpy.load(os.path.join(folder, name), allow_pickle=False) for name in names]
 
 
-def relative_error(got, wanted):
+def relative_error(got: list[Any], wanted: list[Any]) -> float | None:
     """The largest over the outputs of |got - wanted| / |wanted|; None if it is no number."""
     numpy = sys.modules["numpy"]
     worst = 0.0
     if len(got) != len(wanted):
         return None
-    for g, w in zip(got, wanted):
+    for g, w in zip(got, wanted):  # noqa: B905 (3.9 has no strict)
         g, w = numpy.asarray(g, dtype=numpy.float64).ravel(), numpy.asarray(w, dtype=numpy.float64).ravel()
         if g.size != w.size:
             return None
@@ -239,7 +249,7 @@ def relative_error(got, wanted):
     return worst
 
 
-def check(folder, repeat=0):
+def check(folder: str, repeat: int = 0) -> dict[str, Any]:
     """Each golden case's relative error; the median seconds of `repeat` more calls a method, if asked for."""
     manifest = manifest_of(folder)
     runner = open_runner(folder, manifest)
@@ -256,13 +266,13 @@ def check(folder, repeat=0):
     return {"cases": cases, "seconds": seconds}
 
 
-def timed(runner, method, inputs):
+def timed(runner: Any, method: str, inputs: list[Any]) -> float:
     start = time.perf_counter_ns()
     runner.run(method, inputs)
     return (time.perf_counter_ns() - start) / 1e9
 
 
-def inputs_for(folder, manifest, runner, method):
+def inputs_for(folder: str, manifest: dict[str, Any], runner: Any, method: str) -> list[Any]:
     """The first golden case's inputs, else zeros."""
     for case in manifest["golden"]:
         if case["method"] == method:
@@ -271,13 +281,15 @@ def inputs_for(folder, manifest, runner, method):
     return [numpy.zeros(shape, dtype) for shape, dtype in runner.inputs(method)]
 
 
-def profile(folder, runs, warmup, method=None, tell=lambda text, share: None):
+def profile(
+    folder: str, runs: int, warmup: int, method: str | None = None, tell: Callable[[str, float], None] = lambda text, share: None
+) -> dict[str, Any]:
     """Raw seconds and memory of this process: it must be a fresh one."""
     manifest = manifest_of(folder)
     methods = [method] if method else list(manifest["methods"])
     for name in methods:
         if name not in manifest["methods"]:
-            raise Refused("no method '%s'; known: %s" % (name, ", ".join(manifest["methods"])), "give one of them with --method")
+            raise Refused(f"no method '{name}'; known: {', '.join(manifest['methods'])}", "give one of them with --method", True)
     numpy_runner()
     rss_start = own_bytes("VmRSS")
     start = time.perf_counter_ns()
@@ -311,7 +323,7 @@ def profile(folder, runs, warmup, method=None, tell=lambda text, share: None):
             samples.append(timed(runner, name, inputs))
             if time.monotonic() - told > 0.5:
                 told = time.monotonic()
-                tell("%s %d/%d" % (name, index + 1, runs), (position + (index + 1) / runs) / len(methods))
+                tell(f"{name} {index + 1}/{runs}", (position + (index + 1) / runs) / len(methods))
         results.append({"method": name, "first_s": first[name], "samples_s": samples})
     after = conditions()
     return {
@@ -320,31 +332,36 @@ def profile(folder, runs, warmup, method=None, tell=lambda text, share: None):
     }  # fmt: skip
 
 
-def health(folder):
+def sha256(path: str) -> str | None:
+    """A file's digest in hex, or None if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError:
+        return None
+    return digest.hexdigest()
+
+
+def health(folder: str) -> dict[str, Any]:
     """The digest of what is installed in `folder` and the members that are not what the manifest says."""
     try:
         with open(os.path.join(folder, "manifest.json"), "rb") as file:
             text = file.read()
     except OSError as error:
-        raise Refused("no bundle in %s (%s)" % (folder, error.strerror), "install one: edgesdk flash BUNDLE --on …") from None
+        raise Refused(f"no bundle in {folder} ({error.strerror})", "install one: edgesdk flash BUNDLE --on …") from None
     bad = []
     for member in json.loads(text)["members"]:
-        digest = hashlib.sha256()
-        try:
-            with open(os.path.join(folder, member["name"]), "rb") as file:
-                for chunk in iter(lambda: file.read(1 << 20), b""):
-                    digest.update(chunk)
-        except OSError:
-            digest = None
-        if digest is None or digest.hexdigest() != member["sha256"]:
+        if sha256(os.path.join(folder, member["name"])) != member["sha256"]:
             bad.append(member["name"])
     return {"digest": hashlib.sha256(text).hexdigest(), "bad": bad}
 
 
-OPEN = {}
+OPEN: dict[str, Any] = {}
 
 
-def run(folder, method, inputs):
+def run(folder: str, method: str, inputs: list[str]) -> dict[str, Any]:
     """One call; the program stays open for the next one."""
     folder = os.path.realpath(folder)
     if folder not in OPEN:
@@ -356,7 +373,8 @@ def run(folder, method, inputs):
     try:
         outputs = OPEN[folder].run(method, arrays)
     except Exception as error:
-        raise Refused(str(error).splitlines()[0], "look at the method's inputs: edgesdk run --help") from None
+        bad_input = type(error).__name__ == "RunnerError"
+        raise Refused(str(error).splitlines()[0], "give one array for each input, in order, of the shape named", bad_input) from None
     seconds = (time.perf_counter_ns() - start) / 1e9
     texts = []
     for array in outputs:
@@ -368,14 +386,16 @@ def run(folder, method, inputs):
 
 # ---- serving
 
-FRESH = {"check": check, "profile": profile}
-VERBS = {"facts": facts, "health": health, "run": run, **FRESH}
+FRESH: dict[str, Callable[..., dict[str, Any]]] = {"check": check, "profile": profile}
+VERBS: dict[str, Callable[..., dict[str, Any]]] = {"facts": facts, "health": health, "run": run, **FRESH}
 
 
-def in_fresh_process(request, write):
+def in_fresh_process(request: dict[str, Any], write: Write) -> None:
     """`check` and `profile` run in a process of their own: its memory is the program's, its crash is an answer."""
     argv = [sys.executable, os.path.abspath(__file__), "--one"]
-    child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE if request["verb"] == "check" else None)
+    errors = tempfile.TemporaryFile()
+    child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+    assert child.stdin and child.stdout
     child.stdin.write(encode(request))
     child.stdin.close()
     answered = False
@@ -383,20 +403,22 @@ def in_fresh_process(request, write):
         message = decode(line)
         answered = answered or "progress" not in message
         write(message)
-    complaint = child.stderr.read().decode(errors="replace").strip().splitlines()[-1:] if child.stderr else []
     code = child.wait()
+    errors.seek(0)
+    complaint = errors.read().decode(errors="replace").strip().splitlines()[-1:]
+    errors.close()
     if not answered:
-        reason = "signal %d" % -code if code < 0 else "exit code %d" % code
+        reason = f"signal {-code}" if code < 0 else f"exit code {code}"
         hint = "; ".join(complaint) or "the program may use instructions that this CPU does not have"
-        write({"id": request["id"], "error": "the runtime crashed on the device (%s)" % reason, "hint": hint})
+        write({"id": request["id"], "error": f"the runtime crashed on the device ({reason})", "hint": hint})
 
 
-def answer(request, write, fresh):
+def answer(request: dict[str, Any], write: Write, fresh: bool) -> None:
     verb = request.pop("verb", "")
     number = request.pop("id", 0)
     try:
         if verb not in VERBS:
-            raise Refused("the agent has no verb '%s'" % verb, "known: " + ", ".join(sorted(VERBS)))
+            raise Refused(f"the agent has no verb '{verb}'", "known: " + ", ".join(sorted(VERBS)))
         if verb == "profile":
             request["tell"] = lambda text, share: write({"id": number, "progress": [text, share]})
         if verb in FRESH and not fresh:
@@ -405,16 +427,16 @@ def answer(request, write, fresh):
             return
         write({"id": number, "ok": VERBS[verb](**request)})
     except Refused as error:
-        write({"id": number, "error": error.what, "hint": error.hint})
+        write({"id": number, "error": error.what, "hint": error.hint, "bad_input": error.bad_input})
     except Exception as error:
-        write({"id": number, "error": "%s failed: %s: %s" % (verb, type(error).__name__, error), "hint": ""})
+        write({"id": number, "error": f"{verb} failed: {type(error).__name__}: {error}", "hint": ""})
 
 
-def main():
+def main() -> None:
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a runtime prints must not get between the frames
 
-    def write(message):
+    def write(message: dict[str, Any]) -> None:
         out.write(encode(message))
         out.flush()
 

@@ -8,7 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 from edgesdk.agent.frames import decode, encode, is_frame
-from edgesdk.errors import CheckFailed, DeviceError
+from edgesdk.errors import DeviceError, InputError
 from edgesdk.transport.base import Stream, Transport
 
 Tell = Callable[[str, float], None]
@@ -48,10 +48,8 @@ class Agent:
         self.link = transport.link
         self.python = python or transport.python
         folder = send_agent(transport)
-        probe = transport.run((self.python, "-c", "import sys; sys.exit(sys.version_info < (3, 9))"), timeout=START_S) if transport.link != "fake" else None
-        if probe is not None and probe.code != 0:
-            what = "is older than 3.9" if probe.code == 1 and not probe.err else f"does not run there: {probe.complaint}"
-            raise DeviceError(f"{self.link}: the interpreter '{self.python}' {what}", "install python3, or give its path with --python PATH")
+        if transport.link != "fake":
+            self._require_python(transport)
         self._stream: Stream = transport.open((self.python, "-u", "-B", f"{folder}/agent.py"))
         self._number = 0
         try:
@@ -61,6 +59,13 @@ class Agent:
         except BaseException:
             self._stream.close()
             raise
+
+    def _require_python(self, transport: Transport) -> None:
+        probe = transport.run((self.python, "-c", "import sys; sys.exit(3 * (sys.version_info < (3, 9)))"), timeout=START_S)
+        if probe.code != 0:
+            what = "is older than 3.9" if probe.code == 3 else f"does not run there: {probe.complaint}"
+            hint = "install python3 there, or give its path with --python PATH"
+            raise DeviceError(f"{self.link}: the interpreter '{self.python}' {what}", hint)
 
     def ask(self, verb: str, timeout_s: float = 600.0, tell: Tell | None = None, **arguments: Any) -> dict[str, Any]:
         """The answer to one request; `tell(text, share)` hears of its progress. `timeout_s` is between two lines."""
@@ -75,7 +80,8 @@ class Agent:
                     tell(*answer["progress"])
                 continue
             if "error" in answer:
-                raise DeviceError(f"{self.link}: {answer['error']}", str(answer.get("hint", "")))
+                kind = InputError if answer.get("bad_input") else DeviceError
+                raise kind(f"{self.link}: {answer['error']}", str(answer.get("hint", "")))
             ok = answer["ok"]
             assert isinstance(ok, dict)
             return ok
@@ -107,9 +113,3 @@ def failed_cases(answer: dict[str, Any]) -> list[str]:
         for c in answer["cases"]
         if not c["ok"]
     ]
-
-
-def require_checked(link: str, answer: dict[str, Any]) -> None:
-    """Raises `CheckFailed` if a golden case is wrong."""
-    if wrong := failed_cases(answer):
-        raise CheckFailed(f"{link}: golden outputs differ: {'; '.join(wrong[:3])}", "this device's runtime computes something else; build for its runtime and version")
