@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from edgesdk.examples import normalizer_data as data
+from edgesdk.examples.generate import TOKENIZER, Run, generate
 from edgesdk.model import Method, ModelSpec
 
 HERE = Path(__file__).parent
@@ -75,14 +76,18 @@ class Block(nn.Module):
     def ffn(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.down(torch.relu(self.up(self.norm_ffn(x))))
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor, memory: torch.Tensor | None = None, memory_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, mask: torch.Tensor, memory: torch.Tensor | None = None, memory_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         h = self.norm_self(x)
         x = x + self.attn(h, *self.attn.keys_values(h), mask)
         if memory is not None and memory_mask is not None:
             x = x + self.cross(self.norm_cross(x), *self.cross.keys_values(memory), memory_mask)
         return self.ffn(x)
 
-    def step(self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, cross: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
+    def step(
+        self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, cross: tuple[torch.Tensor, ...] = ()
+    ) -> torch.Tensor:
         """One token [1, 1, dim] over caches that already hold its own key and value."""
         x = x + self.attn(self.norm_self(x), k, v, mask)
         if cross:
@@ -152,7 +157,15 @@ class Decode(nn.Module):
         super().__init__()
         self.core = core
 
-    def step(self, x: torch.Tensor, here: torch.Tensor, seen: torch.Tensor, self_k: torch.Tensor, self_v: torch.Tensor, cross: tuple[torch.Tensor, ...]) -> Any:
+    def step(
+        self,
+        x: torch.Tensor,
+        here: torch.Tensor,
+        seen: torch.Tensor,
+        self_k: torch.Tensor,
+        self_v: torch.Tensor,
+        cross: tuple[torch.Tensor, ...],
+    ) -> Any:
         keys, values = [], []
         for i, block in enumerate(self.core.decoder):
             k, v = block.attn.keys_values(block.norm_self(x))
@@ -208,30 +221,19 @@ class CausalPrefill(nn.Module):
         return self.core.head(self.core.norm_out(x[:, -1:]))[:, 0], torch.cat(keys), torch.cat(values), padded
 
 
-def generate(run: Callable[[str, Sequence[Any]], list[Any]], text: str, encoder: bool) -> str:
-    """Greedy normal form of `text` over `run(method, numpy inputs) -> numpy outputs`."""
-    src = np.asarray([data.encode(text, S)], np.int64)
-    if encoder:
-        rest = run("encode", [src])
-        logits, self_k, self_v = run("prefill", rest)
-    else:
-        logits, self_k, self_v, mask = run("prefill", [src])
-        rest = [mask]
-    ids: list[int] = []
-    for t in range(1, T + 1):
-        ids.append(int(np.argmax(logits)))
-        if ids[-1] == data.EOS or t == T:
-            break
-        position = np.asarray([t if encoder else S + t], np.int64)
-        logits, self_k, self_v = run("decode", [np.asarray([ids[-1]], np.int64), position, self_k, self_v, *rest])
-    return data.decode(ids)
+def tokenizer(encoder: bool) -> dict[str, Any]:
+    """What `generate` needs to know, as it goes into `tokenizer.json`."""
+    return {
+        "kind": "characters", "alphabet": data.ALPHABET, "pad": data.PAD, "bos": data.BOS, "eos": data.EOS, "encoder": encoder,
+        "max_input": S, "max_output": T,
+    }  # fmt: skip
 
 
-def exact_match(encoder: bool, n: int = 200) -> Callable[[Callable[[str, Sequence[Any]], list[Any]]], float]:
+def exact_match(encoder: bool, n: int = 200) -> Callable[[Run], float]:
     """A quality function: the share of `n` held-out cases written exactly right."""
 
-    def evaluate(run: Callable[[str, Sequence[Any]], list[Any]]) -> float:
-        return sum(generate(run, said, encoder) == wanted for said, wanted in data.cases(n, 7, True)) / n
+    def evaluate(run: Run) -> float:
+        return sum(generate(run, tokenizer(encoder), said) == wanted for said, wanted in data.cases(n, 7, True)) / n
 
     return evaluate
 
@@ -258,17 +260,22 @@ def _spec(name: str) -> ModelSpec:
             return [o.numpy() for o in outputs]
 
         for said, _ in data.cases(16, 3, False):
-            generate(run, said, encoder)
+            generate(run, tokenizer(encoder), said)
         return seen[:64]
 
     methods = {n: Method(m, calibration(n)[0], unroll=8 if n == "decode" else 1) for n, m in modules.items()}
     others = {"encoder-decoder": "normalizer", "deep-encoder": "normalizer-deep-encoder", "decoder-only": "normalizer-decoder-only"}
-    tokenizer = {"kind": "characters", "alphabet": data.ALPHABET, "pad": data.PAD, "bos": data.BOS, "eos": data.EOS, "encoder": encoder}
     return ModelSpec(
-        name=name, digest=digest_files(__file__, data.__file__, weights), methods=methods, calibration=calibration, evaluate=exact_match(encoder),
-        layout="encoder-decoder" if encoder else "decoder-only", quality_name="exact match", files={"tokenizer.json": json.dumps(tokenizer).encode()},
+        name=name,
+        digest=digest_files(__file__, data.__file__, weights),
+        methods=methods,
+        layout="encoder-decoder" if encoder else "decoder-only",
+        calibration=calibration,
+        evaluate=exact_match(encoder),
+        quality_name="exact match",
         alternatives={k: f"example:{v}" for k, v in others.items() if v != name} if name == "normalizer" else {},
-    )  # fmt: skip
+        files={TOKENIZER: json.dumps(tokenizer(encoder)).encode()},
+    )
 
 
 def encoder_decoder() -> ModelSpec:
