@@ -32,7 +32,8 @@ def console(stderr: bool = False) -> Console:
     """A Rich console; messages that are not the answer go to stderr."""
     from rich.console import Console
 
-    return Console(stderr=stderr, quiet=stderr and _state["quiet"], highlight=False, soft_wrap=not sys.stdout.isatty())
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, quiet=stderr and _state["quiet"], highlight=False, width=None if terminal else 160)
 
 
 def say(text: str) -> None:

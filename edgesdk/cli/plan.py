@@ -93,8 +93,9 @@ def show(plan: Plan, out: str | None = None) -> None:
     head = f"{plan.model_name} ({plan.layout}) on {plan.device}: {plan.runtime}, {plan.unit}, {plan.threads} thread{'s' if plan.threads > 1 else ''}"
     screen.print(head if plan.fits else f"[red]Nothing fits.[/] The nearest plan: {head}", style="bold")
     table = Table(box=None, header_style="dim")
-    for column in ("unit", "op", "precision", "weights", "time a call", "80% interval", "bound by", "why"):
-        table.add_column(column)
+    for column in ("unit", "op", "precision", "weights", "a call", "80% interval", "bound by"):
+        table.add_column(column, no_wrap=column == "unit")
+    table.add_column("why", ratio=1)
     for u in [u for u in plan.units if u.weight_bytes or u.op in ("attention", "matmul")][:40]:
         name = u.unit if len(plan.method_latency) == 1 else f"{u.method}: {u.unit}"
         span = f"{show_seconds(u.latency.low)} … {show_seconds(u.latency.high)}"
