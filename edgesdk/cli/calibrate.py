@@ -2,8 +2,56 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Annotated
+
 import typer
+
+from edgesdk.cli.common import Json, console, emit_json, progress, say
+
+if TYPE_CHECKING:
+    from edgesdk.efficiency import Efficiency
+
+
+def calibrate(
+    device: Annotated[str, typer.Option(help="Only `host` can be measured from here; run it on the board for a board.")] = "host",
+    runtime: Annotated[str | None, typer.Option(help="executorch or litert. Default: every one installed.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads; a calibration holds for this number only.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Measure what the runtimes here reach; `plan --device host` uses it from then on."""
+    import time
+
+    from edgesdk.calibrate import calibrate as measure
+
+    start = time.perf_counter()
+    with progress("calibrating") as step:
+        answers = measure(device, runtime=runtime, threads=threads, step=step)
+    if as_json:
+        emit_json({"kind": "calibration", "schema_version": 1, "efficiencies": [a.model_dump(mode="json") for a in answers]})
+        return
+    for answer in answers:
+        show(answer)
+    say(f"measured in {time.perf_counter() - start:.0f} s; `edgesdk plan --device host` uses it")
+
+
+def show(answer: Efficiency) -> None:
+    """One runtime's rows as a table."""
+    from rich.table import Table
+
+    from edgesdk.units import show_seconds
+
+    screen = console()
+    speeds = ", ".join(f"{level} {speed / 1e9:.1f} GB/s" for level, speed in answer.bandwidth_bytes_per_s.items())
+    screen.print(f"{answer.runtime} {answer.runtime_version}, {answer.threads} thread(s); reads: {speeds}", style="bold")
+    table = Table(box=None, header_style="dim")
+    for column in ("operator", "precision", "Gop/s", "an operator", "an output", "residual", "programs"):
+        table.add_column(column)
+    for r in answer.rows:
+        rate = "" if r.op == "call" else f"{(r.ops_per_s or 0) / 1e9:.1f}"
+        each = (show_seconds(r.overhead_s), show_seconds(r.per_output_s), f"±{r.log_sd:.0%}", str(r.n))
+        table.add_row(r.op, r.precision, rate, *each)
+    screen.print(table)
 
 
 def register(app: typer.Typer) -> None:
-    """Not there yet."""
+    app.command("calibrate")(calibrate)

@@ -6,7 +6,7 @@ Seconds, bytes. Peaks come from the device's profile, shares of them from an `Ef
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -51,7 +51,7 @@ def weight_traffic(unit: Unit, precision: str) -> float:
     """Bytes of weights a call reads."""
     if unit.op == "embedding":
         return 0.0  # a row or two, counted as output
-    per = {"int4-g32": 0.5 + 2 / 32, "fp32": 4.0, "fp16": 2.0}.get(precision, 1.0)
+    per = {"int4-g32": 0.5 + 2 / 32, "fp32": 4.0, "fp16": 2.0, "int8-weight-only": 4.0}.get(precision, 1.0)  # unpacked to float when loaded
     if precision == "as-is":
         per = 1.0 if unit.weight_dtype in ("int8", "uint8") else 4.0
     return unit.weight_elements * per + 4.0 * unit.bias_elements
@@ -103,7 +103,7 @@ def unit_cost(
     """
     entry = next(r for r in device.runtimes if r.name == runtime)
     compute = device.unit(entry.unit)
-    row = efficiency.row(unit.op, precision)
+    row = _row(efficiency, unit, precision)
     if unit.op == "reshape" and not unit.in_elements + unit.out_elements:
         return UnitCost(0.0, 0.0, 0.0, "overhead", 0.0)
     work, weights, acts = operations(unit), weight_traffic(unit, precision), activation_traffic(unit, precision)
@@ -119,6 +119,51 @@ def unit_cost(
     bound = "overhead" if row and row.overhead_s > terms[bound] else bound
     spread = math.exp(Z80 * log_sd)
     return UnitCost(seconds, seconds / spread, seconds * spread, bound, log_sd)
+
+
+_LIKE = {"reshape": "elementwise", "conv1d": "conv2d", "attention": "matmul", "recurrent": "linear", "quantize": "elementwise"}
+"""Operator classes that cost like another one where they have no row of their own."""
+
+
+def _row(efficiency: Efficiency, unit: Unit, precision: str) -> OpRate | None:
+    """The row of a unit; a flatbuffer's operators cost like static int8 or float ones."""
+    if precision == "as-is":
+        precision = "int8-static" if unit.act_bytes == 1 else "fp32"
+    known = {r.op for r in efficiency.rows}
+    return efficiency.row(unit.op if unit.op in known else _LIKE.get(unit.op, unit.op), precision)
+
+
+def call_seconds(method: MethodGraph, precision: str, efficiency: Efficiency) -> float:
+    """What a call costs beside its operators: entering the runtime, and passing inputs and outputs (rounding them where they are int8)."""
+    rows = {r.precision: r for r in efficiency.rows if r.op == "call"}
+    row = rows.get(precision) or rows.get("fp32")
+    if row is None:
+        return efficiency.call_overhead_s
+    return row.overhead_s + row.per_output_s * sum(t.elements for t in (*method.inputs, *method.outputs))
+
+
+def method_costs(
+    method: MethodGraph, precision_of: Callable[[Unit], str], device: DeviceProfile, runtime: str, threads: int, efficiency: Efficiency
+) -> tuple[dict[str, UnitCost], float]:
+    """The cost of each unit by name, and of the call itself, in seconds."""
+    held = {u.weight: precision_of(u) for u in method.units if u.weight}
+    size, quiet = working_set(method, held), fused(method)
+    nothing = UnitCost(0.0, 0.0, 0.0, "overhead", 0.0)
+    costs = {
+        u.name: nothing if u.name in quiet else unit_cost(u, precision_of(u), device, runtime, threads, efficiency, working_set=size)
+        for u in method.units
+    }
+    whole = {precision_of(u) for u in method.units if u.weight_elements} or {precision_of(u) for u in method.units}
+    int8 = whole == {"int8-static"} or any(t.dtype in ("int8", "uint8") for t in method.inputs)
+    return costs, call_seconds(method, "int8-static" if int8 else "fp32", efficiency)
+
+
+def method_seconds(
+    method: MethodGraph, precision_of: Callable[[Unit], str], device: DeviceProfile, runtime: str, efficiency: Efficiency
+) -> float:
+    """The sum over a method's units and its call."""
+    costs, call = method_costs(method, precision_of, device, runtime, efficiency.threads, efficiency)
+    return sum(c.seconds for c in costs.values()) + call
 
 
 def _rate(row: OpRate | None, unit: Unit, precision: str, compute: ComputeUnit, threads: int, efficiency: Efficiency) -> float:

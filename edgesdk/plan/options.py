@@ -40,7 +40,8 @@ def support(device: DeviceProfile, runtime: str) -> RuntimeSupport:
     raise InputError(f"{device.name} has no runtime '{runtime}'", f"choose one of: {known}")
 
 
-def _table(runtime: str) -> dict[str, tuple[Precision, ...]]:
+def table(runtime: str) -> dict[str, tuple[Precision, ...]]:
+    """Operator class → precisions that `edgesdk.lower` builds for a runtime."""
     if runtime in ("executorch", "executorch-vulkan", "executorch-coreml", "executorch-ethos-u"):
         return _EXECUTORCH if runtime == "executorch" else dict.fromkeys(_EXECUTORCH, ("fp32", "int8-static"))
     return _TFLITE_RUNTIME if runtime == "tflite-runtime" else _LITERT if runtime.startswith("litert") else {}
@@ -62,7 +63,7 @@ def options(unit: Unit, method: str, runtime: str, device: DeviceProfile, *, sou
     if not unit.weight_elements:
         return ["fp32", "int8-static"] if static and unit.op in _STATIC_FOLLOWS and "int8-static" in allowed else ["fp32"]
     found: list[Precision] = []
-    for precision in _table(runtime).get(unit.op, ("fp32",)):
+    for precision in table(runtime).get(unit.op, ("fp32",)):
         if precision == "int8-static" and not static:
             continue
         if precision == "int4-g32" and unit.cols % 32:

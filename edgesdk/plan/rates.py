@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import platform
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgesdk.efficiency import Efficiency, OpRate
 from edgesdk.errors import InputError, UnknownName
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from edgesdk.device import ComputeUnit, DeviceProfile
 
 PRIOR = {"linear": 0.35, "conv2d": 0.35, "conv1d": 0.3, "depthwise_conv2d": 0.08, "matmul": 0.25, "attention": 0.25, "*": 0.1}
@@ -17,10 +20,21 @@ PRIOR = {"linear": 0.35, "conv2d": 0.35, "conv1d": 0.3, "depthwise_conv2d": 0.08
 
 
 def calibration_path(device: str, runtime: str, threads: int) -> Path:
-    """Where a calibration is kept."""
+    """Where a calibration is kept: bound to this machine's processor, the runtime's version and the threads."""
     from edgesdk.cache import cache_dir
+    from edgesdk.runner import installed
 
-    return cache_dir("calibration") / f"{device}-{runtime}-{threads}.json"
+    return cache_dir("calibration") / f"{device}-{_machine()}-{runtime}-{installed().get(runtime, 'none')}-{threads}.json"
+
+
+def _machine() -> str:
+    """A short digest of this machine's processor."""
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        info = ""
+    name = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.*)$", info, re.M)
+    return hashlib.sha256(f"{platform.machine()} {name[1] if name else ''} {os.cpu_count()}".encode()).hexdigest()[:12]
 
 
 def efficiency_for(device: DeviceProfile, compute: ComputeUnit, runtime: str, threads: int) -> Efficiency:

@@ -1,0 +1,278 @@
+"""Measure this machine: memory bandwidth per level, and what each runtime reaches per operator class and precision.
+
+Micro-programs are lowered once (and kept), run in this process by the runtime itself, and a cost law is fitted to the medians:
+overhead + per_output × outputs + max(operations / rate, traffic).
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgesdk.efficiency import Efficiency, OpRate
+from edgesdk.errors import InputError, MissingTool
+
+if TYPE_CHECKING:
+    from edgesdk.device import ComputeUnit, DeviceProfile
+    from edgesdk.graph.types import MethodGraph, Unit
+    from edgesdk.model import ModelSpec
+
+Step = Callable[[str, float], None]
+RUNTIMES = ("litert", "executorch")
+LEAST_SD = 0.06
+"""No residual is claimed to be smaller than this: repeated measurements on an idle machine differ by about as much."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One micro-program at one precision: the median of its calls, in seconds."""
+
+    method: MethodGraph
+    precision: str
+    choice: Mapping[str, str]  # unit → precision
+    seconds: float
+
+
+def calibrate(
+    device: str = "host", *, runtime: str | None = None, threads: int = 1, step: Step | None = None, save: bool = True
+) -> list[Efficiency]:
+    """Calibrate `runtime`, or every runtime installed here, and keep the answer where `plan --device host` finds it.
+
+    Raises `InputError` for another device than this machine, `MissingTool` when the runtime is not installed.
+    """
+    from edgesdk.devices import load_device
+    from edgesdk.plan.rates import calibration_path
+    from edgesdk.runner import installed
+
+    if device not in ("host", "local"):
+        raise InputError(f"--device {device}: only this machine can be calibrated from here", "run `edgesdk calibrate` on the board")
+    here = installed()
+    wanted = [runtime] if runtime else [r for r in RUNTIMES if r in here]
+    if not wanted or any(r not in RUNTIMES or r not in here for r in wanted):
+        names = runtime or " or ".join(RUNTIMES)
+        raise MissingTool(f"{names} is not installed here", "pip install -c constraints.txt 'edgesdk[executorch,litert]'")
+    profile, step = load_device("host"), step or (lambda text, share: None)
+    if not 1 <= threads <= profile.units[0].cores:
+        raise InputError(f"--threads {threads}: this machine has {profile.units[0].cores} cores", "ask for fewer threads")
+    step("memory bandwidth", 0.0)
+    levels = bandwidths(profile)
+    answers = []
+    for i, name in enumerate(wanted):
+
+        def part(text: str, share: float, i: int = i, name: str = name) -> None:
+            step(f"{name}: {text}", 0.05 + 0.95 * (i + share) / len(wanted))
+
+        samples = measure(name, threads, part)
+        answer = fit(profile, name, here[name], threads, levels, samples)
+        if save:
+            answer.save(calibration_path(profile.name, name, threads))
+        answers.append(answer)
+    return answers
+
+
+def bandwidths(profile: DeviceProfile) -> dict[str, float]:
+    """Bytes a second one thread reads, by level, from sums over arrays that fit half of it (four times the last cache for memory)."""
+    import numpy as np
+
+    sizes = {f"L{c.level}": c.size_bytes // 2 for c in profile.units[0].caches}
+    biggest = max((c.size_bytes for c in profile.units[0].caches), default=8 << 20)
+    sizes["memory"] = min(4 * biggest, 256 << 20)
+    found = {}
+    for level, size in sizes.items():
+        a = np.ones(max(size // 4, 64), np.float32)
+        calls = max(1, int((4 << 20) // a.nbytes))
+        best = math.inf
+        for _ in range(12):
+            start = time.perf_counter()
+            for _ in range(calls):
+                np.dot(a, a)  # reads the array once from this level
+            best = min(best, time.perf_counter() - start)
+        found[level] = a.nbytes * calls / best
+    order = [k for k in ("L1", "L2", "L3", "memory") if k in found]
+    for near, far in zip(order[-2::-1], order[:0:-1], strict=True):
+        found[near] = max(found[near], found[far])  # a nearer level is never slower: short calls hide it
+    return found
+
+
+def time_call(call: Callable[[], Any], *, rounds: int = 3, seconds: float = 0.012) -> float:
+    """The least of `rounds` medians, in seconds: the median ignores single disturbances, the least of them a busy stretch."""
+    for _ in range(3):
+        call()
+    medians = []
+    for _ in range(rounds):
+        times: list[float] = []
+        end = time.perf_counter() + seconds
+        while len(times) < 7 or time.perf_counter() < end:
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        medians.append(sorted(times)[len(times) // 2])
+    return min(medians)
+
+
+def measure(runtime: str, threads: int, step: Step) -> list[Sample]:
+    """Lower (or take from the cache) and time every micro-program at every precision the runtime builds."""
+    from edgesdk.graph import trace
+    from edgesdk.lower import lower
+    from edgesdk.micro import micro_spec
+    from edgesdk.plan.harm import one_thread
+
+    samples: list[Sample] = []
+    with one_thread(), tempfile.TemporaryDirectory() as folder:
+        spec = micro_spec()
+        graph = trace(spec)
+        precisions = [p for p in ("fp32", "int8-static", "int8-dynamic", "int8-weight-only", "int4-g32") if _builds(runtime, p)]
+        float_file = Path(folder, "float.tflite")
+        for i, precision in enumerate(precisions):
+            step(f"lowering {precision} (once; kept in the cache)", i / len(precisions))
+            choices = _choices(runtime, precision, graph.methods)
+            source = spec if precision == "fp32" else _only(spec, set(choices), precision)
+            if runtime == "litert" and precision != "fp32":
+                content = _requantized(float_file, precision)
+            else:
+                content = lower(source, runtime, {(m, u): p for m, c in choices.items() for u, p in c.items()})
+            path = Path(folder, f"{precision}.bin")
+            path.write_bytes(content)
+            if precision == "fp32":
+                float_file.write_bytes(content)
+            step(f"timing {precision}", (i + 0.6) / len(precisions))
+            for method, seconds in _time_all(path, runtime, threads, source, choices).items():
+                samples.append(Sample(graph.method(method), precision, choices[method], seconds))
+    return samples
+
+
+def _builds(runtime: str, precision: str) -> bool:
+    from edgesdk.plan.options import table
+
+    return any(precision in kinds for kinds in table(runtime).values())
+
+
+def _takes(runtime: str, unit: Unit, precision: str) -> bool:
+    from edgesdk.plan.options import table
+
+    if not unit.weight_elements or (precision == "int4-g32" and unit.cols % 32):
+        return False
+    return precision in table(runtime).get(unit.op, ())
+
+
+def _choices(runtime: str, precision: str, methods: Sequence[MethodGraph]) -> dict[str, dict[str, str]]:
+    """Method → unit → precision, for the methods that a precision changes. LiteRT's static int8 takes operators without weights along."""
+    if precision == "fp32":
+        return {m.name: {} for m in methods}
+    along = runtime == "litert" and precision == "int8-static"
+    found = {m.name: {u.name: precision for u in m.units if _takes(runtime, u, precision) or (along and not u.weight)} for m in methods}
+    return {m: c for m, c in found.items() if c}
+
+
+def _only(spec: ModelSpec, methods: set[str], precision: str) -> ModelSpec:
+    from dataclasses import replace
+
+    return replace(spec, methods={n: m for n, m in spec.methods.items() if n in methods}, digest=f"{spec.digest}-{precision}")
+
+
+def _requantized(float_file: Path, precision: str) -> bytes:
+    """The float `.tflite` with every operator that can take it at `precision`; converted from PyTorch only once."""
+    import hashlib
+
+    from edgesdk.graph import trace
+    from edgesdk.lower import lower
+    from edgesdk.model import ModelSpec
+
+    spec = ModelSpec(name="calibration", digest=hashlib.sha256(float_file.read_bytes()).hexdigest(), flatbuffer=float_file)
+    units = [(m.name, u) for m in trace(spec).methods for u in m.units]
+    return lower(spec, "litert", {(m, u.name): precision for m, u in units if _takes("litert", u, precision)})
+
+
+def _time_all(path: Path, runtime: str, threads: int, spec: ModelSpec, choices: Mapping[str, Any]) -> dict[str, float]:
+    from edgesdk.runner import open_program
+
+    runner = open_program(str(path), runtime, threads)
+    found: dict[str, float] = {}
+    for _ in range(2):  # two passes apart in time: a busy stretch spoils one at most
+        for method in choices:
+            arrays = [t.numpy() for t in spec.methods[method].example_inputs]
+            seconds = time_call(lambda m=method, a=arrays: runner.run(m, a))  # type: ignore[misc]
+            found[method] = min(seconds, found.get(method, math.inf))
+    return found
+
+
+def fit(
+    profile: DeviceProfile, runtime: str, version: str, threads: int, levels: dict[str, float], samples: Sequence[Sample]
+) -> Efficiency:
+    """The cost law's parameters for every operator class and precision that was measured, with residuals."""
+    rows: list[OpRate] = []
+    head: dict[str, Any] = {
+        "device": profile.name, "runtime": runtime, "runtime_version": version, "threads": threads, "origin": "calibrated",
+        "bandwidth_bytes_per_s": levels, "when": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    compute = profile.unit(next(r.unit for r in profile.runtimes if r.name == runtime))
+    spread = []
+    for precision in dict.fromkeys(s.precision for s in samples):
+        mine = [s for s in samples if s.precision == precision]
+        new, residuals = _fit_precision(profile, compute, runtime, head, rows, mine, precision)
+        rows += new
+        spread += residuals
+    sd = math.sqrt(sum(r * r for r in spread) / max(1, len(spread)))
+    call = next((r.overhead_s for r in rows if r.op == "call"), 0.0)
+    plain = next((r for r in rows if r.op == "elementwise"), None)
+    if plain:  # what was not measured by itself moves data about as fast
+        rows.append(plain.model_copy(update={"op": "*", "precision": "*", "log_sd": max(0.5, plain.log_sd)}))
+    return Efficiency(**head, rows=tuple(rows), call_overhead_s=call, call_log_sd=max(LEAST_SD, 0.5 * sd))
+
+
+def _fit_precision(
+    profile: DeviceProfile, compute: ComputeUnit, runtime: str, head: dict[str, Any], known: list[OpRate], samples: list[Sample],
+    precision: str,
+) -> tuple[list[OpRate], list[float]]:  # fmt: skip
+    """Fit (overhead, rate, per output) of each class and the call's (overhead, per element in and out) at once, on log residuals."""
+    import numpy as np
+    from scipy.optimize import least_squares
+
+    ops = sorted({u.op for s in samples for u in s.method.units if precision == "fp32" or u.name in s.choice})
+    ops = [op for op in ops if op != "reshape"]
+    names = ["call", *ops] if precision in ("fp32", "int8-static") else ops  # inputs and outputs stay float elsewhere
+    top = max(compute.peak_ops_per_s.values()) / compute.cores
+    start = np.log([v for n in names for v in ((2e-6, 1e12, 1e-9) if n == "call" else (1e-6, 0.2 * top if n in _MACS else 2e9, 1e-10))])
+    measured = np.log([s.seconds for s in samples])
+
+    def rows_of(x: Any) -> list[OpRate]:
+        v = np.exp(np.clip(x, -32, 40))
+        return [
+            OpRate(op=n, precision=precision, overhead_s=float(v[3 * i]), ops_per_s=float(v[3 * i + 1]), per_output_s=float(v[3 * i + 2]),
+                   log_sd=0.1, n=len(samples), source="calibrated here")
+            for i, n in enumerate(names)
+        ]  # fmt: skip
+
+    def residuals(x: Any) -> Any:
+        law = Efficiency(**head, rows=(*known, *rows_of(x)))
+        predicted = [predict(s, profile, runtime, law) for s in samples]
+        return np.concatenate([np.log(predicted) - measured, 0.02 * (x - start)])  # a weak pull keeps what no sample tells near its start
+
+    answer = least_squares(residuals, start, diff_step=1e-3, max_nfev=40)
+    left = [float(r) for r in residuals(answer.x)[: len(samples)]]
+    spread: dict[str, list[float]] = {}
+    for sample, r in zip(samples, left, strict=True):
+        for op in {u.op for u in sample.method.units}:
+            spread.setdefault(op, []).append(r)
+
+    def sd(op: str) -> float:
+        values = spread.get(op, left)
+        return max(LEAST_SD, math.sqrt(sum(v * v for v in values) / max(1, len(values) - 1)))
+
+    return [r.model_copy(update={"log_sd": sd(r.op), "n": len(spread.get(r.op, left))}) for r in rows_of(answer.x)], left
+
+
+_MACS = ("linear", "conv2d", "depthwise_conv2d", "matmul", "attention", "conv1d")
+
+
+def predict(sample: Sample, profile: DeviceProfile, runtime: str, law: Efficiency) -> float:
+    """Seconds a call of a micro-program by the planner's own cost law."""
+    from edgesdk.plan.cost import method_seconds
+
+    return method_seconds(sample.method, lambda unit: sample.choice.get(unit.name, "fp32"), profile, runtime, law)
