@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edgesdk.bundle import Manifest, Member
 from edgesdk.errors import CheckFailed, EdgeError, InputError
 
+_DAMAGE = (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error, zlib.error)
+"""What `zipfile` raises on spoiled bytes: an unknown compression, an encryption flag, an offset outside the file among them."""
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
@@ -22,6 +27,9 @@ def sha256(content: bytes) -> str:
 def write_bundle(path: str | Path, members: Mapping[str, bytes], **fields: Any) -> Manifest:
     """Write members and a manifest of `fields`; the same content gives the same bytes. Raises `EdgeError` and leaves no part behind."""
     path = Path(path)
+    for name in members:
+        if not name or name == "manifest.json" or not _inside(name):
+            raise InputError(f"{path}: '{name}' cannot be a member's name", "use a relative name inside the bundle, other than manifest.json")
     listed = tuple(Member(name=n, size_bytes=len(c), sha256=sha256(c)) for n, c in sorted(members.items()))
     manifest = Manifest(members=listed, **fields)
     part = path.with_name(path.name + ".part")
@@ -32,9 +40,16 @@ def write_bundle(path: str | Path, members: Mapping[str, bytes], **fields: Any) 
                 archive.writestr(zipfile.ZipInfo(name, _EPOCH), content)
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         raise EdgeError(f"{path}: cannot be written ({error.strerror})", "free some space or choose another --out") from None
     return manifest
+
+
+def _inside(name: str) -> bool:
+    """Whether a member's name stays in the folder it is unpacked in."""
+    parts = PurePosixPath(name).parts
+    return not name.startswith("/") and ".." not in parts and "\\" not in name
 
 
 def _open(path: str | Path) -> zipfile.ZipFile:
@@ -42,7 +57,7 @@ def _open(path: str | Path) -> zipfile.ZipFile:
         return zipfile.ZipFile(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file", "give a bundle that `edgesdk build` wrote") from None
-    except (zipfile.BadZipFile, OSError) as error:
+    except _DAMAGE as error:
         raise InputError(f"{path}: not a bundle, or cut off ({error})", "copy or build it again") from None
 
 
@@ -58,7 +73,7 @@ def read_member(path: str | Path, name: str) -> bytes:
             return archive.read(name)
         except KeyError:
             raise InputError(f"{path}: has no member '{name}'", "build the bundle again") from None
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
+        except _DAMAGE as error:
             raise InputError(f"{path}: member '{name}' is damaged ({error})", "copy or build the bundle again") from None
 
 
@@ -74,6 +89,22 @@ def verify_bundle(path: str | Path) -> Manifest:
         content = read_member(path, member.name)
         if len(content) != member.size_bytes or sha256(content) != member.sha256:
             raise CheckFailed(f"{path}: member '{member.name}' has the wrong digest", "copy or build the bundle again")
+    return manifest
+
+
+def extract(path: str | Path, folder: str | Path) -> Manifest:
+    """Verify a bundle, then write its manifest and members under `folder`. Raises `InputError`, `CheckFailed` or `EdgeError`."""
+    manifest = verify_bundle(path)
+    names = ["manifest.json", *(m.name for m in manifest.members)]
+    if outside := next((n for n in names if not _inside(n)), None):
+        raise CheckFailed(f"{path}: member '{outside}' would be written outside its folder", "do not use this bundle; build it again")
+    for name in names:
+        target = Path(folder, name)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(read_member(path, name))
+        except OSError as error:
+            raise EdgeError(f"{target}: cannot be written ({error.strerror})", "free some space or choose another folder") from None
     return manifest
 
 
