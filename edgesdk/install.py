@@ -198,7 +198,7 @@ def _accept(source: Source, before: Survey, store: str, latency_gate_s: float | 
     if wrong:
         hint = "the device's runtime computes something else: `edgesdk flash --status`, and build for its runtime and version"
         raise CheckFailed(f"wrong outputs on the device: {'; '.join(wrong[:3])}; rolled back: {stays}", hint)
-    hint = "the gate was {}; a faster plan: `edgesdk plan --latency …`".format(show_seconds(latency_gate_s))
+    hint = f"the gate was {show_seconds(latency_gate_s)}; a faster plan: `edgesdk plan --latency …`"
     raise CheckFailed(f"too slow on the device: {'; '.join(slow)}; rolled back: {stays}", hint)
 
 

@@ -79,14 +79,15 @@ def profile(
             facts = agent.ask("facts")
             extra = {"method": method} if method else {}
             raw = agent.ask("profile", tell=tell, folder=here.folder, runs=runs, warmup=warmup, **extra)
+        report = make_report(here, transport.link, facts, raw, device)
+        plan = _plan_of(here) if operators else None
     finally:
         if isinstance(on, str):
             transport.close()
-    report = make_report(here, transport.link, facts, raw, device)
     if operators:
         from edgesdk.operators import time_units
 
-        rows, route = time_units(here.manifest, _plan_of(here), tell=tell)
+        rows, route = time_units(here.manifest, plan, tell=tell)
         report = report.model_copy(update={"operators": rows, "operators_route": route})
     return report
 

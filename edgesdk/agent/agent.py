@@ -24,7 +24,8 @@ import sys
 import tempfile
 import time
 import zlib
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 VERSION = 1
 Write = Callable[["dict[str, Any]"], None]
