@@ -1,0 +1,128 @@
+"""Hugging Face folders and ids, through transformers where it is installed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgesdk.errors import InputError, MissingTool
+from edgesdk.model import Method, ModelSpec
+from edgesdk.model_help import MODEL_HELP
+
+if TYPE_CHECKING:
+    import torch
+
+TOKENS = 64
+"""Input length of text models, or the model's longest where that is less."""
+
+
+def load_hugging_face(ref: str) -> ModelSpec:
+    """One static `forward` of a local folder, or of an id through the hub's cache or network.
+
+    Text models take input_ids int64 [1, 64] (encoder-decoders decoder_input_ids [1, 64] as well) and give logits or hidden states;
+    models of images take pixel_values float32 [1, channels, height, width], of sound input_values float32 [1, 16000].
+    Raises `InputError` (not complete, offline, not known) or `MissingTool`.
+    """
+    local = Path(ref).is_dir()
+    if local and not (Path(ref) / "config.json").exists():
+        raise InputError(f"{ref}: has no config.json", "give a folder that save_pretrained wrote")
+    if importlib.util.find_spec("transformers") is None:
+        raise MissingTool(
+            f"--model {ref}: transformers is not installed", "pip install 'edgesdk[hub]'; or give another form: " + MODEL_HELP
+        )
+    config, inner = _load(ref, local)
+    inputs = _inputs(config, inner)
+    return _spec(ref, config, inner, inputs)
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Short waits for the hub, and no progress bars or warnings of transformers on the user's terminal."""
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
+    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
+    import transformers.utils.logging as told
+
+    was, bars = told.get_verbosity(), told.is_progress_bar_enabled()
+    told.set_verbosity(told.CRITICAL)
+    told.disable_progress_bar()
+    try:
+        yield
+    finally:
+        told.set_verbosity(was)
+        if bars:
+            told.enable_progress_bar()
+
+
+def _load(ref: str, local: bool) -> tuple[Any, Any]:
+    """(config, model in eval mode, float32). Code that comes with a model is never run."""
+    import torch
+
+    with _quiet_hub():
+        import transformers
+
+        options = {"trust_remote_code": False, "local_files_only": local}
+        try:
+            config = transformers.AutoConfig.from_pretrained(ref, **options)
+            kind = getattr(transformers, (config.architectures or [""])[0] or "AutoModel", transformers.AutoModel)
+            model = kind.from_pretrained(ref, config=config, dtype=torch.float32, attn_implementation="eager", **options_of(kind, options))
+        except Exception as error:
+            hint = "the folder is not complete, or transformers does not know the model"
+            if not local:
+                hint = "no network, or no such model: download it where there is a network, then give its folder"
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise InputError(f"--model {ref}: {reason[:200]}", hint) from None
+    return config, model.eval().requires_grad_(False)
+
+
+def options_of(kind: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Only the Auto classes take `trust_remote_code`."""
+    return options if kind.__name__.startswith("Auto") else {k: v for k, v in options.items() if k != "trust_remote_code"}
+
+
+def _inputs(config: Any, model: Any) -> tuple[torch.Tensor, ...]:
+    """Example inputs by the model's main input. Raises `InputError` for a kind of input that is not taken."""
+    import torch
+
+    seed, main = torch.Generator().manual_seed(0), getattr(model, "main_input_name", "input_ids")
+    if main == "input_ids":
+        text = config.get_text_config()
+        longest = int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or TOKENS)
+        ids = torch.randint(0, int(text.vocab_size), (1, min(TOKENS, longest)), generator=seed)
+        return (ids, ids.clone()) if config.is_encoder_decoder else (ids,)
+    if main == "pixel_values":
+        size = getattr(config, "image_size", 224) or 224
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        return (torch.randn(1, int(getattr(config, "num_channels", 3)), height, width, generator=seed),)
+    if main == "input_values":
+        return (torch.randn(1, 16000, generator=seed),)
+    raise InputError(f"a model of '{main}' is not taken from Hugging Face", "wrap it in a function of your own: file.py:function")
+
+
+def _spec(ref: str, config: Any, inner: Any, inputs: tuple[torch.Tensor, ...]) -> ModelSpec:
+    import dataclasses
+
+    import torch
+
+    from edgesdk.intake import _digest, checked
+
+    names = [inner.main_input_name, "decoder_input_ids"][: len(inputs)]
+    fixed = {"return_dict": False} | ({"use_cache": False} if hasattr(config, "use_cache") else {})
+
+    class Plain(torch.nn.Module):
+        """Positional tensors in, the first output out."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = inner
+
+        def forward(self, *values: torch.Tensor) -> Any:
+            return self.model(**dict(zip(names, values, strict=True)), **fixed)[0]
+
+    module = Plain().eval()
+    about = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    spec = checked(ModelSpec(name=Path(ref).name, digest="", methods={"forward": Method(module, inputs)}), f"--model {ref}")
+    return dataclasses.replace(spec, digest=_digest(module, repr(sorted(about.items())).encode(), inputs))
