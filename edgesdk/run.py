@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,14 +60,9 @@ def run(
 
 
 def _generate(agent: Any, folder: str, tokenizer: bytes, prompt: str) -> Answer:
-    described = json.loads(tokenizer)
-    if described.get("kind") != "characters":
-        raise InputError(f"tokenizer.json: kind = {described.get('kind')!r}, wanted 'characters'", "give --input FILE.npy and tokenize yourself")
-    from edgesdk.examples import normalizer, normalizer_data
+    from edgesdk.examples.generate import generate
 
-    if described["alphabet"] != normalizer_data.ALPHABET:
-        raise InputError("tokenizer.json: the alphabet is another version's", "build the bundle again with this edgesdk")
-    text = normalizer.generate(lambda m, arrays: agent.run(folder, m, list(arrays)), prompt, bool(described["encoder"]))
+    text = generate(lambda m, arrays: agent.run(folder, m, list(arrays)), tokenizer, prompt)
     return Answer("generate", (), text)
 
 

@@ -45,7 +45,7 @@ def quantized_modules(spec: ModelSpec, choice: Choice) -> dict[str, Any]:
     modules = copy.deepcopy({name: m.module for name, m in spec.methods.items()})
     configs = {
         "int8-dynamic": Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int8, weight_granularity=PerAxis(0)),
-        "int4-g32": Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(32)),
+        "int4-g32": Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(32)),  # type: ignore[attr-defined]
     }
     done: set[int] = set()
     for precision, config in configs.items():

@@ -77,7 +77,7 @@ def _runtimes(device: DeviceProfile, asked: str | None, graph: ModelGraph) -> li
             raise UnknownName(f"runtime on {device.name}", asked, here)
         return [asked]
     target = target_for(device)
-    kept = [r for r in target.runtimes if r in here and not (graph.source == "tflite" and r.startswith("executorch"))]
+    kept: list[str] = [r for r in target.runtimes if r in here and not (graph.source == "tflite" and r.startswith("executorch"))]
     if not kept:
         raise InputError(f"{device.name} has no runtime that takes {graph.name}", f"its runtimes: {', '.join(sorted(here)) or 'none'}; name one with --runtime")
     return kept

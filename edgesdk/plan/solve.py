@@ -78,7 +78,7 @@ def _milp(
     upper = np.ones(size)
     if stretch:
         upper[n] = np.inf
-    integrality = np.ones(size)
+    integrality = np.ones(size, dtype=np.int64)
     if stretch:
         integrality[n] = 0
     result = milp(cost, constraints=constraints, bounds=Bounds(np.zeros(size), upper), integrality=integrality, options=_HIGHS)
