@@ -27,10 +27,14 @@ def digest_files(*paths: str | Path) -> str:
 
 
 def load_weights(model: nn.Module, path: Path) -> nn.Module:
-    """`model` in eval mode with the arrays of an .npz (stored as float16 or float32)."""
+    """`model` in eval mode with the arrays of an .npz (stored as float16 or float32). Raises `InputError` when it is not there."""
     import numpy as np
     import torch
 
+    from edgesdk.errors import InputError
+
+    if not path.exists():
+        raise InputError(f"{path.name}: the trained weights are not there", "python -m edgesdk.examples.train_normalizer writes them")
     state = {k: torch.from_numpy(v.astype(np.float32)) for k, v in np.load(path).items()}
     model.load_state_dict(state)
     return model.eval().requires_grad_(False)

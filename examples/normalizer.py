@@ -238,10 +238,14 @@ def exact_match(encoder: bool, n: int = 200) -> Callable[[Run], float]:
     return evaluate
 
 
+def _weights(name: str) -> Path:
+    return HERE / f"{name.replace('-', '_')}.npz"
+
+
 def _spec(name: str) -> ModelSpec:
     from edgesdk.examples import digest_files, load_weights
 
-    weights = HERE / f"{name.replace('-', '_')}.npz"
+    weights = _weights(name)
     core = load_weights(Normalizer(*LAYOUTS[name]), weights)
     encoder = LAYOUTS[name][0] > 0
     modules: dict[str, nn.Module] = {"encode": Encode(core)} if encoder else {}
@@ -273,7 +277,7 @@ def _spec(name: str) -> ModelSpec:
         calibration=calibration,
         evaluate=exact_match(encoder),
         quality_name="exact match",
-        alternatives={k: f"example:{v}" for k, v in others.items() if v != name} if name == "normalizer" else {},
+        alternatives={k: f"example:{v}" for k, v in others.items() if v != name and _weights(v).exists()} if name == "normalizer" else {},
         files={TOKENIZER: json.dumps(tokenizer(encoder)).encode()},
     )
 

@@ -12,9 +12,10 @@ import datetime
 import hashlib
 import random
 
-ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
-MONTHS = "january february march april may june july august september october november december".split()
+ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+ONES += ["thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+TENS = ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+MONTHS = ["january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november", "december"]
 ORDINALS = {1: "first", 2: "second", 3: "third", 5: "fifth", 8: "eighth", 9: "ninth", 12: "twelfth", 20: "twentieth", 30: "thirtieth"}
 ALPHABET = " abcdefghijklmnopqrstuvwxyz0123456789-:$.,/"
 PAD, BOS, EOS = 0, 1, 2
@@ -24,18 +25,8 @@ MAX_INPUT, MAX_OUTPUT = 56, 12  # tokens, with EOS
 
 def encode(text: str, length: int) -> list[int]:
     """Character ids, EOS, then padding to `length`; unknown characters are dropped, what is too long is cut."""
-    ids = [ALPHABET.index(c) + 3 for c in text.lower() if c in ALPHABET][: length - 1] + [EOS]
+    ids = [*[ALPHABET.index(c) + 3 for c in text.lower() if c in ALPHABET][: length - 1], EOS]
     return ids + [PAD] * (length - len(ids))
-
-
-def decode(ids: list[int]) -> str:
-    """Characters up to EOS."""
-    text = ""
-    for i in ids:
-        if i == EOS:
-            break
-        text += ALPHABET[i - 3] if i >= 3 else ""
-    return text
 
 
 def words(n: int) -> str:
@@ -76,26 +67,34 @@ def _date(rng: random.Random) -> tuple[str, str]:
     day = datetime.date(1950, 1, 1) + datetime.timedelta(days=rng.randrange(36500))
     month, year = MONTHS[day.month - 1], _year(day.year, rng)
     number = rng.choice([ordinal(day.day), _suffixed(day.day), str(day.day)])
-    forms = [f"the {number} of {month} {year}", f"{month} {number} {year}", f"{number} {month} {year}", f"{month[:3]} {number}, {year}"]
+    forms = [
+        f"the {number} of {month} {year}",
+        f"{month} {number} {year}",
+        f"{number} {month} {year}",
+        f"{rng.choice([month, month[:3]])} {number}, {year}",
+    ]
     return rng.choice(forms), day.isoformat()
 
 
 def _time(rng: random.Random) -> tuple[str, str]:
-    hour, minute = rng.randrange(1, 13), rng.choice([0, 15, 30, 45, rng.randrange(60)])
+    hour = rng.randrange(1, 13)
+    minute = rng.choice([0, 15, 30, 45]) if rng.random() < 0.25 else rng.choice([5 * rng.randrange(12), rng.randrange(60)])
     half = rng.choice(["am", "pm"])
-    real = hour % 12 + (12 if half == "pm" else 0)
+    forms = [f"{words(hour)} {'oh ' if minute < 10 else ''}{words(minute)} {half}", f"{hour}:{minute:02d} {half}"]
     if minute == 0:
-        said = rng.choice([f"{words(hour)} o clock {half}", f"{hour} {half}", f"{words(hour)} {half}"])
-    elif minute in (15, 30) and rng.random() < 0.6:
-        said = f"{'quarter' if minute == 15 else 'half'} past {words(hour)} {half}"
-    elif minute == 45 and rng.random() < 0.6:
-        said = f"quarter to {words(hour % 12 + 1)} {half}"
-        real = (hour % 12) + (12 if half == "pm" else 0)
-        if hour % 12 + 1 == 12:  # "quarter to twelve am" would name the other half of the day
-            said = f"{words(hour)} forty five {half}"
-    else:
-        said = rng.choice([f"{words(hour)} {'oh ' if minute < 10 else ''}{words(minute)} {half}", f"{hour}:{minute:02d} {half}"])
-    return said, f"{real:02d}:{minute:02d}"
+        forms = [f"{words(hour)} o clock {half}", f"{hour} {half}", f"{words(hour)} {half}", f"{hour}:00 {half}"]
+    elif minute <= 30:
+        forms += [f"{_part(minute, rng)} past {words(hour)} {half}"] * 2
+    elif hour != 11:  # "quarter to twelve am" would name the other half of the day
+        forms += [f"{_part(60 - minute, rng)} to {words(hour % 12 + 1)} {half}"] * 2
+    return rng.choice(forms), f"{hour % 12 + (12 if half == 'pm' else 0):02d}:{minute:02d}"
+
+
+def _part(minutes: int, rng: random.Random) -> str:
+    """1 … 30 minutes as people say them before "past" and "to"."""
+    if minutes in (15, 30) and rng.random() < 0.7:
+        return "quarter" if minutes == 15 else "half"
+    return words(minutes) + rng.choice(["", f" minute{'s' if minutes > 1 else ''}"])
 
 
 def _number(rng: random.Random) -> tuple[str, str]:
@@ -105,6 +104,8 @@ def _number(rng: random.Random) -> tuple[str, str]:
 
 def _money(rng: random.Random) -> tuple[str, str]:
     dollars, cents = rng.randrange(1, 10 ** rng.randrange(1, 4)), rng.choice([0, rng.randrange(1, 100)])
+    if cents and rng.random() < 0.1:
+        return f"{words(cents)} cent{'s' if cents > 1 else ''}", f"$0.{cents:02d}"
     said = f"{words(dollars)} dollar{'s' if dollars > 1 else ''}"
     said += f" and {words(cents)} cent{'s' if cents > 1 else ''}" if cents else ""
     return said, f"${dollars}.{cents:02d}"
@@ -116,11 +117,14 @@ def held_out(target: str) -> bool:
 
 
 def cases(n: int, seed: int, evaluation: bool) -> list[tuple[str, str]]:
-    """`n` generated (said, normal form) pairs of the training or the evaluation side."""
+    """`n` generated (said, normal form) pairs of the training or the evaluation side; no evaluation case comes twice."""
     rng = random.Random(seed)
     found: list[tuple[str, str]] = []
+    seen: set[str] = set()
     while len(found) < n:
-        case = rng.choices([_date, _time, _number, _money], [4, 2, 2, 2])[0](rng)
-        if len(case[0]) < MAX_INPUT and held_out(case[1]) == evaluation:
+        case = rng.choices([_date, _time, _number, _money], [4, 3, 2, 2])[0](rng)
+        if len(case[0]) < MAX_INPUT and held_out(case[1]) == evaluation and case[0] not in seen:
             found.append(case)
+            if evaluation:
+                seen.add(case[0])
     return found

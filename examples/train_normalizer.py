@@ -1,6 +1,6 @@
 """Train the normalizers on one CPU core and write their weights: `python -m edgesdk.examples.train_normalizer [NAME …]`.
 
-NAME is normalizer (3 to 4 minutes), normalizer-deep-encoder (the same) or normalizer-decoder-only (5 to 6 minutes); without a name, all three.
+NAME is normalizer (about 3.5 minutes), normalizer-deep-encoder (about 4) or normalizer-decoder-only (about 6); without a name, all three.
 """
 
 from __future__ import annotations
