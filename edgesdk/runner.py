@@ -5,8 +5,11 @@ This file stands alone (standard library and numpy; Python 3.9 and later): it is
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import math
+import os
+import weakref
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -48,29 +51,48 @@ def open_program(path: str, runtime: str, threads: int = 1) -> Any:
 
 
 class ExecuTorchRunner:
-    """A .pte through ExecuTorch's Python runtime."""
+    """A .pte through ExecuTorch's Python runtime.
+
+    All programs of a process share one thread pool, and a loaded program keeps a pointer to it: before the pool is made anew for another
+    count, every loaded program is let go; each is loaded again when it is next run.
+    """
+
+    _alive: Any = weakref.WeakSet()
+    _pool: Any = None  # threads of the pool now
 
     def __init__(self, path: str, threads: int = 1) -> None:
+        self.threads, self.version = threads, installed().get("executorch", "unknown")
+        self._path = path
+        self._program: Any = None
+        self._loaded: dict[str, Any] = {}
+        self.methods: tuple[str, ...] = ()
+        ExecuTorchRunner._alive.add(self)
+        self.methods = tuple(sorted(self._open().method_names))
+
+    def _open(self) -> Any:
+        """The program, loaded under a pool of this runner's thread count."""
         import torch
         from executorch.runtime import Runtime, Verification
 
-        self.torch, self.version = torch, installed().get("executorch", "unknown")
-        torch.set_num_threads(threads)
-        try:
-            from executorch.extension.pybindings import portable_lib
-
-            portable_lib._threadpool_reset(threads) if hasattr(portable_lib, "_threadpool_reset") else None
-        except ImportError:
-            pass
-        self._program = Runtime.get().load_program(path, verification=Verification.Minimal)
-        self.methods = tuple(sorted(self._program.method_names))
-        self._loaded: dict[str, Any] = {}
+        self.torch = torch
+        if ExecuTorchRunner._pool != self.threads:
+            for other in list(ExecuTorchRunner._alive):
+                other._loaded.clear()
+                other._program = None
+            gc.collect()
+            torch.set_num_threads(self.threads)
+            _executorch_pool(self.threads)
+            ExecuTorchRunner._pool = self.threads
+        if self._program is None:
+            self._program = Runtime.get().load_program(self._path, verification=Verification.Minimal)
+        return self._program
 
     def _method(self, name: str) -> Any:
         if name not in self.methods:
             raise RunnerError(f"no method '{name}'; known: {', '.join(self.methods)}")
+        program = self._open()
         if name not in self._loaded:
-            self._loaded[name] = self._program.load_method(name)
+            self._loaded[name] = program.load_method(name)
         return self._loaded[name]
 
     def inputs(self, method: str) -> list[tuple[tuple[int, ...], str]]:
@@ -89,6 +111,25 @@ class ExecuTorchRunner:
         _check_shapes(method, self.inputs(method), arrays)
         tensors = [self.torch.from_numpy(np.ascontiguousarray(a)) for a in arrays]
         return [np.array(o.numpy()) for o in loaded.execute(tensors)]
+
+
+def _executorch_pool(threads: int) -> None:
+    """Make ExecuTorch's thread pool anew (it starts with a thread for every core, whatever torch is told). It says so on stderr: hidden."""
+    try:
+        from executorch.extension.pybindings import portable_lib
+    except ImportError:
+        return
+    reset = getattr(portable_lib, "_unsafe_reset_threadpool", None)
+    if reset is None:
+        return
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        reset(threads)
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
 
 
 class LiteRtRunner:
