@@ -25,7 +25,15 @@ def compare(first: Report, second: Report, *, fail_above: float | None = None) -
         value, low, high = ratio(a.samples_s, b.samples_s)
         verdict = "not comparable" if stops else "slower" if low > 1 else "faster" if high < 1 else "no difference shown"
         methods.append(
-            {"method": a.method, "first_p50_s": a.p50_s, "second_p50_s": b.p50_s, "ratio": value, "low": low, "high": high, "verdict": verdict}
+            {
+                "method": a.method,
+                "first_p50_s": a.p50_s,
+                "second_p50_s": b.p50_s,
+                "ratio": value,
+                "low": low,
+                "high": high,
+                "verdict": verdict,
+            }
         )
         if fail_above is not None and not stops and value > 1 + fail_above and low > 1:
             regressions.append(f"{a.method} ×{value:.2f}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from edgesdk.noun import Noun, Part
 
 Action = Literal["installed", "already-installed", "rolled-back", "status", "dry-run"]
@@ -33,9 +35,7 @@ class Deployment(Noun):
     model_name: str | None = None
     installed: tuple[Installed, ...] = ()
     golden: tuple[GoldenResult, ...] = ()
-    gate_s: dict[str, float] = {}  # median seconds a call, by method, where a latency gate was asked for
-    emulated: bool | None = None
+    gate_s: dict[str, float] = Field(default_factory=dict)  # median seconds a call, by method, where a latency gate was asked for
     sent_bytes: int = 0
     resumed_bytes: int = 0  # were there from an earlier, cut transfer
-    shared_bytes: int = 0  # were there in another installed bundle
     steps: tuple[str, ...] = ()  # what was done, or with --dry-run would be

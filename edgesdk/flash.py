@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from edgesdk.agent.client import Agent
+from edgesdk.agent.client import Agent, agent_folder
 from edgesdk.deployment import Action, Deployment, GoldenResult, Installed
 from edgesdk.errors import DeviceError, InputError
 from edgesdk.install import Source, Steps, Survey, install, read_source, rollback, survey
@@ -73,7 +73,7 @@ class Performer:
 
     def agent(self) -> Agent:
         if self._agent is None:
-            self._agent = Agent(self.transport, self.python)
+            self._agent = Agent(self.transport, self.python, agent_folder(self.transport.root))
         return self._agent
 
     def close(self) -> None:
@@ -152,7 +152,6 @@ def _perform(transport: Transport, steps: Steps, python: str | None, dry: bool, 
 def _deployment(action: Action, transport: Transport, state: Survey, source: Source | None, done: Performer | None = None) -> Deployment:
     checked = done.answers.get("check", {}) if done else {}
     cases = checked.get("cases", [])
-    shared = sum(state.members[m.sha256][1] for m in source.manifest.members if m.sha256 in state.members) if source and action == "dry-run" else 0
     return Deployment(
         action=action,
         link=transport.link,
@@ -166,6 +165,5 @@ def _deployment(action: Action, transport: Transport, state: Survey, source: Sou
         gate_s=checked.get("seconds", {}),
         sent_bytes=done.sent_bytes if done and not done.dry else 0,
         resumed_bytes=done.resumed_bytes if done and not done.dry else 0,
-        shared_bytes=shared,
         steps=tuple(str(s) for s in done.steps) if done else (),
     )

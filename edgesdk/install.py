@@ -37,6 +37,7 @@ class Survey:
     current: str | None
     previous: str | None
     good: dict[str, bool]  # installed digest → found good; newest knowledge, no order
+    parts: tuple[str, ...]  # names of folders of cut transfers
     members: dict[str, tuple[str, int]]  # sha256 → (path of a file there with that content, size)
     arrived: dict[str, str]  # name → sha256, in the .part folder of the bundle to install
     agent: dict[str, str]  # name → sha256
@@ -44,13 +45,13 @@ class Survey:
 
 
 def survey(transport: Transport, digest: str | None = None, names: Iterable[str] = ()) -> Survey:
-    """Look at the device; changes nothing but making `root`."""
+    """Look at the device; changes nothing. With `digest`, also at what an install of that bundle needs to know."""
     root = transport.root
     lines = [line.split() for line in transport.must(script("survey", SURVEY, root), "looking at the store").text.splitlines()]
     slots = {w[0]: w[1] for w in lines if len(w) == 2}
     good = {w[1]: w[2] == "good" for w in lines if len(w) == 3 and w[0] == "store" and not w[1].endswith(".part")}
     members: dict[str, tuple[str, int]] = {}
-    for other in good:
+    for other in good if digest and digest not in good else ():
         try:
             manifest = Manifest.from_json(transport.get(f"{root}/store/{other}/manifest.json"), f"{other[:12]}: manifest.json")
         except (InputError, DeviceError):
@@ -61,9 +62,10 @@ def survey(transport: Transport, digest: str | None = None, names: Iterable[str]
         previous=slots.get("previous"),
         good=good,
         members=members,
-        arrived=hashes(transport, f"{root}/store/{digest}.part", names) if digest else {},
+        parts=tuple(w[1] for w in lines if len(w) == 3 and w[0] == "store" and w[1].endswith(".part")),
+        arrived=hashes(transport, f"{root}/store/{digest}.part", names) if digest and digest not in good else {},
         agent=hashes(transport, agent_folder(root), agent_files()),
-        free_bytes=_free(transport),
+        free_bytes=_free(transport) if digest else None,
     )
 
 
@@ -114,6 +116,9 @@ def read_source(path: str | Path) -> Source:
 def install(source: Source, before: Survey, root: str, python: str, *, keep: int = 2, latency_gate_s: float | None = None) -> Steps:
     """The steps from `before` to `source` being current and good. Raises `CheckFailed`; `current` is then what it was."""
     digest, store = source.digest, f"{root}/store/{source.digest}"
+    if not source.manifest.golden:
+        what = f"{source.path}: holds no golden outputs: it was built for a runtime that the host cannot run"
+        raise InputError(what, "such a program cannot be checked after an install; build for --runtime litert or executorch")
     if digest not in before.good:
         yield from _transfer(source, before, root)
     yield from _send_agent(before, root)
@@ -130,9 +135,11 @@ def install(source: Source, before: Survey, root: str, python: str, *, keep: int
         else:
             yield Run(script("unlink", UNLINK, f"{root}/current"), "nothing was installed before")
         bad = ", ".join(state["bad"]) or "manifest.json"
-        raise CheckFailed(f"the installed {bad} changed on the device's disk; rolled back to {_name(old)}", "check the storage of the device, then flash again")
+        hint = "check the storage of the device, then flash again"
+        raise CheckFailed(f"the installed {bad} changed on the device's disk; rolled back to {_name(old)}", hint)
     spare = [d for d in before.good if d not in (digest, old)]
-    if gone := spare[max(0, keep - 2) :]:
+    stale = [p for p in before.parts if p != f"{digest}.part"]
+    if gone := spare[max(0, keep - 2) :] + stale:
         yield Run(script("remove", REMOVE, *(f"{root}/store/{d}" for d in gone)), f"keep {keep}")
 
 
@@ -148,7 +155,8 @@ def _transfer(source: Source, before: Survey, root: str) -> Steps:
         if member in missing:
             yield Put(f"{part}/{member.name}", source.blob(member), member.sha256, member.size_bytes)
         else:
-            yield Run(script("share", SHARE, before.members[member.sha256][0], f"{part}/{member.name}"), "the device has this file in another bundle")
+            have = before.members[member.sha256][0]
+            yield Run(script("share", SHARE, have, f"{part}/{member.name}"), "the device has this file in another bundle")
     from edgesdk.bundles import read_member
 
     blob = Blob.of(read_member(source.path, "manifest.json"))
@@ -167,7 +175,8 @@ def _verify(source: Source, text: str | None, names: list[str]) -> None:
     wanted = {m.name: m.sha256 for m in source.manifest.members}
     for name in names:
         if found.get(name) != wanted[name]:
-            raise CheckFailed(f"{name} on the device has sha256 {found.get(name, 'none')}, wanted {wanted[name]}", "refused, what was current stays; flash again")
+            what = f"{name} on the device has sha256 {found.get(name, 'none')}, wanted {wanted[name]}"
+            raise CheckFailed(what, "refused, what was current stays; flash again")
 
 
 def _send_agent(before: Survey, root: str) -> Steps:

@@ -77,7 +77,7 @@ def profile(
             raise InputError("times of single units are taken on this host only", "leave --operators out, or use --on local")
         with Agent(transport, python) as agent:
             facts = agent.ask("facts")
-            extra = {"method": method} if method else {}
+            extra: dict[str, Any] = {"method": method} if method else {}
             raw = agent.ask("profile", tell=tell, folder=here.folder, runs=runs, warmup=warmup, **extra)
         report = make_report(here, transport.link, facts, raw, device)
         plan = _plan_of(here) if operators else None
@@ -121,7 +121,9 @@ def make_report(here: Here, link: str, facts: dict[str, Any], raw: dict[str, Any
     )
 
 
-def _conditions(manifest: Manifest, device: str, link: str, facts: dict[str, Any], raw: dict[str, Any], power_mode: str | None) -> Conditions:
+def _conditions(
+    manifest: Manifest, device: str, link: str, facts: dict[str, Any], raw: dict[str, Any], power_mode: str | None
+) -> Conditions:
     before, after = raw["before"], raw["after"]
     throttled = {before["throttled"], after["throttled"]} - {None}
     return Conditions(
@@ -171,5 +173,7 @@ def compare_with_plan(plan: Plan, methods: tuple[Any, ...], raw: dict[str, Any],
     if runtime is not None:
         rows.append(("memory with the runtime", plan.memory.peak_bytes, peak - start if peak and start else None))
     for name, predicted_bytes, measured in rows:
-        found.append(Comparison(name=name, predicted=predicted_bytes, predicted_low=None, predicted_high=None, measured=measured, unit="bytes"))
+        found.append(
+            Comparison(name=name, predicted=predicted_bytes, predicted_low=None, predicted_high=None, measured=measured, unit="bytes")
+        )
     return found

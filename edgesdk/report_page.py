@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgesdk.errors import InputError, MissingTool
@@ -31,7 +32,8 @@ def page(report: Report) -> str:
     if report.operators:
         rows_o = [(o.method, o.unit, o.op, show_seconds(o.median_s), f"{o.share:.1%}") for o in report.operators]
         parts.append(f"<h2>Operators</h2><p>{html.escape(report.operators_route or '')}</p>" + _table(rows_o))
-    memory = [("load, cold", show_seconds(report.load_cold_s)), ("load, warm", show_seconds(report.load_warm_s)), ("memory peak", show_bytes(report.peak_rss_bytes))]
+    memory = [("load, cold", show_seconds(report.load_cold_s)), ("load, warm", show_seconds(report.load_warm_s))]
+    memory.append(("memory peak", show_bytes(report.peak_rss_bytes)))
     parts.append("<h2>Load and memory</h2>" + _table(memory))
     parts.append("<h2>Conditions</h2>" + _table([(k, "unknown" if v is None else str(v)) for k, v in c.model_dump().items()]))
     return f"<!doctype html><meta charset=utf-8><title>{html.escape(report.model_name)}</title><style>{_STYLE}</style>" + "\n".join(parts)
@@ -41,7 +43,7 @@ def _value(value: float | None, unit: str) -> str:
     return show_seconds(value) if unit == "s" else show_bytes(value)
 
 
-def _table(rows: list[tuple[str, str]] | list[tuple[str, ...]]) -> str:
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
     return "<table>" + "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows) + "</table>"
 
 

@@ -81,14 +81,15 @@ def differences(a: Report, b: Report) -> tuple[list[str], list[str]]:
             stops.append(f"the {side} was throttled: {report.trust.reasons[0]}")
         if report.trust.verdict == "noisy":
             others.append(f"the {side} is noisy: {report.trust.reasons[0]}")
-    for name, x, y in (
+    rest: tuple[tuple[str, object, object], ...] = (
         ("runtime", f"{ca.runtime} {ca.runtime_version}", f"{cb.runtime} {cb.runtime_version}"),
         ("threads", ca.threads, cb.threads),
         ("bundle", a.bundle_digest[:12], b.bundle_digest[:12]),
         ("system", ca.system, cb.system),
-    ):
-        if x != y:
-            others.append(f"{name}: {x} against {y}")
+    )
+    for name, before, after in rest:
+        if before != after:
+            others.append(f"{name}: {before} against {after}")
     return stops, others
 
 

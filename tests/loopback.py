@@ -32,7 +32,12 @@ class Server:
     user: str
 
     def link(self, root: Path, port: int | None = None, **query: str) -> str:
-        options = {"identity": str(self.keys / "client"), "known_hosts": str(self.keys / "known_hosts"), "root": str(root), "python": sys.executable}
+        options = {
+            "identity": str(self.keys / "client"),
+            "known_hosts": str(self.keys / "known_hosts"),
+            "root": str(root),
+            "python": sys.executable,
+        }
         text = "&".join(f"{k}={quote(v)}" for k, v in (options | query).items())
         return f"ssh://{self.user}@127.0.0.1:{port or self.port}?{text}"
 

@@ -96,7 +96,7 @@ def test_a_crash_of_the_runtime_is_an_answer(device, monkeypatch, tmp_path):
 def test_a_missing_interpreter_is_named(device):
     with pytest.raises(DeviceError, match="no program"):
         Agent(device, "/no/such/python3")
-    with pytest.raises(DeviceError, match="does not run there|ended"):
+    with pytest.raises(DeviceError, match=r"does not run there|ended"):
         Agent(device, "false")
 
 

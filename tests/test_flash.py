@@ -57,11 +57,11 @@ def test_install_again_switch_and_roll_back(tmp_path, bundles):
 
 def test_a_bundle_with_wrong_outputs_never_becomes_current(tmp_path, bundles):
     device = LocalTransport(tmp_path)
-    with pytest.raises(CheckFailed, match="wrong outputs.*current stays empty"):
+    with pytest.raises(CheckFailed, match=r"wrong outputs.*current stays empty"):
         flash(bundles["wrong"], device)
     assert status(device).current is None
     good = flash(bundles["a"], device)
-    with pytest.raises(CheckFailed, match=f"rolled back: current stays {good.current[:12]}") as caught:
+    with pytest.raises(CheckFailed, match=rf"rolled back: current stays {good.current[:12]}") as caught:
         flash(bundles["wrong"], device)
     assert caught.value.exit_code == 1
     after = status(device)
@@ -70,7 +70,7 @@ def test_a_bundle_with_wrong_outputs_never_becomes_current(tmp_path, bundles):
 
 def test_latency_gate_refuses(tmp_path, bundles):
     device = LocalTransport(tmp_path)
-    with pytest.raises(CheckFailed, match="too slow on the device: forward takes"):
+    with pytest.raises(CheckFailed, match=r"too slow on the device: forward takes"):
         flash(bundles["a"], device, latency_gate=1e-9)
     assert status(device).current is None
     assert flash(bundles["a"], device, latency_gate=5.0).gate_s["forward"] < 5.0
@@ -99,7 +99,7 @@ def test_a_damaged_bundle_is_refused_before_anything_is_sent(tmp_path, bundles):
     damaged = bytearray(bundles["big"].read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (tmp_path / "x.edge").write_bytes(damaged)
-    with pytest.raises((CheckFailed, InputError), match="model.tflite"):
+    with pytest.raises((CheckFailed, InputError), match=r"model\.tflite"):
         flash(tmp_path / "x.edge", f"local:{tmp_path}/root")
     assert not (tmp_path / "root").exists()
 
@@ -118,7 +118,7 @@ def test_fake_full_disk_keeps_what_is_current(bundles):
     device = FakeTransport()
     good = flash(bundles["a"], device)
     device.failures.disk_bytes = sum(map(len, device.files.values())) + 100_000
-    with pytest.raises(DeviceError, match="disk is full: .* needed, .* free") as caught:
+    with pytest.raises(DeviceError, match=r"disk is full: .* needed, .* free") as caught:
         flash(bundles["big"], device)
     assert caught.value.exit_code == 3
     assert status(device).current == good.current
@@ -134,7 +134,7 @@ def test_fake_cut_then_resume_and_failed_check_and_corruption(bundles):
     resumed = flash(bundles["big"], device)
     assert resumed.good and resumed.resumed_bytes > 100_000
     device.failures.check_error = 0.5
-    with pytest.raises(CheckFailed, match="off by 0.5"):
+    with pytest.raises(CheckFailed, match=r"off by 0\.5"):
         flash(bundles["a"], device)
     assert status(device).current == resumed.current
     with pytest.raises(CheckFailed, match="sha256"):

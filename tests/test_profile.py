@@ -160,7 +160,14 @@ def test_run_answers_with_arrays(place):
     x = np.ones((1, 256), np.float32)
     answer = run(*place, inputs=[x])
     assert answer.outputs[0].shape == (1, 4) and answer.text is None
-    for options in ({}, {"inputs": [x], "prompt": "x"}, {"inputs": [x, x]}, {"inputs": [x[:, :3]]}, {"prompt": "x"}, {"inputs": [x], "method": "m"}):
+    for options in (
+        {},
+        {"inputs": [x], "prompt": "x"},
+        {"inputs": [x, x]},
+        {"inputs": [x[:, :3]]},
+        {"prompt": "x"},
+        {"inputs": [x], "method": "m"},
+    ):
         with pytest.raises(InputError):
             run(*place, **options)
 
@@ -180,7 +187,9 @@ def test_command_lines(tmp_path, place, report):
     assert page.returncode == 0 and "trust" in page.stdout and "predicted" in page.stdout
     assert "<svg" in (tmp_path / "r.html").read_text() and (tmp_path / "r.png").stat().st_size > 1000
     assert json.loads(_cli("compare", str(saved), str(saved), "--json").stdout)["kind"] == "comparison"
-    assert json.loads(_cli("run", str(place[0]), "--on", place[1], "--input", str(tmp_path / "x.npy"), "--json").stdout)["outputs"][0]["shape"] == [1, 4]
+    assert json.loads(_cli("run", str(place[0]), "--on", place[1], "--input", str(tmp_path / "x.npy"), "--json").stdout)["outputs"][0][
+        "shape"
+    ] == [1, 4]
     for args, code, words in (
         (["compare", str(saved), str(slow), "--fail-above", "5%"], 1, "slower than allowed"),
         (["report", str(tmp_path / "x.npy")], 2, "x.npy"),

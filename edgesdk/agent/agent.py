@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -52,7 +53,8 @@ def decode(line: bytes) -> dict[str, Any]:
     length, crc, body = line.rstrip(b"\n").split(b" ", 2)
     if len(body) != int(length) or b"%08x" % zlib.crc32(body) != crc:
         raise Refused("the request was damaged on the way", "run the command again")
-    return json.loads(body)
+    message: dict[str, Any] = json.loads(body)
+    return message
 
 
 # ---- facts
@@ -68,7 +70,7 @@ def read(path: str) -> str:
 
 def cpuinfo() -> tuple[str, dict[str, str]]:
     """(the CPU's name, the keys that appear, megahertz if listed)"""
-    keys = {}
+    keys: dict[str, str] = {}
     for line in read("/proc/cpuinfo").splitlines():
         name, _, value = line.partition(":")
         keys.setdefault(name.strip(), value.strip())
@@ -97,16 +99,16 @@ def emulated() -> list[str]:
 
 def clock_hz() -> float | None:
     """The fastest core's clock right now, or None."""
-    best = 0
+    best = 0.0
     for core in range(os.cpu_count() or 1):
         text = read(f"/sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq")
         if text.isdigit():
-            best = max(best, int(text) * 1000)
+            best = max(best, int(text) * 1000.0)
     if not best:
         for line in read("/proc/cpuinfo").splitlines():
             if line.startswith("cpu MHz"):
                 best = max(best, float(line.split(":")[1]) * 1e6)
-    return float(best) or None
+    return best or None
 
 
 def temperature_c() -> float | None:
@@ -154,8 +156,7 @@ def facts() -> dict[str, Any]:
         import numpy as np
 
         numpy = np.__version__
-        import runner
-
+        runner = importlib.import_module("runner")
         runtimes = runner.installed()
     except ImportError:
         pass
@@ -182,15 +183,15 @@ def facts() -> dict[str, Any]:
 def manifest_of(folder: str) -> dict[str, Any]:
     try:
         with open(os.path.join(folder, "manifest.json"), "rb") as file:
-            return json.loads(file.read())
+            manifest: dict[str, Any] = json.loads(file.read())
+            return manifest
     except (OSError, ValueError) as error:
         raise Refused(f"no bundle in {folder} ({error})", "install one: edgesdk flash BUNDLE --on …") from None
 
 
 def numpy_runner() -> Any:
     try:
-        import numpy
-        import runner
+        numpy, runner = (importlib.import_module(name) for name in ("numpy", "runner"))
     except ImportError as error:
         raise Refused(f"{sys.executable} of {platform.node()} has no numpy ({error})", "install it there, or --python PATH") from None
     return numpy, runner
@@ -206,8 +207,6 @@ PACKAGES = {"litert": "ai-edge-litert"}
 
 def import_runtime(runtime: str) -> None:
     """Import the runtime alone, so that its time and memory are not counted as the program's."""
-    import importlib
-
     for name in MODULES.get(runtime, ()):
         try:
             importlib.import_module(name)
@@ -254,7 +253,9 @@ def check(folder: str, repeat: int = 0) -> dict[str, Any]:
     """Each golden case's relative error; the median seconds of `repeat` more calls a method, if asked for."""
     manifest = manifest_of(folder)
     runner = open_runner(folder, manifest)
-    cases, seconds, counts = [], {}, {}
+    cases: list[dict[str, Any]] = []
+    seconds: dict[str, float] = {}
+    counts: dict[str, int] = {}
     for case in manifest["golden"]:
         method = case["method"]
         inputs = load_arrays(folder, case["inputs"])
@@ -304,7 +305,7 @@ def profile(
     rss_before = own_bytes("VmRSS")
     load_s = []
     for _ in range(2):
-        runner = None
+        runner: Any = None
         start = time.perf_counter_ns()
         runner = open_runner(folder, manifest)
         for name in methods:
@@ -394,7 +395,7 @@ VERBS: dict[str, Callable[..., dict[str, Any]]] = {"facts": facts, "health": hea
 def in_fresh_process(request: dict[str, Any], write: Write) -> None:
     """`check` and `profile` run in a process of their own: its memory is the program's, its crash is an answer."""
     argv = [sys.executable, os.path.abspath(__file__), "--one"]
-    errors = tempfile.TemporaryFile()
+    errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed below)
     child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
     assert child.stdin and child.stdout
     child.stdin.write(encode(request))

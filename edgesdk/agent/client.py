@@ -8,7 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 from edgesdk.agent.frames import decode, encode, is_frame
-from edgesdk.errors import DeviceError, InputError
+from edgesdk.errors import DeviceError, InputError, LinkError
 from edgesdk.transport.base import Stream, Transport
 
 Tell = Callable[[str, float], None]
@@ -42,22 +42,24 @@ def send_agent(transport: Transport) -> str:
 
 
 class Agent:
-    """A running agent. `ask` raises what the device answers as `DeviceError`, a broken link as `LinkError`."""
+    """A running agent (`folder`: where it is, if it was sent already). `ask` raises what the device answers as `DeviceError`, a broken link as `LinkError`."""
 
-    def __init__(self, transport: Transport, python: str | None = None) -> None:
+    def __init__(self, transport: Transport, python: str | None = None, folder: str | None = None) -> None:
         self.link = transport.link
         self.python = python or transport.python
-        folder = send_agent(transport)
-        if transport.link != "fake":
-            self._require_python(transport)
+        folder = folder or send_agent(transport)
         self._stream: Stream = transport.open((self.python, "-u", "-B", f"{folder}/agent.py"))
         self._number = 0
         try:
             while not is_frame(line := self._stream.readline(START_S)):
                 pass  # a login banner
             decode(line)
-        except BaseException:
+        except LinkError:
             self._stream.close()
+            raise
+        except DeviceError:
+            self._stream.close()
+            self._require_python(transport)
             raise
 
     def _require_python(self, transport: Transport) -> None:

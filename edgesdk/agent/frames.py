@@ -29,4 +29,5 @@ def decode(line: bytes) -> dict[str, Any]:
             message = json.loads(body)
             assert isinstance(message, dict)
             return message
-    raise LinkError(f"the device's answer was damaged on the way: {line[:60]!r}", "run the command again; if it repeats, something else prints on that line")
+    hint = "run the command again; if it repeats, something else prints on that line"
+    raise LinkError(f"the device's answer was damaged on the way: {line[:60]!r}", hint)

@@ -13,7 +13,9 @@ from edgesdk.cli.common import Json, console, emit_json
 def compare(
     first: Annotated[Path, typer.Argument(help="A saved report.")],
     second: Annotated[Path, typer.Argument(help="Another one, set against the first.")],
-    fail_above: Annotated[str | None, typer.Option("--fail-above", help="Exit 1 if a method's median is slower by more than this: 5%.")] = None,
+    fail_above: Annotated[
+        str | None, typer.Option("--fail-above", help="Exit 1 if a method's median is slower by more than this: 5%.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Set two reports against each other: ratio of medians with a 95% interval, if they may be compared at all."""
@@ -29,7 +31,8 @@ def compare(
     else:
         _show(answer)
     if answer["not_comparable"]:
-        raise CheckFailed("the two may not be compared: " + "; ".join(answer["not_comparable"]), "measure both on the same device under the same conditions")
+        hint = "measure both on the same device under the same conditions"
+        raise CheckFailed("the two may not be compared: " + "; ".join(answer["not_comparable"]), hint)
     if answer["regressions"]:
         raise CheckFailed(f"slower than allowed: {', '.join(answer['regressions'])}", f"--fail-above was {fail_above}")
 

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from edgesdk.transport.steps import Watch
 
 On = Annotated[str, typer.Option("--on", help="local, local:/folder, ssh://user@host:port (?identity=FILE&root=FOLDER), fake.")]
-PythonPath = Annotated[str | None, typer.Option("--python", help="The interpreter on the device.", show_default="python3; locally this one")]
+PythonPath = Annotated[
+    str | None, typer.Option("--python", help="The interpreter on the device.", show_default="python3; locally this one")
+]
 
 
 def flash(
@@ -54,9 +56,12 @@ def _watch(step: Step) -> Watch:
     from edgesdk.transport.steps import Put
     from edgesdk.units import show_bytes
 
+    is_terminal = console(stderr=True).is_terminal  # elsewhere each new text is a line
+
     def watch(what: object, done: int, total: int) -> None:
         if isinstance(what, Put):
-            step(f"{what.remote.rpartition('/')[2]} {show_bytes(done)} of {show_bytes(total)}" if total > 1 << 20 else what.remote.rpartition("/")[2], done / max(total, 1))
+            name = what.remote.rpartition("/")[2]
+            step(f"{name} {show_bytes(done)} of {show_bytes(total)}" if is_terminal else name, done / max(total, 1))
         else:
             step(str(what).rpartition("# ")[2], 1.0)
 
@@ -72,8 +77,8 @@ def _show(d: Deployment) -> None:
             out.print(line, markup=False)
         say(f"{len(d.steps)} steps on {d.link}; nothing was changed")
         return
-    words = {"installed": "installed and good", "already-installed": "already installed and good", "rolled-back": "rolled back", "status": "status"}
-    out.print(f"[bold]{d.link}[/bold]: {words[d.action]}" + (f" ({d.model_name})" if d.model_name else ""))
+    words = {"installed": "installed and good", "already-installed": "already installed and good", "rolled-back": "rolled back"}
+    out.print(f"[bold]{d.link}[/bold]: {words.get(d.action, d.action)}" + (f" ({d.model_name})" if d.model_name else ""))
     out.print(f"  current   {d.current[:12] if d.current else 'nothing'}{'' if d.good or not d.current else '  (not checked here)'}")
     out.print(f"  previous  {d.previous[:12] if d.previous else 'nothing'}")
     for extra in d.installed:

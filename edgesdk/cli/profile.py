@@ -17,7 +17,9 @@ def profile(
     runs: Annotated[int, typer.Option("--runs", help="Timed calls a method.", min=1)] = 50,
     warmup: Annotated[int, typer.Option("--warmup", help="Calls before, not counted.", min=0)] = 5,
     method: Annotated[str | None, typer.Option("--method", help="Only this one.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="The device's profile name.", show_default="what the bundle is for")] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="The device's profile name.", show_default="what the bundle is for")
+    ] = None,
     python: PythonPath = None,
     operators: Annotated[bool, typer.Option("--operators", help="Time each unit alone, too (on this host; slow).")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Save the report, raw samples and all.")] = None,

@@ -29,5 +29,6 @@ def parse_link(link: str) -> Transport:
         return FakeTransport()
     for scheme in ("adb", "serial"):
         if link.startswith(f"{scheme}:"):
-            raise InputError(f"'{link}': {scheme} links are not supported yet", "use ssh://user@host where the device has it, or local on the device itself")
+            hint = "use ssh://user@host where the device has it, or local on the device itself"
+            raise InputError(f"'{link}': {scheme} links are not supported yet", hint)
     raise UnknownName("link", link, _KINDS)

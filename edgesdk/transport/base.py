@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import select
@@ -101,7 +102,7 @@ class Transport(ABC):
     def open(self, argv: tuple[str, ...]) -> Stream:
         """Start a program that talks over stdin and stdout."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (most have nothing to give up)
         """Give up the link; may be called twice."""
 
     def must(self, argv: tuple[str, ...], why: str, timeout: float = 60.0) -> Result:
@@ -122,7 +123,9 @@ def refused(link: str, why: str, result: Result) -> DeviceError:
     """A command failed on the device, in two lines."""
     complaint = result.complaint
     if "No space left" in complaint or "Disk quota" in complaint:
-        return DeviceError(f"{link}: the disk is full ({why})", "free some space there, or `edgesdk flash --status` shows what is installed; then run it again")
+        return DeviceError(
+            f"{link}: the disk is full ({why})", "free some space there (`edgesdk flash --status` lists bundles), then run it again"
+        )
     if "Permission denied" in complaint or "Read-only" in complaint:
         return DeviceError(f"{link}: {why}: {complaint}", "give a folder that can be written: ssh://…?root=/path, or local:/path")
     return DeviceError(f"{link}: {why}: {complaint}", "the device is reached, the command fails there; correct it and run it again")
@@ -132,8 +135,13 @@ class PipeStream:
     """A `Stream` over a process's pipes. stderr goes to a file, so that it can never block."""
 
     def __init__(self, argv: tuple[str, ...], cwd: str | None, failed: Callable[[Result], EdgeError]) -> None:
-        self._stderr = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(argv, cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, bufsize=0)
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
+        pipe = subprocess.PIPE
+        try:
+            self._process = subprocess.Popen(argv, cwd=cwd, stdin=pipe, stdout=pipe, stderr=self._stderr, bufsize=0)
+        except BaseException:
+            self._stderr.close()
+            raise
         self._failed, self._buffer = failed, b""
 
     def send(self, line: bytes) -> None:
@@ -195,7 +203,8 @@ class PipeTransport(Transport):
         try:
             return subprocess.Popen(self._argv(argv), cwd=self.cwd, **pipes)
         except FileNotFoundError:
-            raise DeviceError(f"{self.link}: no program '{self._argv(argv)[0]}'", "install it, or give another one (--python PATH)") from None
+            hint = "install it, or give another one (--python PATH)"
+            raise DeviceError(f"{self.link}: no program '{self._argv(argv)[0]}'", hint) from None
 
     def run(self, argv: tuple[str, ...], stdin: bytes | None = None, timeout: float = 60.0) -> Result:
         pipe = subprocess.PIPE
@@ -205,7 +214,8 @@ class PipeTransport(Transport):
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            raise LinkError(f"{self.link}: no answer in {timeout:.0f} s", "check that the device is up, then run the command again") from None
+            hint = "check that the device is up, then run the command again"
+            raise LinkError(f"{self.link}: no answer in {timeout:.0f} s", hint) from None
         except BaseException:
             process.kill()
             process.communicate()
@@ -241,7 +251,8 @@ class PipeTransport(Transport):
         if result.code == 0:
             return there
         if result.code == 65:
-            raise CheckFailed(f"{self.link}: {remote}: sha256 {result.complaint}, wanted {blob.sha256}", "refused and removed; a bad cable, memory or disk?")
+            what = f"{self.link}: {remote}: sha256 {result.complaint}, wanted {blob.sha256}"
+            raise CheckFailed(what, "refused and removed; a bad cable, memory or disk?")
         if result.code == 66:
             raise LinkError(f"{self.link}: {remote}: the transfer was cut short", "run the same command again: it resumes where it stopped")
         if result.code == 74:
@@ -276,10 +287,8 @@ class PipeTransport(Transport):
                 code = process.wait()
             finally:
                 if not process.stdin.closed:
-                    try:
+                    with contextlib.suppress(OSError):
                         process.stdin.close()
-                    except OSError:
-                        pass
             err.seek(0)
             result = Result(code, b"", err.read())
         if error := self._link_error(result):

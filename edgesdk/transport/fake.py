@@ -64,7 +64,8 @@ class FakeTransport(Transport):
         got = self.files.pop(part)
         digest = hashlib.sha256(got + b"!" if self.failures.corrupt else got).hexdigest()
         if digest != blob.sha256:
-            raise CheckFailed(f"{self.link}: {remote}: sha256 {digest}, wanted {blob.sha256}", "refused and removed; a bad cable, memory or disk?")
+            what = f"{self.link}: {remote}: sha256 {digest}, wanted {blob.sha256}"
+            raise CheckFailed(what, "refused and removed; a bad cable, memory or disk?")
         self.files[remote] = got
         return there
 
@@ -159,7 +160,8 @@ class _FakeAgent:
         if asked["verb"] == "facts":
             return {"ok": {"machine": "fake", "system": "Fake", "emulated": ["the fake device"], "runtimes": {}, "python": "3"}}
         if asked["verb"] == "check":
-            return {"ok": {"cases": [{"method": "forward", "case": 0, "error": error, "allowed": 1e-3, "ok": error <= 1e-3}], "seconds": {}}}
+            case = {"method": "forward", "case": 0, "error": error, "allowed": 1e-3, "ok": error <= 1e-3}
+            return {"ok": {"cases": [case], "seconds": {}}}
         if asked["verb"] == "health":
             manifest = device.files.get(device._real(f"{asked['folder']}/manifest.json"), b"")
             return {"ok": {"digest": hashlib.sha256(manifest).hexdigest(), "bad": []}}

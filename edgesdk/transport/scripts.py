@@ -19,7 +19,8 @@ RECEIVE = (
 SURVEY = (
     'cd "$1" 2>/dev/null || exit 0; for s in current previous; do '
     '[ -e "$s/manifest.json" ] && d=$(cd -P "$s" && pwd -P) && echo "$s ${d##*/}"; done; '
-    'for d in store/*; do [ -d "$d" ] || continue; if [ -f "$d/.good" ]; then g=good; else g=unchecked; fi; echo "store ${d#store/} $g"; done'
+    'for d in store/*; do [ -d "$d" ] || continue; if [ -f "$d/.good" ]; then g=good; else g=unchecked; fi; '
+    'echo "store ${d#store/} $g"; done'
 )
 """$1 root → lines `current DIGEST`, `previous DIGEST`, `store DIGEST good|unchecked`."""
 

@@ -28,9 +28,17 @@ DEFAULTS = (
 QUERY = ("identity", "root", "python", "known_hosts")
 
 CAUSES = (
-    ("REMOTE HOST IDENTIFICATION HAS CHANGED", "its host key has changed", "if the device was set up anew: ssh-keygen -R {name}; if not, someone may be in between"),
-    ("Host key verification failed", "its host key is not trusted", "connect once with `ssh {target}` and check the key, or correct known_hosts"),
-    ("Permission denied", "it does not let this user in", "the host is right, the key or user is not: try `ssh {target}`; ?identity=FILE picks a key (passwords are not asked for)"),
+    (
+        "REMOTE HOST IDENTIFICATION HAS CHANGED",
+        "its host key has changed",
+        "set up anew? then ssh-keygen -R {name}; if not, someone may be in between",
+    ),
+    ("Host key verification failed", "its host key is not trusted", "connect once with `ssh {target}` and check the key"),
+    (
+        "Permission denied",
+        "it does not let this user in",
+        "wrong key or user, not a wrong host: try `ssh {target}`; ?identity=FILE picks a key",
+    ),
     ("Too many authentication failures", "it does not let this user in", "too many keys were offered: ?identity=FILE picks one"),
     ("Connection refused", "nothing listens on that port", "the machine is up; check the port and that sshd runs there"),
     ("Could not resolve hostname", "no such host", "check the name; names come from DNS, mDNS (.local) or ~/.ssh/config"),
