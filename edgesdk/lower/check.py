@@ -65,7 +65,10 @@ def check_program(run: Any, expected: Any, inputs: dict[str, list[list[Any]]], p
     errors: dict[str, float] = {}
     for method, cases in inputs.items():
         for case in cases:
-            for out, ref in zip(run(method, case), expected(method, case), strict=True):
+            outs, refs = run(method, case), expected(method, case)
+            if len(outs) != len(refs):
+                raise CheckFailed(f"{what}: '{method}' gives {len(outs)} outputs, the model {len(refs)}", "choose another --runtime")
+            for out, ref in zip(outs, refs, strict=True):
                 errors[method] = max(errors.get(method, 0.0), relative_error(out, ref))
         if not errors[method] <= limit:
             raise CheckFailed(
