@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edgesdk.cli import VERBS
 
-SUBVERBS = {"devices": ("list", "show", "check", "probe"), "bench": ("predictions",)}
+SUBVERBS = {"devices": ("list", "show", "check"), "bench": ("predictions",)}
 
 
 def _help(*words: str) -> str:
