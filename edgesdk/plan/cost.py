@@ -173,12 +173,12 @@ def _rate(row: OpRate | None, unit: Unit, precision: str, compute: ComputeUnit, 
     return share * peak(unit, precision, compute, threads)
 
 
-def total(costs: Sequence[UnitCost], efficiency: Efficiency) -> Estimate:
-    """The sum of a method's units and the call's own overhead.
+def total(costs: Sequence[UnitCost], efficiency: Efficiency, call_s: float | None = None) -> Estimate:
+    """The sum of a method's units and the call's own overhead (`call_s`, or the efficiency's plain one).
 
     Calibrated residuals are taken as independent, others as fully correlated.
     """
-    value = sum(c.seconds for c in costs) + efficiency.call_overhead_s
+    value = sum(c.seconds for c in costs) + (efficiency.call_overhead_s if call_s is None else call_s)
     if value <= 0:
         return Estimate(value=0.0, low=0.0, high=0.0)
     shares = [c.seconds / value * c.log_sd for c in costs]
