@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from statistics import median
 
 from edgesdk import __version__
 from edgesdk.device import ComputeUnit, DeviceProfile
 from edgesdk.devices import load_device
 from edgesdk.efficiency import Efficiency
 from edgesdk.errors import InputError, UnknownName
-from edgesdk.graph.types import ModelGraph, Unit
 from edgesdk.graph.memory import memory_answer, weight_bytes
-from edgesdk.plan.cost import UnitCost, total, unit_cost, working_set
-from edgesdk.plan.harm import Harm, Step, harm_of
+from edgesdk.graph.types import ModelGraph, Unit
+from edgesdk.plan.cost import Z80, UnitCost, call_seconds, fused, total, unit_cost, working_set
+from edgesdk.plan.harm import Harm, Step, harm_of, quality_of
 from edgesdk.plan.options import options
 from edgesdk.plan.rates import efficiency_for
 from edgesdk.plan.solve import Option, Solution, solve
-from edgesdk.plan.types import Budget, BudgetCheck, Candidate, Estimate, Plan, Precision, UnitPlan, Workload
 from edgesdk.plan.subject import Subject
+from edgesdk.plan.types import Budget, BudgetCheck, Candidate, Estimate, MemoryAnswer, Plan, Precision, UnitPlan, Workload
 from edgesdk.target import target_for
 
 DEFAULT_DROP = 0.01
@@ -49,16 +50,42 @@ def make_plan(
     refs = {asked.facts.layout: model, **asked.facts.alternatives}
     if layout is not None and layout not in refs:
         raise UnknownName("layout", layout, refs)
-    plans: list[Plan] = []
+    made: list[tuple[Setting, Plan]] = []
     for ref in [refs[layout]] if layout else list(refs.values()):
         subject = asked if ref == model else Subject(ref)
         graph, harm = subject.graph, harm_of(subject, step)
         for name in _runtimes(profile, runtime, graph):
-            plans.append(_candidate(_setting(subject, graph, harm, profile, name, threads, workload), budget))
-    best_quality = max((p.quality for p in plans if p.quality is not None), default=None)
-    best = min(plans, key=lambda p: _rank(p, best_quality, budget))
+            setting = _setting(subject, graph, harm, profile, name, threads, workload)
+            made.append((setting, _candidate(setting, budget)))
+    best_quality = max((p.quality for _, p in made if p.quality is not None), default=None)
+    for attempt in range(4):
+        at = min(range(len(made)), key=lambda i: _rank(made[i][1], best_quality, budget))
+        setting, best = made[at][0], _evaluated(*made[at], step)
+        if best.fits or not made[at][1].fits or attempt == 3:
+            break
+        made[at] = setting, _candidate(setting, budget, strict=0.25 ** (attempt + 1))  # harms added up to more than their sum: be careful
+    plans = [p for _, p in made]
     front = _pareto([c for p in plans for c in p.front])
     return best.model_copy(update={"front": front, "reasons": (*best.reasons, *_against(best, plans))})
+
+
+def _evaluated(s: Setting, plan: Plan, step: Step) -> Plan:
+    """The plan with the quality of the rounded model as it is evaluated, instead of the sum of its units' harms."""
+    held = s.graph.weights()
+    taken = {(u.method, u.unit): u.precision for u in plan.units}
+    choice = {u.weight: taken[m.name, u.name] for m in s.graph.methods for u in m.units if u.weight in held and u.weight_elements}
+    value = quality_of(s.subject, {w: p for w, p in choice.items() if w}, step)
+    if value is None or s.harm.quality is None:
+        return plan
+    drop = s.harm.quality - value
+    allowed = plan.budget.quality_drop if plan.budget.quality_drop is not None else DEFAULT_DROP
+    checks = tuple(
+        BudgetCheck(name="harm", limit=allowed, reached=drop, fits=drop <= allowed + 1e-9) if c.name == "harm" else c for c in plan.checks
+    )
+    checks = tuple(sorted(checks, key=lambda c: (c.fits, -c.reached / max(c.limit, 1e-12))))
+    reason = f"quality: {s.subject.facts.quality_name} {value:.2%} evaluated with weights and activations rounded as the runtime rounds them"
+    fields = {"quality_drop": drop, "checks": checks, "fits": all(c.fits for c in checks), "reasons": (*plan.reasons, reason)}
+    return plan.model_copy(update=fields)
 
 
 def _rank(plan: Plan, best_quality: float | None, budget: Budget) -> tuple[bool, bool, float, float]:
@@ -118,10 +145,11 @@ def _table(s: Setting, slower: bool) -> tuple[list[Option], dict[str, float], in
     choices: dict[str, list[Precision]] = {}
     fixed: dict[str, float] = {"latency": 0.0}
     for method in s.graph.methods:
-        fixed[f"latency:{method.name}"] = s.efficiency.call_overhead_s
-        fixed["latency"] += s.efficiency.call_overhead_s * method.unroll
-        touched = working_set(method, {})
-        for unit in method.units:
+        call = call_seconds(method, "fp32", s.efficiency) * s.workload.batch
+        fixed[f"latency:{method.name}"] = call
+        fixed["latency"] += call * method.unroll
+        touched, quiet = working_set(method, {}), fused(method)
+        for unit in (u for u in method.units if u.name not in quiet):
             group, offered = _group(method.name, unit), _offered(s, unit, method.name)
             if len(offered) == 1:
                 value = _cost(s, unit, offered[0], touched).seconds
@@ -139,10 +167,25 @@ def _table(s: Setting, slower: bool) -> tuple[list[Option], dict[str, float], in
     kept = [Option(g, p, u) for (g, p), u in uses.items() if p in choices[g]]
     fast = [o for o in kept if slower or o.use["latency"] <= uses[(o.group, choices[o.group][0])]["latency"] * 1.0001]
     held = {o.group: o.use["memory"] for o in kept if o.precision == choices[o.group][0]}
-    answer = memory_answer(s.graph, {}, s.runtime, s.device)
+    answer = _memory(s, {})
     fixed["memory"] = answer.peak_bytes - sum(held.values())
     fixed["storage"] = answer.weights_bytes - sum(held.values())
     return fast, fixed, len(kept) - len(fast)
+
+
+RUNTIME_BYTES = {"litert": 13_300_000, "tflite-runtime": 13_300_000, "executorch": 343_000_000}
+"""Growth of resident memory when the runtime's Python package is loaded with a small program: x86-64 Linux, ai-edge-litert 2.3.0,
+executorch 1.4.1 with libtorch. Used where a profile has no figure of its own."""
+
+
+def _memory(s: Setting, precisions: dict[tuple[str, str], str]) -> MemoryAnswer:
+    """The memory answer; a runtime whose size the profile does not know counts as measured on x86-64."""
+    answer = memory_answer(s.graph, precisions, s.runtime, s.device)
+    own = RUNTIME_BYTES.get(s.runtime)
+    if answer.runtime_bytes is not None or own is None:
+        return answer
+    left = tuple(n for n in answer.not_counted if not n.startswith("the runtime itself"))
+    return answer.model_copy(update={"runtime_bytes": own, "peak_bytes": answer.peak_bytes + own, "not_counted": left})
 
 
 def _limits(s: Setting, budget: Budget) -> dict[str, float]:
@@ -162,8 +205,11 @@ def _limits(s: Setting, budget: Budget) -> dict[str, float]:
     return limits
 
 
-def _candidate(s: Setting, budget: Budget) -> Plan:
+def _candidate(s: Setting, budget: Budget, strict: float = 1.0) -> Plan:
+    """The best plan of a setting. `strict` below 1 leaves that share of the quality budget to the sum of harms."""
     limits = _limits(s, budget)
+    if "harm" in limits:
+        limits["harm"] *= strict
     fast, fixed, refused = _table(s, slower=False)
     solution = solve(fast, fixed, limits)
     forced = False
@@ -186,12 +232,12 @@ def _reached(solution: Solution, fixed: dict[str, float], metric: str) -> float:
 def _plan(s: Setting, budget: Budget, limits: dict[str, float], fixed: dict[str, float], solution: Solution, refused: int, forced: bool) -> Plan:
     units, per_method, seen = [], {}, set()
     for method in s.graph.methods:
-        own, touched = [], working_set(method, {})
+        own, touched, quiet = [], working_set(method, {}), fused(method)
         for unit in method.units:
             group = _group(method.name, unit)
             offered = _offered(s, unit, method.name)
             precision = solution.chosen[group].precision if group in solution.chosen else offered[0]
-            cost = _cost(s, unit, precision, touched)
+            cost = _cost(s, unit, precision, touched) if unit.name not in quiet else UnitCost(0.0, 0.0, 0.0, "overhead", 0.0)
             own.append(cost)
             estimate = Estimate(value=cost.seconds, low=cost.low, high=cost.high)
             size = 0 if group in seen else weight_bytes(unit, precision, s.runtime)
@@ -203,9 +249,12 @@ def _plan(s: Setting, budget: Budget, limits: dict[str, float], fixed: dict[str,
                     "bound": cost.bound, "harm": harm, "why": _why(s, unit, precision, offered, touched),
                 })
             )  # fmt: skip
-        per_method[method.name] = total(own, s.efficiency)
+        weighted = {u.precision for u in units if u.method == method.name and u.weight_bytes}
+        int8 = weighted == {"int8-static"} or any(t.dtype in ("int8", "uint8") for t in method.inputs)
+        call = call_seconds(method, "int8-static" if int8 else "fp32", s.efficiency) * s.workload.batch
+        per_method[method.name] = total(own, s.efficiency, call)
     latency = _whole(s.graph, per_method)
-    memory = memory_answer(s.graph, {(u.method, u.unit): u.precision for u in units}, s.runtime, s.device)
+    memory = _memory(s, {(u.method, u.unit): u.precision for u in units})
     checks = tuple(
         sorted(
             (BudgetCheck(name=k, limit=v, reached=(r := _reached(solution, fixed, k)), fits=r <= v * (1 + 1e-6)) for k, v in limits.items()),
@@ -243,7 +292,7 @@ def _extremes(s: Setting, limits: dict[str, float]) -> list[Candidate]:
         else:
             solution = solve(table, fixed, kept, objective)
         value = _reached(solution, fixed, "latency")
-        spread = max((r.log_sd for r in s.efficiency.rows), default=0.6)
+        spread = Z80 * max(s.efficiency.call_log_sd, median([r.log_sd for r in s.efficiency.rows] or [0.6]))
         memory = round(_reached(solution, fixed, "memory"))
         answers.append(
             Candidate(
