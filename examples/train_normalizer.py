@@ -16,7 +16,6 @@ from edgesdk.errors import select_by_name
 from edgesdk.examples import normalizer_data as data
 from edgesdk.examples.normalizer import HERE, LAYOUTS, Normalizer, exact_match
 
-
 STEPS = {"normalizer": 2500, "normalizer-deep-encoder": 1500, "normalizer-decoder-only": 2500}
 """Steps of 64 cases each after which the shipped weights were taken."""
 
