@@ -37,6 +37,5 @@ def compare(first: Report, second: Report, *, fail_above: float | None = None) -
         )
         if fail_above is not None and not stops and value > 1 + fail_above and low > 1:
             regressions.append(f"{a.method} ×{value:.2f}")
-    return {
-        "kind": "comparison", "schema_version": 1, "methods": methods, "not_comparable": stops, "differs": others, "regressions": regressions,
-    }  # fmt: skip
+    head = {"kind": "comparison", "schema_version": 1}
+    return {**head, "methods": methods, "not_comparable": stops, "differs": others, "regressions": regressions}

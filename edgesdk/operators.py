@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edgesdk.errors import InputError, MissingTool
 from edgesdk.report import OperatorTime
 from edgesdk.trust import percentile
+from edgesdk.units import show_seconds
 
 if TYPE_CHECKING:
     from edgesdk.bundle import Manifest
@@ -28,6 +29,8 @@ def time_units(manifest: Manifest, plan: Plan | None, *, tell: Tell | None = Non
     """
     if plan is None:
         raise InputError("the bundle holds no plan: its units are unknown", "build it with `edgesdk build`")
+    import torch
+
     from edgesdk.intake import load_model
 
     spec = load_model(plan.model)
@@ -51,7 +54,10 @@ def time_units(manifest: Manifest, plan: Plan | None, *, tell: Tell | None = Non
             rows.append((unit, seconds))
     total = sum(s for _, s in rows) or 1.0
     listed = tuple(OperatorTime(method=u.method, unit=u.unit, op=u.op, median_s=s, share=s / total) for u, s in rows)
-    route = f"each unit lowered alone and timed on this host, {len(rows)} of {len(plan.units)} units; each holds one call of the runtime"
+    empty = _time_alone(torch.nn.ReLU(), (torch.zeros(1),), "fp32", manifest)
+    call = f" (about {show_seconds(empty)}, timed with a program of one ReLU)" if empty else ""
+    counted = f"{len(rows)} of {len(plan.units)} units"
+    route = f"each unit lowered alone and timed on this host, {counted}; each time holds one call of the runtime{call}"
     return listed, route
 
 

@@ -50,7 +50,8 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
 def _line(m: MethodSamples) -> str:
     top = max(m.samples_s)
     points = " ".join(f"{i * 1000 / max(1, len(m.samples_s) - 1):.1f},{100 - 95 * s / top:.1f}" for i, s in enumerate(m.samples_s))
-    return f'<svg viewBox="0 0 1000 100" preserveAspectRatio="none"><polyline fill="none" stroke="#48c" stroke-width="2" points="{points}"/></svg>'
+    line = f'<polyline fill="none" stroke="#48c" stroke-width="2" points="{points}"/>'
+    return f'<svg viewBox="0 0 1000 100" preserveAspectRatio="none">{line}</svg>'
 
 
 def draw(report: Report, path: Path) -> None:

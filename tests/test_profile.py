@@ -13,6 +13,7 @@ from tiny import tiny_bundle
 
 from edgesdk.compare import compare
 from edgesdk.errors import DeviceError, InputError
+from edgesdk.operators import read_etdump
 from edgesdk.plan.types import Budget, BudgetCheck, Estimate, MemoryAnswer, Plan, SolverProof, Workload
 from edgesdk.profile import profile
 from edgesdk.report import Conditions, Report
@@ -32,8 +33,9 @@ def _plan(device: str = "host", runtime_bytes: int | None = None) -> Plan:
         peak_bytes=5136 + (runtime_bytes or 0),
     )  # fmt: skip
     return Plan(
-        model="tiny", model_name="tiny", layout="plain", device=device, runtime="litert", unit="cpu", threads=1, power_mode=None, workload=Workload(),
-        budget=Budget(), fits=True, checks=(BudgetCheck(name="memory", limit=1, reached=0, fits=True),), units=(), latency=one,
+        model="tiny", model_name="tiny", layout="plain", device=device, runtime="litert", unit="cpu", threads=1, power_mode=None,
+        workload=Workload(), budget=Budget(), fits=True,
+        checks=(BudgetCheck(name="memory", limit=1, reached=0, fits=True),), units=(), latency=one,
         method_latency={"forward": one}, memory=memory, storage_bytes=1, quality=None, quality_drop=None,
         proof=SolverProof(name="HiGHS", status="optimal", objective=0, bound=0, gap=0, seconds=0), front=(), reasons=(), digests={},
     )  # fmt: skip
@@ -170,6 +172,22 @@ def test_run_answers_with_arrays(place):
     ):
         with pytest.raises(InputError):
             run(*place, **options)
+
+
+def test_an_etdump_of_a_users_own_runner_is_read(tmp_path):
+    """Operators keep their times; events that hold others are left out."""
+    flatcc = pytest.importorskip("executorch.devtools.etdump.schema_flatcc", reason="needs executorch")
+    from executorch.devtools.etdump.serialize import serialize_to_etdump_flatcc
+
+    def event(name: str, instruction: int, start: int, end: int):
+        return flatcc.Event(flatcc.ProfileEvent(name, 0, instruction, -1, None, None, start, end), None, None)
+
+    events = [event("Method::execute", -1, 0, 4000), event("native_call_mm.out", 0, 0, 3000), event("native_call_relu.out", 1, 3000, 4000)]
+    dump = flatcc.ETDumpFlatCC(0, [flatcc.RunData("forward", -1, [], events)])
+    (tmp_path / "x.etdp").write_bytes(serialize_to_etdump_flatcc(dump))
+    rows, route = read_etdump(tmp_path / "x.etdp")
+    assert {r.unit: r.median_s for r in rows} == pytest.approx({"native_call_mm.out": 3e-6, "native_call_relu.out": 1e-6})
+    assert sum(r.share for r in rows) == pytest.approx(1) and "x.etdp" in route
 
 
 def _cli(*args: str) -> subprocess.CompletedProcess[str]:

@@ -42,7 +42,10 @@ def send_agent(transport: Transport) -> str:
 
 
 class Agent:
-    """A running agent (`folder`: where it is, if it was sent already). `ask` raises what the device answers as `DeviceError`, a broken link as `LinkError`."""
+    """A running agent (`folder`: where it is, if it was sent already).
+
+    `ask` raises what the device answers as `DeviceError` (`InputError` where the request was wrong), a broken link as `LinkError`.
+    """
 
     def __init__(self, transport: Transport, python: str | None = None, folder: str | None = None) -> None:
         self.link = transport.link

@@ -68,21 +68,19 @@ def show(r: Report) -> None:
     from edgesdk.units import show_bytes, show_seconds
 
     out, c = console(), r.conditions
-    out.print(
-        f"[bold]{r.model_name}[/bold] on {c.device} ({c.link}), {c.runtime} {c.runtime_version}, {c.threads} thread{'s' * (c.threads > 1)}"
-    )
+    threads = f"{c.threads} thread{'s' * (c.threads > 1)}"
+    out.print(f"[bold]{r.model_name}[/bold] on {c.device} ({c.link}), {c.runtime} {c.runtime_version}, {threads}")
     out.print(f"  {c.machine}; {c.system}", markup=False)
     table = Table("method", "first call", "p50", "p90", "p99", "calls", box=None, header_style="dim")
     for m in r.methods:
         table.add_row(m.method, *(show_seconds(t) for t in (m.cold_s, m.p50_s, m.p90_s, m.p99_s)), str(len(m.samples_s)))
     out.print(table)
-    out.print(
-        f"  load      {show_seconds(r.load_cold_s)} cold, {show_seconds(r.load_warm_s)} warm; runtime import {show_seconds(r.runtime_import_s)}"
-    )
+    cold, warm, imported = (show_seconds(t) for t in (r.load_cold_s, r.load_warm_s, r.runtime_import_s))
+    out.print(f"  load      {cold} cold, {warm} warm; runtime import {imported}")
     out.print(f"  memory    {show_bytes(r.peak_rss_bytes)} peak, {show_bytes(r.rss_before_load_bytes)} before the program was loaded")
-    out.print(
-        f"  clock     {_hz(c.clock_before_hz)} before, {_hz(c.clock_after_hz)} after; {_c(c.temperature_before_c)} before, {_c(c.temperature_after_c)} after"
-    )
+    out.print(f"  clock     {_hz(c.clock_before_hz)} before, {_hz(c.clock_after_hz)} after")
+    if c.temperature_before_c is not None or c.temperature_after_c is not None:
+        out.print(f"  warmth    {_c(c.temperature_before_c)} before, {_c(c.temperature_after_c)} after")
     if r.comparisons:
         table = Table("", "predicted", "interval", "measured", "off by", box=None, header_style="dim")
         for row in r.comparisons:
@@ -104,7 +102,7 @@ def _hz(value: float | None) -> str:
 
 
 def _c(value: float | None) -> str:
-    return "unknown temperature" if value is None else f"{value:.0f} °C"
+    return "unknown" if value is None else f"{value:.0f} °C"
 
 
 def register(app: typer.Typer) -> None:
