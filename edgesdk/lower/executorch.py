@@ -160,11 +160,11 @@ def memory_plan(content: bytes) -> dict[str, int]:
     with quiet():
         parsed = deserialize_pte_binary(content)
     program = getattr(parsed, "program", parsed)
+    named = getattr(parsed, "named_data", None)
     answer = {"program": len(content)}
     for plan in program.execution_plan:
         for i, size in enumerate(plan.non_const_buffer_sizes[1:]):
             answer[f"planned:{plan.name}:{i}"] = int(size)
-    constants = sum(len(b.storage) for b in program.constant_buffer)
-    answer["constants"] = max(constants, sum(getattr(program.constant_segment, "offsets", []) and [0]))
+    answer["constants"] = sum(len(b.storage) for b in program.constant_buffer) + sum(len(b) for b in (named.buffers if named else ()))
     answer["delegates"] = sum(len(d.data) for d in program.backend_delegate_data)
     return answer
