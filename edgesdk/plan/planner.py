@@ -39,6 +39,7 @@ class Setting:
     efficiency: Efficiency
     harm: Harm
     workload: Workload
+    whole: bool = False  # the whole model in static int8, nothing rounded in between; else each weight for itself
 
 
 def make_plan(
@@ -129,14 +130,20 @@ def _cost(s: Setting, unit: Unit, precision: str, touched: float) -> UnitCost:
     cost = unit_cost(unit, precision, s.device, s.runtime, s.threads, s.efficiency, working_set=touched)
     clock = s.compute.clock_hz / s.compute.sustained_clock_hz if s.workload.sustained and s.compute.sustained_clock_hz else 1.0
     factor = clock * s.workload.batch
+    if precision == "int8-static" and not s.whole and cost.seconds:  # alone among floats it rounds its input and turns its output back
+        ends = [Unit(name="turn", op="quantize", in_elements=n, out_elements=n) for n in (unit.in_elements, unit.out_elements)]
+        turns = sum(unit_cost(end, "fp32", s.device, s.runtime, s.threads, s.efficiency).seconds for end in ends)
+        factor *= 1 + turns / cost.seconds
     return replace(cost, seconds=cost.seconds * factor, low=cost.low * factor, high=cost.high * factor)
 
 
 def _offered(s: Setting, unit: Unit, method: str) -> list[Precision]:
-    if not unit.weight_elements:
-        return ["as-is"] if unit.act_bytes == 1 else ["fp32"]
-    static = s.subject.facts.has_calibration or s.graph.source == "tflite"
-    return options(unit, method, s.runtime, s.device, source=s.graph.source, static=static)
+    """Precisions of a unit; static int8 needs data for its ranges, and no attention masks, which would stretch every range."""
+    static = s.subject.facts.layout == "plain" and s.subject.facts.has_calibration
+    found = options(unit, method, s.runtime, s.device, source=s.graph.source, static=static)
+    if s.whole:
+        return ["int8-static"] if "int8-static" in found else found[:1]
+    return found if unit.weight_elements else found[:1]
 
 
 def _table(s: Setting, slower: bool) -> tuple[list[Option], dict[str, float], int]:
@@ -151,7 +158,7 @@ def _table(s: Setting, slower: bool) -> tuple[list[Option], dict[str, float], in
         touched, quiet = working_set(method, {}), fused(method)
         for unit in (u for u in method.units if u.name not in quiet):
             group, offered = _group(method.name, unit), _offered(s, unit, method.name)
-            if len(offered) == 1:
+            if not unit.weight_elements:
                 value = _cost(s, unit, offered[0], touched).seconds
                 fixed["latency"] += value * method.unroll
                 fixed[f"latency:{method.name}"] += value
@@ -166,7 +173,7 @@ def _table(s: Setting, slower: bool) -> tuple[list[Option], dict[str, float], in
                 use["storage"] = use["memory"]
     kept = [Option(g, p, u) for (g, p), u in uses.items() if p in choices[g]]
     fast = [o for o in kept if slower or o.use["latency"] <= uses[(o.group, choices[o.group][0])]["latency"] * 1.0001]
-    held = {o.group: o.use["memory"] for o in kept if o.precision == choices[o.group][0]}
+    held = {g: float(weight_bytes(u, "fp32", s.runtime)) for g, u in s.graph.weights().items() if g in choices}
     answer = _memory(s, {})
     fixed["memory"] = answer.peak_bytes - sum(held.values())
     fixed["storage"] = answer.weights_bytes - sum(held.values())
@@ -206,11 +213,25 @@ def _limits(s: Setting, budget: Budget) -> dict[str, float]:
 
 
 def _candidate(s: Setting, budget: Budget, strict: float = 1.0) -> Plan:
-    """The best plan of a setting. `strict` below 1 leaves that share of the quality budget to the sum of harms."""
+    """The best plan of a setting: each weight for itself, or the whole model in static int8 where everything can take it.
+
+    `strict` below 1 leaves that share of the quality budget to the sum of harms.
+    """
+    plans = [_solved(s, budget, strict)]
+    weighted = [(m.name, u) for m in s.graph.methods for u in m.units if u.weight_elements]
+    whole = replace(s, whole=True)
+    if weighted and all(_offered(whole, u, m) == ["int8-static"] for m, u in weighted):
+        plans.append(_solved(whole, budget, strict))
+    best = min(plans, key=lambda p: (not p.fits, p.latency.value if p.fits else p.checks[0].reached / p.checks[0].limit))
+    front = tuple(c for p in plans for c in p.front)
+    return best.model_copy(update={"front": front})
+
+
+def _solved(s: Setting, budget: Budget, strict: float) -> Plan:
     limits = _limits(s, budget)
     if "harm" in limits:
         limits["harm"] *= strict
-    fast, fixed, refused = _table(s, slower=False)
+    fast, fixed, refused = _table(s, slower=s.whole)
     solution = solve(fast, fixed, limits)
     forced = False
     if solution.stretch > 1 and refused:
@@ -218,7 +239,7 @@ def _candidate(s: Setting, budget: Budget, strict: float = 1.0) -> Plan:
         wider = solve(every, fixed, limits)
         forced = wider.stretch < solution.stretch
         solution = wider if forced else solution
-    if s.harm.quality is None and solution.stretch <= 1:
+    if s.harm.quality is None and solution.stretch <= 1 and not s.whole:
         every = [o for o in fast if o.precision not in ("int4-g32", "int8-static")]
         careful = solve(every, fixed, limits)
         solution = careful if careful.stretch <= 1 else solution
@@ -288,7 +309,7 @@ def _extremes(s: Setting, limits: dict[str, float]) -> list[Candidate]:
     answers = []
     for objective in ("latency", "memory", None):
         if objective is None:
-            solution = solve([o for o in table if o.precision == "fp32"], fixed, {})
+            solution = solve([o for o in table if o.precision in ("fp32", "as-is")], fixed, {})
         else:
             solution = solve(table, fixed, kept, objective)
         value = _reached(solution, fixed, "latency")
