@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from edgesdk.errors import MissingTool
+from edgesdk.errors import InputError, MissingTool
 from edgesdk.graph.torch_trace import fresh
 
 if TYPE_CHECKING:
@@ -34,6 +34,24 @@ def quiet() -> Iterator[None]:
 
 def _module_name(unit: str) -> str:
     return unit.split("#")[0]
+
+
+def refuse_unapplied(spec: ModelSpec, choice: Choice) -> None:
+    """Raise `InputError` for a precision that would be dropped without a word, or differ between methods that share the weight."""
+    import torch
+
+    kinds = {"int8-dynamic": torch.nn.Linear, "int4-g32": torch.nn.Linear, "int8-static": torch.nn.Module, "fp32": torch.nn.Module}
+    taken: dict[int, tuple[str, str]] = {}
+    for (method, unit), precision in choice.items():
+        module = dict(spec.methods[method].module.named_modules()).get(_module_name(unit))
+        weight = getattr(module, "weight", None)
+        if weight is None and precision in ("fp32", "int8-static"):
+            continue
+        if precision not in kinds or not isinstance(module, kinds[precision]):
+            raise InputError(f"{method}/{unit}: {precision} cannot be applied in a .pte", "plan again, or choose --runtime litert")
+        where, other = taken.setdefault(id(weight), (f"{method}/{unit}", precision))
+        if other != precision:
+            raise InputError(f"{method}/{unit}: {precision}, but {where} is {other} and is the same weight", "give a shared weight one precision")
 
 
 def quantized_modules(spec: ModelSpec, choice: Choice) -> dict[str, Any]:
@@ -104,6 +122,7 @@ def lower_executorch(spec: ModelSpec, choice: Choice, say: Callable[[str], None]
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
     except ImportError:
         raise MissingTool("executorch is not installed", "pip install -c constraints.txt 'edgesdk[executorch]'") from None
+    refuse_unapplied(spec, choice)
     with torch.no_grad(), quiet():
         say("quantizing")
         modules = quantized_modules(spec, choice)
