@@ -131,7 +131,7 @@ def read_etdump(etdump: Path, etrecord: Path | None = None) -> tuple[tuple[Opera
     for path in filter(None, (etdump, etrecord)):
         if not path.is_file():
             raise InputError(f"{path}: no such file", "give what your runner wrote (built with EXECUTORCH_ENABLE_EVENT_TRACER)")
-    if etdump.read_bytes()[4:8] != b"ED00":
+    if etdump.read_bytes()[8:12] != b"ED00":  # a flatbuffer behind its length in 4 bytes
         raise InputError(f"{etdump}: not an ETDump (its file identifier is not ED00)", "give what your runner wrote")
     try:
         from executorch.devtools import Inspector

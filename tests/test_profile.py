@@ -184,7 +184,8 @@ def test_an_etdump_of_a_users_own_runner_is_read(tmp_path):
 
     events = [event("Method::execute", -1, 0, 4000), event("native_call_mm.out", 0, 0, 3000), event("native_call_relu.out", 1, 3000, 4000)]
     dump = flatcc.ETDumpFlatCC(0, [flatcc.RunData("forward", -1, [], events)])
-    (tmp_path / "x.etdp").write_bytes(serialize_to_etdump_flatcc(dump))
+    content = serialize_to_etdump_flatcc(dump)
+    (tmp_path / "x.etdp").write_bytes(len(content).to_bytes(4, "little") + content)
     rows, route = read_etdump(tmp_path / "x.etdp")
     assert {r.unit: r.median_s for r in rows} == pytest.approx({"native_call_mm.out": 3e-6, "native_call_relu.out": 1e-6})
     assert sum(r.share for r in rows) == pytest.approx(1) and "x.etdp" in route
