@@ -237,7 +237,9 @@ def _fit_precision(
     import numpy as np
     from scipy.optimize import least_squares
 
-    ops = sorted({u.op for s in samples for u in s.method.units if precision == "fp32" or u.name in s.choice})
+    from edgesdk.plan.cost import kind_of
+
+    ops = sorted({kind_of(u) for s in samples for u in s.method.units if precision == "fp32" or u.name in s.choice})
     ops = [op for op in ops if op != "reshape"]
     names = ["call", *ops] if precision in ("fp32", "int8-static") else ops  # inputs and outputs stay float elsewhere
     top = max(compute.peak_ops_per_s.values()) / compute.cores
@@ -257,11 +259,11 @@ def _fit_precision(
         predicted = [predict(s, profile, runtime, law) for s in samples]
         return np.concatenate([np.log(predicted) - measured, 0.02 * (x - start)])  # a weak pull keeps what no sample tells near its start
 
-    answer = least_squares(residuals, start, diff_step=1e-3, max_nfev=40)
+    answer = least_squares(residuals, start, diff_step=np.full(start.size, 1e-3), max_nfev=40)
     left = [float(r) for r in residuals(answer.x)[: len(samples)]]
     spread: dict[str, list[float]] = {}
     for sample, r in zip(samples, left, strict=True):
-        for op in {u.op for u in sample.method.units}:
+        for op in {kind_of(u) for u in sample.method.units}:
             spread.setdefault(op, []).append(r)
 
     def sd(op: str) -> float:

@@ -125,12 +125,19 @@ _LIKE = {"reshape": "elementwise", "conv1d": "conv2d", "attention": "matmul", "r
 """Operator classes that cost like another one where they have no row of their own."""
 
 
+def kind_of(unit: Unit) -> str:
+    """The class a unit is calibrated under: averages are other kernels than maxima."""
+    name = unit.name.split("#")[0]
+    return "pool-average" if unit.op == "pool" and any(k in name for k in ("avg", "average", "mean", "sum")) else unit.op
+
+
 def _row(efficiency: Efficiency, unit: Unit, precision: str) -> OpRate | None:
     """The row of a unit; a flatbuffer's operators cost like static int8 or float ones."""
     if precision == "as-is":
         precision = "int8-static" if unit.act_bytes == 1 else "fp32"
     known = {r.op for r in efficiency.rows}
-    return efficiency.row(unit.op if unit.op in known else _LIKE.get(unit.op, unit.op), precision)
+    kind = next((k for k in (kind_of(unit), unit.op, _LIKE.get(unit.op, "*")) if k in known), unit.op)
+    return efficiency.row(kind, precision)
 
 
 def call_seconds(method: MethodGraph, precision: str, efficiency: Efficiency) -> float:
@@ -168,7 +175,7 @@ def method_seconds(
 
 def _rate(row: OpRate | None, unit: Unit, precision: str, compute: ComputeUnit, threads: int, efficiency: Efficiency) -> float:
     if row and row.ops_per_s:
-        return row.ops_per_s * (threads / efficiency.threads) ** 0.9
+        return row.ops_per_s * math.pow(threads / efficiency.threads, 0.9)
     share = row.share_of_peak if row and row.share_of_peak else 0.1
     return share * peak(unit, precision, compute, threads)
 

@@ -71,7 +71,8 @@ def cases(runtimes: list[str]) -> list[tuple[str, ModelSpec, str, str]]:
             found += [(path.stem, spec, "litert", p) for p in kinds]
     for spec in (load_model("example:digits-cnn"), mlp(), wide_mlp(), small_cnn()):
         for runtime in runtimes:
-            kinds = ["fp32", "int8-static"] + (["int8-dynamic"] if "mlp" in spec.name else []) + (["int4-g32"] if spec.name == "wide-mlp" else [])
+            kinds = ["fp32", "int8-static"] + (["int8-dynamic"] if "mlp" in spec.name else [])
+            kinds += ["int4-g32"] if spec.name == "wide-mlp" else []
             found += [(spec.name, spec, runtime, p) for p in kinds if p != "int4-g32" or runtime == "executorch"]
     return found
 
@@ -81,7 +82,8 @@ def run_case(spec: ModelSpec, runtime: str, precision: str, seconds: float) -> d
     device, graph = load_device("host"), trace(spec)
     method = graph.methods[0]
     law = efficiency_for(device, device.units[0], runtime, 1)
-    takes = {u.name: precision if precision in options(u, method.name, runtime, device, source=graph.source) else "fp32" for u in method.units}
+    offered = {u.name: options(u, method.name, runtime, device, source=graph.source) for u in method.units}
+    takes = {name: precision if precision in kinds else "fp32" for name, kinds in offered.items()}
     if precision == "as-is":
         takes = {u.name: "as-is" for u in method.units}
     costs, call = method_costs(method, lambda u: takes[u.name], device, runtime, 1, law)
@@ -134,8 +136,8 @@ def main() -> None:
         row["inside"] = row["low_s"] <= row["measured_s"] <= row["high_s"]
         rows.append(row)
         sys.stdout.write(
-            f"{label:28} {runtime:11} {precision:13} predicted {row['predicted_s'] * 1e6:9.1f} µs  measured {row['measured_s'] * 1e6:9.1f} µs"
-            f"  error {row['error']:6.1%}  {'inside' if row['inside'] else 'outside'}\n"
+            f"{label:28} {runtime:11} {precision:13} predicted {row['predicted_s'] * 1e6:9.1f} µs"
+            f"  measured {row['measured_s'] * 1e6:9.1f} µs  error {row['error']:6.1%}  {'inside' if row['inside'] else 'outside'}\n"
         )
         sys.stdout.flush()
     errors = [row["error"] for row in rows]
