@@ -72,7 +72,7 @@ def test_wheel_holds_every_file_of_the_tree(tmp_path):
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     code = "import edgesdk.profiles, edgesdk.targets, edgesdk.kernels, edgesdk.examples as e; print(e.__file__)"
-    out = subprocess.run([sys.executable, "-S", "-c", code], env={"PYTHONPATH": str(site)}, cwd=tmp_path, check=True, capture_output=True, text=True)
+    out = subprocess.run([sys.executable, "-S", "-c", code], env={"PYTHONPATH": str(site)}, cwd=site, check=True, capture_output=True, text=True)
     assert out.stdout.startswith(str(site))
 
 

@@ -1,0 +1,95 @@
+"""The whole loop on an emulated arm64 board over real ssh, and what goes wrong on the way. Timings are an emulator's: they are labelled, never judged."""
+
+from __future__ import annotations
+
+import pytest
+
+from edgesdk.bundles import bundle_digest, read_manifest
+from edgesdk.errors import CheckFailed, DeviceError, LinkError
+from edgesdk.flash import flash, roll_back, status
+from edgesdk.intake import load_model
+from edgesdk.lower import build
+from edgesdk.plan import plan
+from edgesdk.profile import profile
+from tests.tiny import tiny_bundle
+
+pytestmark = pytest.mark.board
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The digits example planned for a Pi 5 with LiteRT and built."""
+    made = plan("example:digits-cnn", "raspberry-pi-5", runtime="litert")
+    return build(made, load_model("example:digits-cnn"), tmp_path_factory.mktemp("bundle") / "digits.edge")
+
+
+def test_plan_build_flash_profile(board, digits):
+    deployment = flash(digits, board.url)
+    assert deployment.current == bundle_digest(digits)
+    assert deployment.good
+    assert all(g.relative_error <= g.allowed for g in deployment.golden) and deployment.golden
+    report = profile(digits, board.url, runs=20)
+    assert report.conditions.machine == "aarch64"
+    assert report.conditions.emulated and report.trust.verdict == "emulated"
+    assert len(report.methods[0].samples_s) == 20
+    assert report.peak_rss_bytes > 10_000_000
+    assert {c.name for c in report.comparisons} >= {"latency forward"}
+    assert flash(digits, board.url).sent_bytes == 0, "what is there is not sent again"
+
+
+def test_a_cut_transfer_resumes(board, tmp_path):
+    path = tmp_path / "big.edge"
+    tiny_bundle(path, seed=1, rows=16, cols=40000)
+    program = next(m for m in read_manifest(path).members if m.name == "model.tflite")
+    board.link.cut_after(1_000_000)
+    with pytest.raises(LinkError):
+        flash(path, board.cuttable_url)
+    board.link.restore()
+    deployment = flash(path, board.cuttable_url)
+    assert deployment.current == bundle_digest(path)
+    assert 0 < deployment.resumed_bytes < program.size_bytes
+
+
+def test_a_bad_install_is_rolled_back(board, digits, tmp_path):
+    flash(digits, board.url)
+    bad = tmp_path / "bad.edge"
+    tiny_bundle(bad, seed=2, wrong=True)
+    with pytest.raises(CheckFailed):
+        flash(bad, board.url)
+    state = status(board.url)
+    assert state.current == bundle_digest(digits) and state.good
+
+
+def test_a_full_disk_leaves_what_was(board, digits, tmp_path):
+    flash(digits, board.url)
+    big = tmp_path / "big.edge"
+    tiny_bundle(big, seed=3, rows=16, cols=40000)
+    board.fill_disk()
+    try:
+        with pytest.raises(DeviceError) as error:
+            flash(big, board.url)
+        assert error.value.exit_code == 3
+    finally:
+        board.free_disk()
+    assert status(board.url).current == bundle_digest(digits)
+    assert flash(big, board.url).current == bundle_digest(big)
+
+
+def test_a_damaged_bundle_is_refused(board, digits, tmp_path):
+    path = tmp_path / "a.edge"
+    tiny_bundle(path, seed=4)
+    flash(path, board.url)
+    flash(digits, board.url)
+    store = f"/data/edgesdk/store/{bundle_digest(path)}"
+    assert board.ssh(f"echo x >> {store}/model.tflite").returncode == 0
+    with pytest.raises(CheckFailed):
+        roll_back(board.url)
+    assert status(board.url).current == bundle_digest(digits)
+
+
+def test_rollback_goes_back(board, digits, tmp_path):
+    flash(digits, board.url)
+    other = tmp_path / "other.edge"
+    tiny_bundle(other, seed=5)
+    flash(other, board.url)
+    assert roll_back(board.url).current == bundle_digest(digits)
