@@ -11,6 +11,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from edgesdk.plan.types import SolverProof
 
+
 @dataclass(frozen=True)
 class Option:
     """One precision for one group of units that share a weight. `use` is what it adds to each metric ("memory", "latency", "harm", …)."""
@@ -78,7 +79,10 @@ def _milp(
     integrality = np.ones(size, dtype=np.int64)
     if stretch:
         integrality[n] = 0
-    result = milp(cost, constraints=constraints, bounds=Bounds(np.zeros(size), upper), integrality=integrality, options={"mip_rel_gap": 1e-4, "time_limit": 20.0})
+    result = milp(
+        cost, constraints=constraints, bounds=Bounds(np.zeros(size), upper), integrality=integrality,
+        options={"mip_rel_gap": 1e-4, "time_limit": 20.0},
+    )  # fmt: skip
     if result.x is None:
         return None
     chosen = {o.group: o for i, o in enumerate(options) if result.x[i] > 0.5}
