@@ -29,7 +29,9 @@ def write_bundle(path: str | Path, members: Mapping[str, bytes], **fields: Any) 
     path = Path(path)
     for name in members:
         if not name or name == "manifest.json" or not _inside(name):
-            raise InputError(f"{path}: '{name}' cannot be a member's name", "use a relative name inside the bundle, other than manifest.json")
+            raise InputError(
+                f"{path}: '{name}' cannot be a member's name", "use a relative name inside the bundle, other than manifest.json"
+            )
     listed = tuple(Member(name=n, size_bytes=len(c), sha256=sha256(c)) for n, c in sorted(members.items()))
     manifest = Manifest(members=listed, **fields)
     part = path.with_name(path.name + ".part")

@@ -89,7 +89,7 @@ def _variant(raw: dict[str, Any], suffix: str, where: str) -> DeviceProfile:
     changed["name"] = f"{raw['name']}-{suffix}"
     changed["title"] = f"{raw['title']} ({suffix.upper()})"
     changed["aliases"], changed["variants"] = [f"{a}-{suffix}" for a in raw.get("aliases", ())], []
-    changed.setdefault("sources", {}).update({f: f"variant {suffix}" for f in variant["set"]})
+    changed.setdefault("sources", {}).update(dict.fromkeys(variant["set"], f"variant {suffix}"))
     return _build(changed, where)
 
 
@@ -116,7 +116,9 @@ def _build(raw: dict[str, Any], where: str) -> DeviceProfile:
         raise InputError(f"{where}: {missing[0]}: no source{more}", f'add it to [sources], like "{missing[0]}" = "https://…"')
     if profile.default_power_mode and profile.default_power_mode not in [m.name for m in profile.power_modes]:
         known = [m.name for m in profile.power_modes]
-        raise InputError(f"{where}: default_power_mode = '{profile.default_power_mode}', wanted one of {known}", "name one of its power modes")
+        raise InputError(
+            f"{where}: default_power_mode = '{profile.default_power_mode}', wanted one of {known}", "name one of its power modes"
+        )
     return profile
 
 
@@ -127,7 +129,10 @@ def _named(error: ValidationError, raw: dict[str, Any]) -> ValidationError:
         node: Any = raw
         loc: list[str | int] = []
         for part in item["loc"]:
-            parent, node = node, (node[part] if isinstance(node, list) and isinstance(part, int) else node.get(part) if isinstance(node, dict) else None)
+            parent, node = (
+                node,
+                (node[part] if isinstance(node, list) and isinstance(part, int) else node.get(part) if isinstance(node, dict) else None),
+            )
             named = isinstance(parent, list) and isinstance(node, dict)
             loc.append(next((str(node[k]) for k in set(LISTS_BY.values()) if k in node), part) if named else part)
         message = re.sub(r"^Input should be (?='.* or )", "wanted one of ", item["msg"])

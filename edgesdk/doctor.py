@@ -87,7 +87,9 @@ def _torch_build() -> Finding | None:
 def _python() -> Finding:
     version = platform.python_version()
     good = (3, 11) <= sys.version_info[:2] < (3, 14)
-    return Finding("python", "ok" if good else "wrong", version, "3.11 to 3.13; 3.11 is what is tested", "" if good else "install Python 3.11")
+    return Finding(
+        "python", "ok" if good else "wrong", version, "3.11 to 3.13; 3.11 is what is tested", "" if good else "install Python 3.11"
+    )
 
 
 def _cache() -> Finding:
@@ -95,10 +97,18 @@ def _cache() -> Finding:
 
     root = cache_dir("doctor").parent
     if not os.access(root, os.W_OK):
-        return Finding("cache", "wrong", str(root), "plans and lowered programs are kept here", "set EDGESDK_CACHE to a folder you can write to")
+        return Finding(
+            "cache", "wrong", str(root), "plans and lowered programs are kept here", "set EDGESDK_CACHE to a folder you can write to"
+        )
     free = shutil.disk_usage(root).free
     state: State = "ok" if free > 2 * 10**9 else "wrong"
-    return Finding("cache", state, f"{root} ({free / 1e9:.0f} GB free)", "plans and lowered programs are kept here", "" if state == "ok" else "free some space")
+    return Finding(
+        "cache",
+        state,
+        f"{root} ({free / 1e9:.0f} GB free)",
+        "plans and lowered programs are kept here",
+        "" if state == "ok" else "free some space",
+    )
 
 
 def _calibration() -> Finding:

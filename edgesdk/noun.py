@@ -38,7 +38,7 @@ class Noun(Part):
         except ValueError as error:
             raise InputError(f"{where}: not JSON ({error})", f"expected a saved {cls.KIND}") from None
         if not isinstance(data, dict) or data.pop("kind", None) != cls.KIND:
-            raise InputError(f"{where}: not a {cls.KIND}", f"expected JSON with \"kind\": \"{cls.KIND}\"")
+            raise InputError(f"{where}: not a {cls.KIND}", f'expected JSON with "kind": "{cls.KIND}"')
         version = data.pop("schema_version", None)
         if version != cls.VERSION:
             raise InputError(f"{where}: schema_version = {version}, wanted {cls.VERSION}", "make it again with this edgesdk")

@@ -194,7 +194,9 @@ def _check_shapes(method: str, wanted: list[tuple[tuple[int, ...], str]], arrays
     if len(arrays) != len(wanted):
         raise RunnerError(f"'{method}' takes {len(wanted)} inputs, {len(arrays)} given")
     for i, (array, (shape, _)) in enumerate(zip(arrays, wanted)):
-        if math.prod(np.shape(array)) != math.prod(shape) or (len(np.shape(array)) == len(shape) and tuple(np.shape(array)) != tuple(shape)):
+        if math.prod(np.shape(array)) != math.prod(shape) or (
+            len(np.shape(array)) == len(shape) and tuple(np.shape(array)) != tuple(shape)
+        ):
             raise RunnerError(f"input {i} of '{method}' has shape {list(np.shape(array))}, wanted {list(shape)}")
 
 

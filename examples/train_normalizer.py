@@ -1,6 +1,6 @@
 """Train the normalizers on one CPU core and write their weights: `python -m edgesdk.examples.train_normalizer [NAME …]`.
 
-NAME is normalizer (about 3.5 minutes), normalizer-deep-encoder (about 2.5) or normalizer-decoder-only (about 6); without a name, all three.
+NAME is normalizer (about 3.5 minutes), normalizer-deep-encoder (the same) or normalizer-decoder-only (about 6); without a name, all three.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from edgesdk.errors import select_by_name
 from edgesdk.examples import normalizer_data as data
 from edgesdk.examples.normalizer import HERE, LAYOUTS, Normalizer, exact_match
 
-STEPS = {"normalizer": 2500, "normalizer-deep-encoder": 1500, "normalizer-decoder-only": 2500}
+STEPS = {"normalizer": 2500, "normalizer-deep-encoder": 2500, "normalizer-decoder-only": 2500}
 """Steps of 64 cases each after which the shipped weights were taken."""
 
 

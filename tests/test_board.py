@@ -33,7 +33,7 @@ def test_plan_build_flash_profile(board, digits):
     assert report.conditions.emulated and report.trust.verdict == "emulated"
     assert len(report.methods[0].samples_s) == 20
     assert report.peak_rss_bytes > 10_000_000
-    assert {c.name for c in report.comparisons} >= {"latency forward"}
+    assert not [c for c in report.comparisons if c.unit == "s"], "an emulator's time is not held against a prediction"
     assert flash(digits, board.url).sent_bytes == 0, "what is there is not sent again"
 
 

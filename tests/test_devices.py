@@ -35,7 +35,13 @@ def test_there_are_enough_and_no_alias_is_taken_twice():
 
 @pytest.mark.parametrize(
     ("given", "name"),
-    [("jetson", "jetson-orin-nano"), ("pi5", "raspberry-pi-5"), ("phone", "galaxy-s24"), ("PI5-4GB", "raspberry-pi-5-4gb"), ("pi-zero-2w", "raspberry-pi-zero-2-w")],
+    [
+        ("jetson", "jetson-orin-nano"),
+        ("pi5", "raspberry-pi-5"),
+        ("phone", "galaxy-s24"),
+        ("PI5-4GB", "raspberry-pi-5-4gb"),
+        ("pi-zero-2w", "raspberry-pi-zero-2-w"),
+    ],
 )
 def test_aliases_and_variants(given, name):
     assert devices.load_device(given).name == name

@@ -53,7 +53,11 @@ def _tree_files() -> set[str]:
     names = set()
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*"):
-            if path.is_file() and "__pycache__" not in path.parts and path.suffix in {".py", ".toml", ".typed", ".json", ".npz", ".pt", ".csv"}:
+            if (
+                path.is_file()
+                and "__pycache__" not in path.parts
+                and path.suffix in {".py", ".toml", ".typed", ".json", ".npz", ".pt", ".csv"}
+            ):
                 inside = path.relative_to(ROOT).as_posix()
                 names.add(inside if folder == "edgesdk" else f"edgesdk/{inside}")
     return names
@@ -72,7 +76,9 @@ def test_wheel_holds_every_file_of_the_tree(tmp_path):
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     code = "import edgesdk.profiles, edgesdk.targets, edgesdk.kernels, edgesdk.examples as e; print(e.__file__)"
-    out = subprocess.run([sys.executable, "-S", "-c", code], env={"PYTHONPATH": str(site)}, cwd=site, check=True, capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, "-S", "-c", code], env={"PYTHONPATH": str(site)}, cwd=site, check=True, capture_output=True, text=True
+    )
     assert out.stdout.startswith(str(site))
 
 

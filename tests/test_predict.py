@@ -28,8 +28,9 @@ def _write(path: Path, *rows: tuple[str, ...], header: tuple[str, ...] = COLUMNS
     return path
 
 
-def _row(device: str, model: str, runtime: str = "ncnn benchncnn", value: str = "46.21", unit: str = "ms",
-    threads: str = "4") -> tuple[str, ...]:
+def _row(
+    device: str, model: str, runtime: str = "ncnn benchncnn", value: str = "46.21", unit: str = "ms", threads: str = "4"
+) -> tuple[str, ...]:
     return (device, model, "fp (ncnn default)", runtime, threads, value, unit, "", "a test")
 
 
@@ -51,8 +52,14 @@ def test_classifiers_count_what_their_papers_count(name: str, gmacs: float, mpar
 # Ultralytics' own tables: FLOPs (halved) at 640 and parameters.
 @pytest.mark.parametrize(
     ("name", "gmacs", "mparams"),
-    [("yolov8n", 4.35, 3.2), ("yolov8s", 14.3, 11.2), ("yolov8m", 39.45, 25.9), ("yolo11n", 3.25, 2.6), ("yolo11m", 34.0, 20.1),
-        ("yolo11x", 97.45, 56.9)],
+    [
+        ("yolov8n", 4.35, 3.2),
+        ("yolov8s", 14.3, 11.2),
+        ("yolov8m", 39.45, 25.9),
+        ("yolo11n", 3.25, 2.6),
+        ("yolo11m", 34.0, 20.1),
+        ("yolo11x", 97.45, 56.9),
+    ],
 )
 def test_detectors_count_what_their_makers_count(name: str, gmacs: float, mparams: float) -> None:
     net = detector(name, None)
@@ -62,16 +69,25 @@ def test_detectors_count_what_their_makers_count(name: str, gmacs: float, mparam
 
 
 def test_language_models_weigh_what_their_names_say() -> None:
-    for name, billions in (("llama3.2:3b", 3.2), ("Llama 3.1 8B", 7.5), ("tinyllama", 1.03), ("qwen2.5:7b", 7.1), ("gemma2:2b", 2.6),
-        ("Llama 2 7B", 6.6)):
+    for name, billions in (
+        ("llama3.2:3b", 3.2),
+        ("Llama 3.1 8B", 7.5),
+        ("tinyllama", 1.03),
+        ("qwen2.5:7b", 7.1),
+        ("gemma2:2b", 2.6),
+        ("Llama 2 7B", 6.6),
+    ):
         found = names.language(name)
         assert found is not None, name
         assert found[1].weights / 1e9 == pytest.approx(billions, rel=0.03)
 
 
 def test_one_model_by_many_names() -> None:
-    for spellings in (("resnet50", "ResNet50", "resnet50_int8", "ResNet-50"), ("mobilenet_v3", "MobileNet-v3-Large"),
-        ("YOLOv8-Detection", "YOLOv8n 640", "yolov8n")):
+    for spellings in (
+        ("resnet50", "ResNet50", "resnet50_int8", "ResNet-50"),
+        ("mobilenet_v3", "MobileNet-v3-Large"),
+        ("YOLOv8-Detection", "YOLOv8n 640", "yolov8n"),
+    ):
         assert len({names.canonical(s) for s in spellings}) == 1, spellings
     assert names.cnn_or_transformer("a model nobody knows") is None
 
@@ -104,8 +120,10 @@ def test_more_threads_are_never_slower(tmp_path: Path) -> None:
 
 
 def test_tokens_a_second_are_predicted_as_a_rate(tmp_path: Path) -> None:
-    rows = [(*_row("Raspberry Pi 5 8GB", m, "Ollama", "5", "tok/s decode", "")[:2], "Q4_K_M", "Ollama", "", "5", "tok/s decode", "",
-        "t") for m in ("llama3.2:1b", "llama3.2:3b", "llama3.1:8b")]
+    rows = [
+        (*_row("Raspberry Pi 5 8GB", m, "Ollama", "5", "tok/s decode", "")[:2], "Q4_K_M", "Ollama", "", "5", "tok/s decode", "", "t")
+        for m in ("llama3.2:1b", "llama3.2:3b", "llama3.1:8b")
+    ]
     items = predict.predict_rows(_write(tmp_path / "r.csv", *rows))
     rates = [p.predicted or 0 for p in items]
     assert rates == sorted(rates, reverse=True) and 0.5 < rates[2] < rates[0] < 40
@@ -113,8 +131,13 @@ def test_tokens_a_second_are_predicted_as_a_rate(tmp_path: Path) -> None:
 
 
 def test_unknown_rows_are_listed_with_the_reason(tmp_path: Path) -> None:
-    path = _write(tmp_path / "r.csv", _row("abacus", "resnet50"), _row("Raspberry Pi 5", "net of nets"), _row("Raspberry Pi 5",
-        "resnet50", "a runtime"), _row("Raspberry Pi 5", "resnet50"))
+    path = _write(
+        tmp_path / "r.csv",
+        _row("abacus", "resnet50"),
+        _row("Raspberry Pi 5", "net of nets"),
+        _row("Raspberry Pi 5", "resnet50", "a runtime"),
+        _row("Raspberry Pi 5", "resnet50"),
+    )
     items = predict.predict_rows(path)
     assert [p.known for p in items] == [False, False, False, True]
     assert [p.why and p.why.split()[0] for p in items] == ["device", "model", "runtime", None]

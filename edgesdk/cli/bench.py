@@ -11,10 +11,12 @@ from edgesdk.cli.common import Json, console, emit_json, progress, say
 if TYPE_CHECKING:
     from edgesdk.predict import Prediction
 
-Rows = Annotated[str, typer.Option("--rows",
-    help="A CSV of published measurements: device,model,precision,runtime,threads,value,unit,note,source.")]
-Validate = Annotated[bool, typer.Option("--validate",
-    help="Also fit again with whole devices and whole models left out, and print the errors reached.")]
+Rows = Annotated[
+    str, typer.Option("--rows", help="A CSV of published measurements: device,model,precision,runtime,threads,value,unit,note,source.")
+]
+Validate = Annotated[
+    bool, typer.Option("--validate", help="Also fit again with whole devices and whole models left out, and print the errors reached.")
+]
 
 
 def _percent(x: float | None) -> str:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def build(
-    plan_file: Annotated[str | None, typer.Argument(metavar="[PLAN.JSON]", help="A saved plan; without it, --model is planned first.")] = None,
+    plan_file: Annotated[
+        str | None, typer.Argument(metavar="[PLAN.JSON]", help="A saved plan; without it, --model is planned first.")
+    ] = None,
     model: Model = None,
     device: Device = "host",
     memory: Memory = None,
@@ -47,11 +49,21 @@ def build(
             plan = make_plan(model or DEFAULT_MODEL, device, budget=budget, runtime=runtime, threads=threads, layout=layout, step=step)
         if not plan.fits:
             worst = plan.checks[0]
-            raise DoesNotFit(f"the plan does not fit: {worst.name} needs {worst.reached / worst.limit:.2f}x its limit", "raise that limit and plan again")
+            raise DoesNotFit(
+                f"the plan does not fit: {worst.name} needs {worst.reached / worst.limit:.2f}x its limit", "raise that limit and plan again"
+            )
         path = make(plan, load_model(plan.model), Path(out or f"{plan.model_name}-{plan.device}.edge"), step=step)
     manifest = read_manifest(path)
     if as_json:
-        emit_json({"kind": "build", "schema_version": 1, "path": str(path), "digest": bundle_digest(path), "manifest": manifest.model_dump(mode="json")})
+        emit_json(
+            {
+                "kind": "build",
+                "schema_version": 1,
+                "path": str(path),
+                "digest": bundle_digest(path),
+                "manifest": manifest.model_dump(mode="json"),
+            }
+        )
     else:
         _show(path, plan, manifest)
 
@@ -62,7 +74,9 @@ def _show(path: Path, plan: Plan, manifest: Manifest) -> None:
     screen = console()
     program = next(m.size_bytes for m in manifest.members if m.name == manifest.program)
     screen.print(f"{path}: {manifest.model_name} for {manifest.device}, {manifest.runtime} {manifest.runtime_version}", style="bold")
-    screen.print(f"  program {show_bytes(program)} (weights planned: {show_bytes(plan.storage_bytes)}), bundle {show_bytes(path.stat().st_size)}")
+    screen.print(
+        f"  program {show_bytes(program)} (weights planned: {show_bytes(plan.storage_bytes)}), bundle {show_bytes(path.stat().st_size)}"
+    )
     for method, error in manifest.host_check.items():
         screen.print(f"  {method}: relative error {error:.2g} against the reference on this host")
     if not manifest.host_check:

@@ -33,7 +33,12 @@ def list_all(as_json: Json = False) -> None:
         units = ", ".join(f"{u.core} x{u.cores}" for u in d.units)
         names = ", ".join(d.aliases), ", ".join(v.suffix for v in d.variants)
         table.add_row(
-            d.name, *names, show_bytes(d.memory.size_bytes), f"{d.memory.bandwidth_bytes_per_s / 1e9:.4g} GB/s", units, ", ".join(r.name for r in d.runtimes)
+            d.name,
+            *names,
+            show_bytes(d.memory.size_bytes),
+            f"{d.memory.bandwidth_bytes_per_s / 1e9:.4g} GB/s",
+            units,
+            ", ".join(r.name for r in d.runtimes),
         )
     console().print(table)
     console().print("and host: this machine, detected live")
@@ -56,16 +61,26 @@ def _print(device: DeviceProfile) -> None:
 
     screen = console()
     screen.print(f"{device.name}: {device.title}", style="bold")
-    screen.print(f"  {device.family}, {device.arch}, {device.os}; memory {show_bytes(device.memory.size_bytes)}, {device.memory.usable_share:.0%} usable")
+    screen.print(
+        f"  {device.family}, {device.arch}, {device.os}; memory {show_bytes(device.memory.size_bytes)}, {device.memory.usable_share:.0%} usable"
+    )
     screen.print(f"  bandwidth {device.memory.bandwidth_bytes_per_s / 1e9:.4g} GB/s")
     for u in device.units:
         peaks = ", ".join(f"{k} {v / 1e9:.4g} Gop/s" for k, v in u.peak_ops_per_s.items())
         caches = ", ".join(f"L{c.level} {c.size_bytes // 1024} KiB" for c in u.caches)
-        screen.print(f"  {u.name}: {u.kind}, {u.core} x{u.cores} at {u.clock_hz / 1e9:.4g} GHz; {peaks}" + (f"; {caches}" if caches else ""))
+        screen.print(
+            f"  {u.name}: {u.kind}, {u.core} x{u.cores} at {u.clock_hz / 1e9:.4g} GHz; {peaks}" + (f"; {caches}" if caches else "")
+        )
     for r in device.runtimes:
-        screen.print(f"  {r.name} on {r.unit}: {', '.join(r.precisions)}" + (f"; {show_bytes(r.overhead_bytes)} itself" if r.overhead_bytes else ""))
+        screen.print(
+            f"  {r.name} on {r.unit}: {', '.join(r.precisions)}" + (f"; {show_bytes(r.overhead_bytes)} itself" if r.overhead_bytes else "")
+        )
     for m in device.power_modes:
-        screen.print(f"  power mode {m.name}" + (f", {m.power_w:g} W" if m.power_w else "") + (" (default)" if m.name == device.default_power_mode else ""))
+        screen.print(
+            f"  power mode {m.name}"
+            + (f", {m.power_w:g} W" if m.power_w else "")
+            + (" (default)" if m.name == device.default_power_mode else "")
+        )
     for field, source in device.sources.items():
         screen.print(f"  source of {field}: {source}", style="dim")
 

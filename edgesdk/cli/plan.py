@@ -34,12 +34,16 @@ def read_budget(
 
 
 Model = Annotated[str | None, typer.Option("--model", help=MODEL_HELP)]
-Device = Annotated[str, typer.Option("--device", help="A name or alias (jetson, pi5, phone, …: `edgesdk devices list`), a TOML file, or host.")]
+Device = Annotated[
+    str, typer.Option("--device", help="A name or alias (jetson, pi5, phone, …: `edgesdk devices list`), a TOML file, or host.")
+]
 Memory = Annotated[str | None, typer.Option("--memory", help="All a model may take in memory, its runtime included: 512MB, 4GiB.")]
 Latency = Annotated[str | None, typer.Option("--latency", help="Time of one whole answer: 20ms, 1.5s.")]
 Storage = Annotated[str | None, typer.Option("--storage", help="Bytes of weights on the device: 2MB.")]
 QualityDrop = Annotated[str | None, typer.Option("--quality-drop", help="Quality that may be lost: 1% or 0.01. Default: 1%.")]
-MethodLatency = Annotated[list[str] | None, typer.Option("--method-latency", help="Time of one call of a method: decode=5ms. May be repeated.")]
+MethodLatency = Annotated[
+    list[str] | None, typer.Option("--method-latency", help="Time of one call of a method: decode=5ms. May be repeated.")
+]
 Runtime = Annotated[str | None, typer.Option("--runtime", help="Only this runtime. Default: every one the device has is weighed.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: 1.")]
 Layout = Annotated[str | None, typer.Option("--layout", help="Only this layout of a sequence model. Default: all are weighed.")]
@@ -57,7 +61,9 @@ def plan(
     threads: Threads = None,
     layout: Layout = None,
     batch: Annotated[int, typer.Option(min=1, help="Inputs in one answer, run one after another.")] = 1,
-    sustained: Annotated[bool, typer.Option("--sustained", help="Plan with the clocks the device holds for long, where its profile has them.")] = False,
+    sustained: Annotated[
+        bool, typer.Option("--sustained", help="Plan with the clocks the device holds for long, where its profile has them.")
+    ] = False,
     out: Annotated[str | None, typer.Option(help="Write the plan here.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -71,7 +77,9 @@ def plan(
     budget = read_budget(memory, latency, storage, quality_drop, method_latency)
     workload = Workload(batch=batch, sustained=sustained)
     with progress("plan") as step:
-        answer = make(model or DEFAULT_MODEL, device, budget=budget, workload=workload, runtime=runtime, threads=threads, layout=layout, step=step)
+        answer = make(
+            model or DEFAULT_MODEL, device, budget=budget, workload=workload, runtime=runtime, threads=threads, layout=layout, step=step
+        )
     if out:
         answer.save(out)
         say(f"wrote {out}")
@@ -105,7 +113,9 @@ def show(plan: Plan, out: str | None = None) -> None:
     for method, e in plan.method_latency.items():
         screen.print(f"  {method:<10} {show_seconds(e.value):>9} a call, predicted ({show_seconds(e.low)} … {show_seconds(e.high)})")
     lost = "" if plan.quality_drop is None else f", quality −{plan.quality_drop:.2%} predicted"
-    screen.print(f"  whole      {show_seconds(plan.latency.value):>9}, memory {show_bytes(plan.memory.peak_bytes)}, stored {show_bytes(plan.storage_bytes)}{lost}")
+    screen.print(
+        f"  whole      {show_seconds(plan.latency.value):>9}, memory {show_bytes(plan.memory.peak_bytes)}, stored {show_bytes(plan.storage_bytes)}{lost}"
+    )
     _budgets(plan)
     for reason in plan.reasons:
         screen.print(f"  · {reason}")
@@ -120,7 +130,13 @@ def _budgets(plan: Plan) -> None:
     from edgesdk.units import show_bytes, show_seconds
 
     for check in plan.checks:
-        form = show_bytes if check.name in ("memory", "storage") else show_seconds if check.name.startswith("latency") else lambda v: f"{v or 0:.2%}"
+        form = (
+            show_bytes
+            if check.name in ("memory", "storage")
+            else show_seconds
+            if check.name.startswith("latency")
+            else lambda v: f"{v or 0:.2%}"
+        )
         name = {"harm": "quality drop"}.get(check.name, check.name)
         mark = "[green]fits[/]" if check.fits else f"[red]needs {check.reached / check.limit:.2f}x[/]"
         console().print(f"  budget {name}: {form(check.reached)} of {form(check.limit)} {mark}")

@@ -31,5 +31,13 @@ def _trace(spec: ModelSpec) -> ModelGraph:
         methods, source = tuple(trace_method(m, n) for n, m in spec.methods.items()), "torch"
     left_out = ("scratch buffers inside the runtime's operators", "allocator overhead")
     return ModelGraph.check(
-        {"name": spec.name, "source": source, "model_digest": spec.digest, "layout": spec.layout, "methods": methods, "not_counted": left_out}, spec.name
+        {
+            "name": spec.name,
+            "source": source,
+            "model_digest": spec.digest,
+            "layout": spec.layout,
+            "methods": methods,
+            "not_counted": left_out,
+        },
+        spec.name,
     )

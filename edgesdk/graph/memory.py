@@ -79,5 +79,12 @@ def with_runtime_plan(answer: MemoryAnswer, program: Path, plan: Mapping[str, in
     """
     planned = sum(v for k, v in plan.items() if k.startswith("planned:"))
     size = plan.get("program", program.stat().st_size if program.exists() else answer.weights_bytes)
-    fields = {"weights_bytes": size, "activations_bytes": planned, "io_bytes": 0, "cache_bytes": 0, "cross_cache_bytes": 0, "from_runtime": True}
+    fields = {
+        "weights_bytes": size,
+        "activations_bytes": planned,
+        "io_bytes": 0,
+        "cache_bytes": 0,
+        "cross_cache_bytes": 0,
+        "from_runtime": True,
+    }
     return answer.model_copy(update={**fields, "peak_bytes": size + planned + (answer.runtime_bytes or 0)})

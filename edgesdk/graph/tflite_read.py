@@ -16,7 +16,19 @@ _DTYPES = {
     0: "float32", 1: "float16", 2: "int32", 3: "uint8", 4: "int64", 6: "bool", 7: "int16", 9: "int8", 10: "float64", 15: "uint32", 16: "uint16",
     17: "int4", 18: "bfloat16",
 }  # fmt: skip
-_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int64": 64, "float64": 64, "int16": 16, "uint16": 16, "int4": 4, "int8": 8, "uint8": 8, "bool": 8}
+_BITS = {
+    "float32": 32,
+    "float16": 16,
+    "bfloat16": 16,
+    "int64": 64,
+    "float64": 64,
+    "int16": 16,
+    "uint16": 16,
+    "int4": 4,
+    "int8": 8,
+    "uint8": 8,
+    "bool": 8,
+}
 _OPS: dict[int, tuple[str, Op]] = {
     0: ("add", "elementwise"), 1: ("average_pool_2d", "pool"), 2: ("concatenation", "elementwise"), 3: ("conv_2d", "conv2d"),
     4: ("depthwise_conv_2d", "depthwise_conv2d"), 5: ("depth_to_space", "elementwise"), 6: ("dequantize", "quantize"), 7: ("embedding_lookup", "embedding"),
@@ -106,7 +118,8 @@ def read_tflite(path: Path) -> tuple[MethodGraph, ...]:
 
 def _method(name: str, graph: Table, codes: list[tuple[int, str]], buffers: list[int], path: Path) -> MethodGraph:
     tensors = [
-        TensorInfo(name=t.text(3), shape=tuple(t.numbers(0)), dtype=_DTYPES.get(t.number(1, "<b"), f"type {t.number(1, '<b')}")) for t in graph.tables(0)
+        TensorInfo(name=t.text(3), shape=tuple(t.numbers(0)), dtype=_DTYPES.get(t.number(1, "<b"), f"type {t.number(1, '<b')}"))
+        for t in graph.tables(0)
     ]
     constant = [buffers[t.number(2, "<I")] > 0 for t in graph.tables(0)]
     units, spans = [], []
@@ -114,7 +127,10 @@ def _method(name: str, graph: Table, codes: list[tuple[int, str]], buffers: list
         code, custom = codes[op.number(0, "<I")]
         if code not in _OPS:
             called = f"custom operator '{custom}'" if code == 32 else f"operator code {code}"
-            raise InputError(f"{path}: unsupported {called} at index {index} of '{name}'", "convert the model without it, or run it through its own runtime")
+            raise InputError(
+                f"{path}: unsupported {called} at index {index} of '{name}'",
+                "convert the model without it, or run it through its own runtime",
+            )
         ins, outs = [i for i in op.numbers(1) if i >= 0], op.numbers(2)
         units.append(_unit(index, _OPS[code], [tensors[i] for i in ins], [constant[i] for i in ins], [tensors[i] for i in outs]))
         spans.append((ins, outs))
@@ -162,7 +178,7 @@ def _peak(tensors: list[TensorInfo], spans: list[tuple[list[int], list[int]]], e
     dies: dict[int, int] = {}
     for i, (ins, outs) in enumerate(spans):
         born.update({t: i for t in outs if t not in ends[1]})
-        dies.update({t: i for t in ins})
+        dies.update(dict.fromkeys(ins, i))
     steps = range(len(spans))
     return max((sum(size_bytes(tensors[t]) for t in born if born[t] <= i <= dies.get(t, born[t])) for i in steps), default=0)
 
@@ -172,5 +188,3 @@ def stored_bytes(path: Path) -> int:
     data = path.read_bytes()
     model = Table(data, struct.unpack_from("<I", data, 0)[0])
     return sum(max(b.length(0), b.number(2, "<Q")) for b in model.tables(4))
-
-

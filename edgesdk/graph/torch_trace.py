@@ -20,7 +20,22 @@ _KINDS: dict[str, Op] = {
     "softmax": "softmax", "_softmax": "softmax", "log_softmax": "softmax",
     "gru": "recurrent", "lstm": "recurrent",
 }  # fmt: skip
-_ACTIVATIONS = {"relu", "relu_", "gelu", "silu", "silu_", "sigmoid", "tanh", "hardswish", "hardswish_", "hardsigmoid", "relu6", "hardtanh", "hardtanh_", "leaky_relu"}
+_ACTIVATIONS = {
+    "relu",
+    "relu_",
+    "gelu",
+    "silu",
+    "silu_",
+    "sigmoid",
+    "tanh",
+    "hardswish",
+    "hardswish_",
+    "hardsigmoid",
+    "relu6",
+    "hardtanh",
+    "hardtanh_",
+    "leaky_relu",
+}
 _POOLS = {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "mean", "sum", "amax"}
 _VIEWS = {
     "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "flatten", "expand", "slice", "select", "t", "alias", "detach", "contiguous",
@@ -98,13 +113,15 @@ def _path(node: Any) -> str:
 
 def _unit(node: Any, weights: dict[str, str]) -> Unit | None:
     base = _base(node)
-    args = [a for a in node.all_input_nodes]
+    args = list(node.all_input_nodes)
     tensors = [a for a in args if a.name not in weights]
     params = [a for a in args if a.name in weights]
     out = _elements(node)
-    if base.startswith(("sym_", "_assert", "_guard")) or base in ("eq", "arange", "full", "zeros", "ones") and not tensors:
+    if base.startswith(("sym_", "_assert", "_guard")) or (base in ("eq", "arange", "full", "zeros", "ones") and not tensors):
         return None
-    kind: Op = _KINDS.get(base) or ("activation" if base in _ACTIVATIONS else "pool" if base in _POOLS else "reshape" if base in _VIEWS else "elementwise")
+    kind: Op = _KINDS.get(base) or (
+        "activation" if base in _ACTIVATIONS else "pool" if base in _POOLS else "reshape" if base in _VIEWS else "elementwise"
+    )
     if kind == "linear" and not params:
         kind = "matmul"
     name = _path(node) if kind in ("linear", "conv1d", "conv2d", "embedding", "norm", "recurrent") and params else node.name

@@ -55,7 +55,10 @@ def _lower(spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str], sa
         if spec.flatbuffer is not None:
             raise InputError(f"{spec.name}: a .tflite cannot become a .pte", "plan it with --runtime litert, or give the PyTorch model")
         return lower_executorch(spec, choice, say, runtime.removeprefix("executorch").lstrip("-") or "xnnpack")
-    raise MissingTool(f"edgesdk cannot lower for '{runtime}'", "its compiler comes from the vendor and runs on the device; choose --runtime executorch or litert")
+    raise MissingTool(
+        f"edgesdk cannot lower for '{runtime}'",
+        "its compiler comes from the vendor and runs on the device; choose --runtime executorch or litert",
+    )
 
 
 def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = None) -> Path:
@@ -75,7 +78,13 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
     program = lower(spec, plan.runtime, choice, lambda text: step(text, 0.1))
     name = "model.pte" if plan.runtime.startswith("executorch") else "model.tflite"
     members: dict[str, bytes] = {name: program, "plan.json": plan.to_json().encode(), **spec.files}
-    fields: dict[str, Any] = {"host_check": {}, "golden": (), "quality": None, "runtime_version": "not run on this host", "methods": tuple(plan.method_latency)}
+    fields: dict[str, Any] = {
+        "host_check": {},
+        "golden": (),
+        "quality": None,
+        "runtime_version": "not run on this host",
+        "methods": tuple(plan.method_latency),
+    }
     if plan.runtime in ("executorch", "litert", "tflite-runtime"):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, name)

@@ -50,7 +50,10 @@ def golden_inputs(spec: ModelSpec, cases: int = 4) -> dict[str, list[list[Any]]]
         from edgesdk.runner import open_program
 
         runner, rng = open_program(str(spec.flatbuffer), "litert"), np.random.default_rng(0)
-        return {m: [[rng.standard_normal(shape).astype(np.float32) for shape, _ in runner.inputs(m)] for _ in range(cases)] for m in runner.methods}
+        return {
+            m: [[rng.standard_normal(shape).astype(np.float32) for shape, _ in runner.inputs(m)] for _ in range(cases)]
+            for m in runner.methods
+        }
     answer = {}
     for name, method in spec.methods.items():
         samples = list(spec.calibration(name)) if spec.calibration else [method.example_inputs]

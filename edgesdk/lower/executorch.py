@@ -51,7 +51,9 @@ def refuse_unapplied(spec: ModelSpec, choice: Choice) -> None:
             raise InputError(f"{method}/{unit}: {precision} cannot be applied in a .pte", "plan again, or choose --runtime litert")
         where, other = taken.setdefault(id(weight), (f"{method}/{unit}", precision))
         if other != precision:
-            raise InputError(f"{method}/{unit}: {precision}, but {where} is {other} and is the same weight", "give a shared weight one precision")
+            raise InputError(
+                f"{method}/{unit}: {precision}, but {where} is {other} and is the same weight", "give a shared weight one precision"
+            )
 
 
 def quantized_modules(spec: ModelSpec, choice: Choice) -> dict[str, Any]:
@@ -70,7 +72,7 @@ def quantized_modules(spec: ModelSpec, choice: Choice) -> dict[str, Any]:
         for name, module in modules.items():
             wanted = {_module_name(unit) for (method, unit), p in choice.items() if method == name and p == precision}
 
-            def pick(m: torch.nn.Module, fqn: str, wanted: set[str] = wanted) -> bool:
+            def pick(m: torch.nn.Module, fqn: str, wanted: set[str] = wanted, done: set[int] = done) -> bool:
                 return isinstance(m, torch.nn.Linear) and fqn in wanted and id(m) not in done
 
             chosen = [m for fqn, m in module.named_modules() if pick(m, fqn)]

@@ -106,7 +106,14 @@ def assign(spec: ModelSpec, content: bytes, choice: Choice) -> dict[_Operator, s
         left = [op for op in ops if op.method == method.name]
         for unit in method.units:
             if unit.weight_elements:  # one that stays float takes its operator too, or the next of its shape would get it
-                twin = next((op for op in left if {op.rows, op.cols} == {unit.rows, unit.cols} and (op.kind == "embedding") == (unit.op == "embedding")), None)
+                twin = next(
+                    (
+                        op
+                        for op in left
+                        if {op.rows, op.cols} == {unit.rows, unit.cols} and (op.kind == "embedding") == (unit.op == "embedding")
+                    ),
+                    None,
+                )
                 if twin is not None:
                     left.remove(twin)
                     if (method.name, unit.name) in choice:

@@ -28,4 +28,6 @@ def plan(
     """
     from edgesdk.plan.planner import make_plan
 
-    return make_plan(model, device, budget or Budget(), workload or Workload(), runtime, threads, layout, step or (lambda text, share: None))
+    return make_plan(
+        model, device, budget or Budget(), workload or Workload(), runtime, threads, layout, step or (lambda text, share: None)
+    )

@@ -182,7 +182,9 @@ def _torch_rounding(subject: Subject) -> dict[tuple[str, str], float]:
             if name in units and parameter.dim() >= 2:
                 for p in PRECISIONS:
                     if _allowed(units[name], p):
-                        found[name, p] = float((round_weight(parameter.data, p) - parameter.data).norm() / parameter.data.norm().clamp_min(1e-12))
+                        found[name, p] = float(
+                            (round_weight(parameter.data, p) - parameter.data).norm() / parameter.data.norm().clamp_min(1e-12)
+                        )
     return _averaged(found)
 
 

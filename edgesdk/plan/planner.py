@@ -84,7 +84,9 @@ def _evaluated(s: Setting, plan: Plan, step: Step) -> Plan:
         BudgetCheck(name="harm", limit=allowed, reached=drop, fits=drop <= allowed + 1e-9) if c.name == "harm" else c for c in plan.checks
     )
     checks = tuple(sorted(checks, key=lambda c: (c.fits, -c.reached / max(c.limit, 1e-12))))
-    reason = f"quality: {s.subject.facts.quality_name} {value:.2%} evaluated with weights and activations rounded as the runtime rounds them"
+    reason = (
+        f"quality: {s.subject.facts.quality_name} {value:.2%} evaluated with weights and activations rounded as the runtime rounds them"
+    )
     fields = {"quality_drop": drop, "checks": checks, "fits": all(c.fits for c in checks), "reasons": (*plan.reasons, reason)}
     return plan.model_copy(update=fields)
 
@@ -107,7 +109,10 @@ def _runtimes(device: DeviceProfile, asked: str | None, graph: ModelGraph) -> li
     target = target_for(device)
     kept: list[str] = [r for r in target.runtimes if r in here and not (graph.source == "tflite" and r.startswith("executorch"))]
     if not kept:
-        raise InputError(f"{device.name} has no runtime that takes {graph.name}", f"its runtimes: {', '.join(sorted(here)) or 'none'}; name one with --runtime")
+        raise InputError(
+            f"{device.name} has no runtime that takes {graph.name}",
+            f"its runtimes: {', '.join(sorted(here)) or 'none'}; name one with --runtime",
+        )
     return kept
 
 
@@ -208,7 +213,10 @@ def _limits(s: Setting, budget: Budget) -> dict[str, float]:
     if s.harm.quality is not None:
         limits["harm"] = max(budget.quality_drop if budget.quality_drop is not None else DEFAULT_DROP, 1e-9)
     elif budget.quality_drop is not None:
-        raise InputError(f"--quality-drop: {s.subject.facts.name} has no evaluate()", "give a model with evaluate (see docs/concepts.md), or leave the limit out")
+        raise InputError(
+            f"--quality-drop: {s.subject.facts.name} has no evaluate()",
+            "give a model with evaluate (see docs/concepts.md), or leave the limit out",
+        )
     return limits
 
 
@@ -250,7 +258,9 @@ def _reached(solution: Solution, fixed: dict[str, float], metric: str) -> float:
     return fixed.get(metric, 0.0) + sum(o.use.get(metric, 0.0) for o in solution.chosen.values())
 
 
-def _plan(s: Setting, budget: Budget, limits: dict[str, float], fixed: dict[str, float], solution: Solution, refused: int, forced: bool) -> Plan:
+def _plan(
+    s: Setting, budget: Budget, limits: dict[str, float], fixed: dict[str, float], solution: Solution, refused: int, forced: bool
+) -> Plan:
     units, per_method, seen = [], {}, set()
     for method in s.graph.methods:
         own, touched, quiet = [], working_set(method, {}), fused(method)
@@ -278,7 +288,10 @@ def _plan(s: Setting, budget: Budget, limits: dict[str, float], fixed: dict[str,
     memory = _memory(s, {(u.method, u.unit): u.precision for u in units})
     checks = tuple(
         sorted(
-            (BudgetCheck(name=k, limit=v, reached=(r := _reached(solution, fixed, k)), fits=r <= v * (1 + 1e-6)) for k, v in limits.items()),
+            (
+                BudgetCheck(name=k, limit=v, reached=(r := _reached(solution, fixed, k)), fits=r <= v * (1 + 1e-6))
+                for k, v in limits.items()
+            ),
             key=lambda c: -c.reached / c.limit,
         )
     )

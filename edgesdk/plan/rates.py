@@ -63,4 +63,6 @@ def prior(device: DeviceProfile, compute: ComputeUnit, runtime: str, threads: in
         for op, share in PRIOR.items()
         for p, factor in (("*", 1.0), ("int8", 0.7), ("int8-weight-only", 0.9))
     )
-    return Efficiency(device=device.name, runtime=runtime, threads=threads, origin="prior", rows=rows, call_overhead_s=5 * overhead, call_log_sd=0.3)
+    return Efficiency(
+        device=device.name, runtime=runtime, threads=threads, origin="prior", rows=rows, call_overhead_s=5 * overhead, call_log_sd=0.3
+    )

@@ -119,8 +119,13 @@ def half_widths(
         d = quantile([e for p, e in device_errors if p.case.engine == engine])
         m = quantile([e for p, e in model_errors if p.case.engine == engine])
         k = quantile([e for p, e in fit_errors if p.case.engine == engine])
-        out[engine] = {"known": min(1.25 * k, m), "device": max(d, m), "model": m, "both": (d * d + m * m) ** 0.5, "variant": max(d, m,
-            0.6)}
+        out[engine] = {
+            "known": min(1.25 * k, m),
+            "device": max(d, m),
+            "model": m,
+            "both": (d * d + m * m) ** 0.5,
+            "variant": max(d, m, 0.6),
+        }
     return out
 
 

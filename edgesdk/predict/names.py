@@ -65,8 +65,9 @@ def _resolve(name: str) -> tuple[str, Net | None]:
             return text, None
         part = "decoder" if "decod" in text else "encoder"
         return f"whisper-{kind[0]}-{part}", sequence.whisper(kind[0], part == "decoder", 32 if part == "decoder" and ":" not in text else 1)
-    key = re.sub(r"[^a-z0-9]", "", re.sub(r"(?:[_-]int8|[_-]fp16|[_-]fp32|[_-]quantized|-detection|_detection|[_-]det\b|[_-]cls\b)", "",
-        text))
+    key = re.sub(
+        r"[^a-z0-9]", "", re.sub(r"(?:[_-]int8|[_-]fp16|[_-]fp32|[_-]quantized|-detection|_detection|[_-]det\b|[_-]cls\b)", "", text)
+    )
     for prefix, target in _PREFIX.items():
         if key.startswith(prefix):
             key = target
@@ -75,8 +76,9 @@ def _resolve(name: str) -> tuple[str, Net | None]:
         return key, _TRANSFORMERS[key]()
     if key in CLASSIFIERS:
         return key, CLASSIFIERS[key](size)
-    key = re.sub(r"^yolov?(\d+)([nsmlx]?)", lambda m: f"yolo{m[1]}{m[2] or ('s' if m[1] == '5' else 'n')}",
-        key) if key not in FIXED else key
+    key = (
+        re.sub(r"^yolov?(\d+)([nsmlx]?)", lambda m: f"yolo{m[1]}{m[2] or ('s' if m[1] == '5' else 'n')}", key) if key not in FIXED else key
+    )
     return f"{key}-{size}" if size not in (None, 640) else key, detector(key, size)
 
 
@@ -160,8 +162,9 @@ _CPU = (
 )  # fmt: skip
 
 
-def runtime(text: str, device: str, note: str, quantized: bool, has_npu: bool, has_gpu: bool, old_npu: bool,
-    attention: bool = False) -> Runtime | None:
+def runtime(
+    text: str, device: str, note: str, quantized: bool, has_npu: bool, has_gpu: bool, old_npu: bool, attention: bool = False
+) -> Runtime | None:
     """What a row's runtime runs on. `old_npu`: ONNX Runtime quantized programs fall back to the CPU there;
     with `attention` they fall back in part on every NPU."""
     t, n = text.lower(), note.lower()

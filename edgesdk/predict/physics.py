@@ -53,7 +53,7 @@ def prior(engine: str) -> dict[str, tuple[float, float]]:
 
     kind = engine.removeprefix("llm-").replace("ort", "cpu")
     base = {"cpu": (0.45, 1.3), "vulkan": (0.12, 0.5), "gpu": (0.35, 0.5), "npu": (0.25, 0.5)}[kind]
-    out = {f"eff:{op}": (log(base[0]), 0.5) for op in OPS }
+    out = {f"eff:{op}": (log(base[0]), 0.5) for op in OPS}
     out["eff:elem"] = (log({"cpu": 0.1, "npu": 0.005}.get(engine, 0.02)), 0.7)
     out["eff:gconv"] = (log(base[0] / 2), 0.5)
     out["eff:conv3"] = (log(base[1]), 0.5)

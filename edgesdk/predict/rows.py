@@ -102,8 +102,11 @@ def _llm_layers(model: sequence.Language, prompt: bool) -> tuple[Layer, ...]:
     op = "pw" if prompt else "fc"
     body = [Layer(op, n * one, one, float(n * d), float(n * d), d) for _ in range(4 * model.layers)]  # type: ignore[arg-type]
     cache = model.cache_elements(CONTEXT) / 2
-    return (*body, Layer("fc", model.head_weights, model.head_weights, float(d), float(model.vocab), d), Layer("bmm", cache * n, 0.0,
-        cache, 0.0, d))
+    return (
+        *body,
+        Layer("fc", model.head_weights, model.head_weights, float(d), float(model.vocab), d),
+        Layer("bmm", cache * n, 0.0, cache, 0.0, d),
+    )
 
 
 def _cpu(machine: Machine, kind: str, threads: int) -> tuple[float, float, float]:
@@ -148,8 +151,9 @@ def case_of(row: Row) -> Case | str:
     return _case(row, machine, rt, prec, model_name, layers, llm)
 
 
-def _case(row: Row, machine: Machine, rt: names.Runtime, prec: names.Precision, model: str, layers: tuple[Layer, ...],
-    llm: bool) -> Case | str:
+def _case(
+    row: Row, machine: Machine, rt: names.Runtime, prec: names.Precision, model: str, layers: tuple[Layer, ...], llm: bool
+) -> Case | str:
     kind, spread, clock = prec.kind, 1.0, 2e9
     if rt.engine in ("cpu", "ort"):
         if kind == "fp":

@@ -63,16 +63,23 @@ def mobilebert(tokens: int = 384, vocab: int = 30522) -> Net:
     for _ in range(24):
         n.matmul(tokens, 512, 128).plain(tokens * 128.0).matmul(tokens, 512, 128).plain(tokens * 128.0)
         n.matmul(tokens, 128, 128).matmul(tokens, 128, 128).matmul(tokens, 512, 128)
-        n.bmm(4, tokens, 32, tokens).plain(4.0 * tokens * tokens, 2).bmm(4, tokens, tokens, 32).matmul(tokens, 128,
-            128).plain(tokens * 128.0, 2)
+        n.bmm(4, tokens, 32, tokens).plain(4.0 * tokens * tokens, 2).bmm(4, tokens, tokens, 32).matmul(tokens, 128, 128).plain(
+            tokens * 128.0, 2
+        )
         for _ in range(4):
             n.matmul(tokens, 128, 512).plain(tokens * 512.0).matmul(tokens, 512, 128).plain(tokens * 128.0, 2)
         n.matmul(tokens, 128, 512).plain(tokens * 512.0, 2)
     return n.matmul(tokens, 512, vocab) if vocab else n
 
 
-WHISPER = {"tiny": (384, 4, 6), "base": (512, 6, 8), "small": (768, 12, 12), "medium": (1024, 24, 16), "large": (1280, 32, 20),
-    "turbo": (1280, 32, 20)}
+WHISPER = {
+    "tiny": (384, 4, 6),
+    "base": (512, 6, 8),
+    "small": (768, 12, 12),
+    "medium": (1024, 24, 16),
+    "large": (1280, 32, 20),
+    "turbo": (1280, 32, 20),
+}
 
 
 def whisper(kind: str, decoder: bool, steps: int = 1) -> Net:
@@ -89,8 +96,9 @@ def whisper(kind: str, decoder: bool, steps: int = 1) -> Net:
             n.plain(float(d), 2)
             for _ in range(3):
                 n.matmul(1, d, d)
-            n.bmm(heads, 1, d // heads, 200).plain(heads * 200.0).bmm(heads, 1, 200, d // heads).matmul(1, d, d).plain(float(d),
-                3).matmul(1, d, d)
+            n.bmm(heads, 1, d // heads, 200).plain(heads * 200.0).bmm(heads, 1, 200, d // heads).matmul(1, d, d).plain(float(d), 3).matmul(
+                1, d, d
+            )
             n.bmm(heads, 1, d // heads, 1500).plain(heads * 1500.0).bmm(heads, 1, 1500, d // heads).matmul(1, d, d).plain(float(d), 3)
             n.matmul(1, d, 4 * d).plain(4.0 * d).matmul(1, 4 * d, d).plain(float(d), 2)
         n.matmul(1, d, 51865)

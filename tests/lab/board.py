@@ -13,7 +13,18 @@ from typing import Self
 
 from tests.lab.image import Image, build
 
-SSH = ("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-o", "BatchMode=yes", "-o", "ConnectTimeout=20")
+SSH = (
+    "-o",
+    "StrictHostKeyChecking=no",
+    "-o",
+    "UserKnownHostsFile=/dev/null",
+    "-o",
+    "LogLevel=ERROR",
+    "-o",
+    "BatchMode=yes",
+    "-o",
+    "ConnectTimeout=20",
+)
 
 
 def free_port() -> int:
@@ -103,7 +114,9 @@ class Board:
         end = time.monotonic() + limit_s
         while mark not in self.console:
             if not select.select([self._qemu.stdout], [], [], max(0.0, end - time.monotonic()))[0] or self._qemu.poll() is not None:
-                raise RuntimeError(f"the board did not boot in {limit_s:.0f} s; its console:\n{self.console.decode(errors='replace')[-2000:]}")
+                raise RuntimeError(
+                    f"the board did not boot in {limit_s:.0f} s; its console:\n{self.console.decode(errors='replace')[-2000:]}"
+                )
             self.console += self._qemu.stdout.read1(65536)  # type: ignore[attr-defined]
 
     def _drain(self) -> None:
@@ -147,5 +160,9 @@ class Board:
 
 def missing() -> str | None:
     """What to run when the board cannot be started here, else None."""
-    found = [p for p in ("qemu-system-aarch64", "ssh", "cpio", "dpkg", "apt-get") if not any(Path(d, p).exists() for d in ("/usr/bin", "/bin", "/usr/sbin"))]
+    found = [
+        p
+        for p in ("qemu-system-aarch64", "ssh", "cpio", "dpkg", "apt-get")
+        if not any(Path(d, p).exists() for d in ("/usr/bin", "/bin", "/usr/sbin"))
+    ]
     return f"{', '.join(found)} not found: run .ci/board-packages as root" if found else None

@@ -25,6 +25,13 @@ MODULES = (
     "failover", "net_failover", "virtio", "virtio_ring", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_mmio", "virtio_net",
     "virtio_blk", "crc32c_generic", "libcrc32c", "crc16", "mbcache", "jbd2", "ext4",
 )  # fmt: skip
+APPLETS = (
+    "sh", "cat", "dd", "ls", "mkdir", "mv", "ln", "rm", "sha256sum", "df", "du", "readlink",
+    "stat", "wc", "test", "[", "printf", "echo", "sleep", "sync", "hostname", "ifconfig", "route", "mount",
+    "uname", "kill", "env", "tr", "head", "tail", "cut", "grep", "sed", "chmod", "cp", "find",
+    "touch", "true", "false", "id", "tar", "gzip", "cmp", "dirname", "basename", "seq", "sort", "xargs",
+    "awk", "date", "expr", "rmdir", "mktemp", "truncate", "od", "tee",
+)  # fmt: skip
 DISK_BYTES = 768 * 1024**2
 DATA_BYTES = 48 * 1024**2
 INIT = f"""#!/bin/busybox sh
@@ -114,7 +121,19 @@ def _unpack(debs: list[Path], root: Path, work: Path) -> None:
 
 def _wheels(root: Path) -> None:
     platforms = [f"manylinux_2_{n}_aarch64" for n in (28, 27, 17)] + ["manylinux2014_aarch64"]
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--only-binary=:all:", "--python-version", "3.11", "--implementation", "cp"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--python-version",
+        "3.11",
+        "--implementation",
+        "cp",
+    ]
     command += [word for p in platforms for word in ("--platform", p)]
     subprocess.run([*command, "--target", str(root / "usr/lib/python3/dist-packages"), *WHEELS], check=True)
 
@@ -122,9 +141,7 @@ def _wheels(root: Path) -> None:
 def _complete(root: Path, public_key: Path) -> None:
     for folder in ("proc", "sys", "dev", "tmp", "data", "root", "etc/dropbear", "usr/local/bin", "sbin", "bin"):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    for applet in ("sh", "cat", "dd", "ls", "mkdir", "mv", "ln", "rm", "sha256sum", "df", "du", "readlink", "stat", "wc", "test", "[", "printf", "echo", "sleep", "sync",
-                   "hostname", "ifconfig", "route", "mount", "uname", "kill", "env", "tr", "head", "tail", "cut", "grep", "sed", "chmod", "cp", "find", "touch", "true",
-                   "false", "id", "tar", "gzip", "cmp", "dirname", "basename", "seq", "sort", "xargs", "awk", "date", "expr", "rmdir", "mktemp", "truncate", "od", "tee"):  # fmt: skip
+    for applet in APPLETS:
         if not (root / "bin" / applet).exists():
             (root / "bin" / applet).symlink_to("/bin/busybox")
     (root / "usr/bin/python3").symlink_to("python3.11")
@@ -155,5 +172,7 @@ def _initramfs(work: Path, root: Path, target: Path) -> None:
     (tree / "init").write_text(INIT)
     (tree / "init").chmod(0o755)
     names = "\n".join(os.path.relpath(p, tree) for p in sorted(tree.rglob("*"))) + "\n"
-    packed = subprocess.run(["cpio", "-o", "-H", "newc", "--quiet", "-R", "0:0"], input=names.encode(), cwd=tree, check=True, capture_output=True).stdout
+    packed = subprocess.run(
+        ["cpio", "-o", "-H", "newc", "--quiet", "-R", "0:0"], input=names.encode(), cwd=tree, check=True, capture_output=True
+    ).stdout
     target.write_bytes(gzip.compress(packed, 1))
