@@ -86,10 +86,16 @@ class Block(nn.Module):
         return self.ffn(x)
 
     def step(
-        self, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, cross: tuple[torch.Tensor, ...] = ()
+        self,
+        x: torch.Tensor,
+        h: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor,
+        cross: tuple[torch.Tensor, ...] = (),
     ) -> torch.Tensor:
-        """One token [1, 1, dim] over caches that already hold its own key and value."""
-        x = x + self.attn(self.norm_self(x), k, v, mask)
+        """Over keys and values that hold those of `x` already; `h` is the normed `x` that they were made from."""
+        x = x + self.attn(h, k, v, mask)
         if cross:
             x = x + self.cross(self.norm_cross(x), *cross)
         return self.ffn(x)
@@ -168,11 +174,12 @@ class Decode(nn.Module):
     ) -> Any:
         keys, values = [], []
         for i, block in enumerate(self.core.decoder):
-            k, v = block.attn.keys_values(block.norm_self(x))
+            h = block.norm_self(x)
+            k, v = block.attn.keys_values(h)
             keys.append(self_k[i : i + 1] * (1.0 - here) + k * here)
             values.append(self_v[i : i + 1] * (1.0 - here) + v * here)
             pair = (cross[0][i : i + 1], cross[1][i : i + 1], cross[2]) if cross else ()
-            x = block.step(x, keys[-1], values[-1], seen, pair)
+            x = block.step(x, h, keys[-1], values[-1], seen, pair)
         return self.core.head(self.core.norm_out(x))[:, 0], torch.cat(keys), torch.cat(values)
 
     def forward(self, token: torch.Tensor, position: torch.Tensor, self_k: torch.Tensor, self_v: torch.Tensor, *rest: torch.Tensor) -> Any:
@@ -213,11 +220,12 @@ class CausalPrefill(nn.Module):
         mask = torch.full((S + 1, S + 1), -1e4).triu(1) + padded[: S + 1]
         x, keys, values = self.core.tokens(ids), [], []
         for block in self.core.decoder:
-            k, v = block.attn.keys_values(block.norm_self(x))
+            h = block.norm_self(x)
+            k, v = block.attn.keys_values(h)
             rest = torch.zeros(1, HEADS, T - 1, DIM // HEADS)
             keys.append(torch.cat([k, rest], 2))
             values.append(torch.cat([v, rest], 2))
-            x = block(x, mask)
+            x = block.step(x, h, k, v, mask)
         return self.core.head(self.core.norm_out(x[:, -1:]))[:, 0], torch.cat(keys), torch.cat(values), padded
 
 
