@@ -285,7 +285,7 @@ def _spec(name: str) -> ModelSpec:
         calibration=calibration,
         evaluate=exact_match(encoder),
         quality_name="exact match",
-        alternatives={k: f"example:{v}" for k, v in others.items() if v != name and _weights(v).exists()} if name == "normalizer" else {},
+        alternatives={k: f"example:{v}" for k, v in others.items() if v != name} if name == "normalizer" else {},
         files={TOKENIZER: json.dumps(tokenizer(encoder)).encode()},
     )
 

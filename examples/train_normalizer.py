@@ -16,9 +16,6 @@ from edgesdk.errors import select_by_name
 from edgesdk.examples import normalizer_data as data
 from edgesdk.examples.normalizer import HERE, LAYOUTS, Normalizer, exact_match
 
-STEPS = {"normalizer": 2500, "normalizer-deep-encoder": 2500, "normalizer-decoder-only": 2500}
-"""Steps of 64 cases each after which the shipped weights were taken."""
-
 
 def _batches(steps: int, size: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of similar length, so that little is padding."""
@@ -32,10 +29,9 @@ def _batches(steps: int, size: int, seed: int) -> list[tuple[torch.Tensor, torch
     return [batches[int(i)] for i in np.random.default_rng(seed).permutation(len(batches))]
 
 
-def train(name: str, size: int = 64) -> float:
+def train(name: str, steps: int = 2500, size: int = 64) -> float:
     """Train `name`, write its weights (float16) beside this file; returns exact match on 1000 held-out cases."""
     torch.manual_seed(0)
-    steps = STEPS[name]
     model = Normalizer(*LAYOUTS[name])
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps, pct_start=0.1)
