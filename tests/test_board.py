@@ -29,7 +29,7 @@ def test_plan_build_flash_profile(board, digits):
     assert deployment.good
     assert all(g.relative_error <= g.allowed for g in deployment.golden) and deployment.golden
     report = profile(digits, board.url, runs=20)
-    assert report.conditions.machine == "aarch64"
+    assert report.conditions.machine.startswith("aarch64")
     assert report.conditions.emulated and report.trust.verdict == "emulated"
     assert len(report.methods[0].samples_s) == 20
     assert report.peak_rss_bytes > 10_000_000
