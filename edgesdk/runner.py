@@ -101,11 +101,6 @@ class ExecuTorchRunner:
         names = {3: "int32", 4: "int64", 6: "float32", 11: "bool", 1: "int8", 0: "uint8", 5: "float16"}
         return [(tuple(i.sizes()), names.get(i.dtype(), str(i.dtype()))) for i in infos]
 
-    def planned_buffers(self, method: str) -> list[int]:
-        """Bytes of each buffer in the runtime's own memory plan."""
-        meta = self._method(method).metadata
-        return [meta.memory_planned_buffer_size(i) for i in range(meta.num_memory_planned_buffers())]
-
     def run(self, method: str, arrays: list[Any]) -> list[Any]:
         loaded = self._method(method)
         _check_shapes(method, self.inputs(method), arrays)
