@@ -9,8 +9,8 @@ show() { echo; echo "\$ $*"; "$@"; }
 show edgesdk plan --device jetson
 show edgesdk plan --device pi5 --model example:normalizer --latency 100ms
 show edgesdk plan --device phone --quality-drop 1%
-show edgesdk calibrate
-show edgesdk plan --device host --out "$work/plan.json"
+show edgesdk calibrate --runtime litert
+show edgesdk plan --device host --runtime litert --out "$work/plan.json"
 show edgesdk build "$work/plan.json" --out "$work/digits.edge"
 show edgesdk flash "$work/digits.edge" --on "local:$work/device"
 show edgesdk profile "$work/digits.edge" --on "local:$work/device" --out "$work/report.json"
