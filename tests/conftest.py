@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,11 @@ def board() -> Iterator[Board]:
     from tests.lab import board as lab
 
     if problem := lab.missing():
-        pytest.fail(problem)
-    with lab.Board() as running:
-        yield running
+        pytest.fail(problem, pytrace=False)
+    try:
+        started = lab.Board().__enter__()
+    except lab.LabError as error:
+        pytest.fail(str(error), pytrace=False)
+    with contextlib.ExitStack() as stack:
+        stack.push(started)
+        yield started

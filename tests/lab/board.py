@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import select
+import shutil
 import socket
 import subprocess
+import tempfile
 import threading
 import time
-from pathlib import Path
 from typing import Self
 
-from tests.lab.image import Image, build
+from tests.lab.image import Image, LabError, build
 
-SSH = (
-    "-o",
-    "StrictHostKeyChecking=no",
-    "-o",
-    "UserKnownHostsFile=/dev/null",
-    "-o",
-    "LogLevel=ERROR",
-    "-o",
-    "BatchMode=yes",
-    "-o",
-    "ConnectTimeout=20",
-)
+TOOLS = ("qemu-system-aarch64", "ssh", "ssh-keygen", "cpio", "mkfs.ext4", "dpkg", "apt-get")
+OPTIONS = ("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "BatchMode=yes", "ConnectTimeout=20")
 
 
 def free_port() -> int:
@@ -38,15 +29,18 @@ class Link:
     """A TCP relay on loopback that passes at most `limit` bytes towards the board, then cuts every connection."""
 
     def __init__(self, target: int) -> None:
-        self.target, self.port, self.limit, self.passed = target, free_port(), float("inf"), 0
-        self._server = socket.create_server(("127.0.0.1", self.port))
+        self.target, self.limit, self.passed = target, float("inf"), 0
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._server.getsockname()[1])
         self._open = True
         threading.Thread(target=self._accept, daemon=True).start()
 
     def cut_after(self, count: float) -> None:
+        """Let `count` more bytes pass (a block more at most); 0 cuts at once."""
         self.limit, self.passed = count, 0
 
     def restore(self) -> None:
+        """Let everything pass again."""
         self.cut_after(float("inf"))
 
     def close(self) -> None:
@@ -73,27 +67,27 @@ class Link:
 
 
 class Board:
-    """`with Board() as board:`; `board.url` is what --on takes. Raises `RuntimeError` with the console's text when it does not boot."""
+    """`with Board() as board:`; `board.url` is what --on takes. Raises `LabError` with the console's text when it does not boot.
 
-    def __init__(self, cpu: str = "cortex-a76") -> None:
+    `data` is the size of the disk at /data, as mount takes it. The console's text stays in `console.log` beside the image.
+    """
+
+    def __init__(self, cpu: str = "cortex-a76", memory_mb: int = 1024, data: str = "48M") -> None:
+        self.cpu, self.memory_mb, self.data = cpu, memory_mb, data
         self.image: Image = build()
-        self.port, self.cpu = free_port(), cpu
+        self.console = b""
+        self.port = 0
+        self._folder = tempfile.TemporaryDirectory(prefix="edgesdk-board-")
 
     def __enter__(self) -> Self:
-        start = time.monotonic()
-        command = [
-            "qemu-system-aarch64", "-M", "virt", "-cpu", self.cpu, "-smp", "2", "-m", "1024", "-display", "none", "-nodefaults", "-no-reboot",
-            "-kernel", str(self.image.kernel), "-initrd", str(self.image.initrd), "-append", "console=ttyAMA0 quiet panic=1 mitigations=off",
-            "-drive", f"if=none,id=d,file={self.image.disk},format=raw,readonly=on", "-device", "virtio-blk-pci,drive=d",
-            "-netdev", f"user,id=n,restrict=on,hostfwd=tcp:127.0.0.1:{self.port}-:22", "-device", "virtio-net-pci,netdev=n,romfile=",
-            "-serial", "stdio", "-monitor", "none",
-        ]  # fmt: skip
-        self._qemu = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        self.console = b""
         try:
-            self._wait_for(b"BOARD-READY", 90)
-            self.boot_s = time.monotonic() - start
-            threading.Thread(target=self._drain, daemon=True).start()
+            for attempt in range(3):
+                try:
+                    self._boot()
+                    break
+                except LabError:  # another process took the port in between
+                    if attempt == 2 or b"host forwarding" not in self.console:
+                        raise
             self._wait_for_ssh(30)
         except BaseException:
             self.__exit__()
@@ -101,23 +95,52 @@ class Board:
         self.link = Link(self.port)
         return self
 
+    def _boot(self) -> None:
+        start, self.port, self.console = time.monotonic(), free_port(), b""
+        command = [
+            "setpriv", "--pdeathsig", "KILL",  # never outlives the tests
+            "qemu-system-aarch64", "-M", "virt", "-cpu", self.cpu, "-smp", "2", "-m", str(self.memory_mb), "-display", "none", "-nodefaults",
+            "-no-reboot", "-kernel", str(self.image.kernel), "-initrd", str(self.image.initrd),
+            "-append", f"console=ttyAMA0 quiet panic=1 mitigations=off lab.data={self.data}",
+            "-drive", f"if=none,id=d,file={self.image.disk},format=raw,readonly=on", "-device", "virtio-blk-pci,drive=d",
+            "-netdev", f"user,id=n,restrict=on,hostfwd=tcp:127.0.0.1:{self.port}-:22", "-device", "virtio-net-pci,netdev=n,romfile=",
+            "-serial", "stdio", "-monitor", "none",
+        ]  # fmt: skip
+        self._qemu = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self._wait_for(b"BOARD-READY", 90)
+        self.boot_s = time.monotonic() - start
+        self._reader = threading.Thread(target=self._drain, daemon=True)
+        self._reader.start()
+
     def __exit__(self, *_: object) -> None:
+        self.stop()
+        with contextlib.suppress(OSError):
+            self.image.disk.with_name("console.log").write_bytes(self.console)
+        self._folder.cleanup()
+
+    def stop(self) -> None:
+        """Pull the plug."""
         if hasattr(self, "link"):
             self.link.close()
+        if not hasattr(self, "_qemu"):
+            return
         self._qemu.kill()
         self._qemu.wait(20)
-        assert self._qemu.stdout is not None
-        self._qemu.stdout.close()
+        if hasattr(self, "_reader"):
+            self._reader.join(5)
+        if self._qemu.stdout is not None:
+            self._qemu.stdout.close()
 
     def _wait_for(self, mark: bytes, limit_s: float) -> None:
         assert self._qemu.stdout is not None
         end = time.monotonic() + limit_s
         while mark not in self.console:
-            if not select.select([self._qemu.stdout], [], [], max(0.0, end - time.monotonic()))[0] or self._qemu.poll() is not None:
-                raise RuntimeError(
-                    f"the board did not boot in {limit_s:.0f} s; its console:\n{self.console.decode(errors='replace')[-2000:]}"
-                )
-            self.console += self._qemu.stdout.read1(65536)  # type: ignore[attr-defined]
+            ready, _, _ = select.select([self._qemu.stdout], [], [], max(0.0, end - time.monotonic()))
+            data = self._qemu.stdout.read1(65536) if ready else b""  # type: ignore[attr-defined]
+            if not data:
+                why = "qemu ended" if ready else f"no sign of life in {limit_s:.0f} s"
+                raise LabError(f"the board did not boot ({why}); its console:\n{self.console.decode(errors='replace')[-2000:]}")
+            self.console += data
 
     def _drain(self) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -128,7 +151,7 @@ class Board:
         end = time.monotonic() + limit_s
         while self.ssh("true").returncode != 0:
             if time.monotonic() > end:
-                raise RuntimeError("the board's ssh does not answer")
+                raise LabError("the board's ssh does not answer")
             time.sleep(0.3)
 
     @property
@@ -142,27 +165,32 @@ class Board:
         return self._url(self.link.port)
 
     def _url(self, port: int) -> str:
-        return f"ssh://root@127.0.0.1:{port}?identity={self.image.key}&root=/data/edgesdk&known_hosts={self.image.key}.hosts{port}"
+        return f"ssh://root@127.0.0.1:{port}?identity={self.image.key}&root=/data/edgesdk&known_hosts={self._folder.name}/known_hosts"
 
     def ssh(self, *argv: str) -> subprocess.CompletedProcess[str]:
         """Run a command on the board."""
-        command = ["ssh", *SSH, "-i", str(self.image.key), "-p", str(self.port), "root@127.0.0.1", *argv]
+        options = [word for o in OPTIONS for word in ("-o", o)]
+        command = ["ssh", *options, "-i", str(self.image.key), "-p", str(self.port), "root@127.0.0.1", *argv]
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
     def fill_disk(self, leave_bytes: int = 100_000) -> None:
-        """Fill the data disk up to `leave_bytes`."""
-        free = int(self.ssh("df -k /data | tail -1 | awk '{print $4}'").stdout) * 1024
+        """Fill the disk at /data up to `leave_bytes`."""
+        free = self.free_bytes()
         self.ssh(f"dd if=/dev/zero of=/data/filler bs=1024 count={max(0, free - leave_bytes) // 1024}")
+        if self.free_bytes() > leave_bytes + 65536:
+            raise LabError("the board's disk could not be filled")
 
     def free_disk(self) -> None:
-        self.ssh("rm -f /data/filler")
+        """Undo `fill_disk`."""
+        self.ssh("rm", "-f", "/data/filler")
+
+    def free_bytes(self) -> int:
+        """Free bytes at /data."""
+        return int(self.ssh("df -k /data | tail -1 | awk '{print $4}'").stdout) * 1024
 
 
 def missing() -> str | None:
     """What to run when the board cannot be started here, else None."""
-    found = [
-        p
-        for p in ("qemu-system-aarch64", "ssh", "cpio", "dpkg", "apt-get")
-        if not any(Path(d, p).exists() for d in ("/usr/bin", "/bin", "/usr/sbin"))
-    ]
-    return f"{', '.join(found)} not found: run .ci/board-packages as root" if found else None
+    path = ":".join(("/usr/sbin", "/sbin", "/usr/bin", "/bin"))
+    absent = [tool for tool in TOOLS if not shutil.which(tool) and not shutil.which(tool, path=path)]
+    return f"{', '.join(absent)} not found\n  hint: run .ci/board-packages as root, then `make board`" if absent else None

@@ -1,16 +1,20 @@
 """The emulated board's kernel, initramfs and disk: Debian's arm64 packages unpacked (nothing is executed), Python wheels for arm64, one ext4 image.
 
 No root, no mount and no emulation is needed to build; the result is kept under the cache by the recipe's content.
+The packages are Debian 12's: this machine's own apt sources must offer them for arm64.
 """
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +24,7 @@ PACKAGES = (
     "busybox-static", "dropbear-bin", "libtomcrypt1", "libtommath1", "libgmp10", "zlib1g", "libcrypt1", "libc6", "libgcc-s1", "libstdc++6",
     "python3.11-minimal", "libpython3.11-minimal", "libpython3.11-stdlib", "libexpat1", "libssl3", "libffi8", "libbz2-1.0", "liblzma5", "libuuid1",
 )  # fmt: skip
-WHEELS = ("numpy==2.4.6", "ai-edge-litert==2.3.0", "flatbuffers", "typing-extensions")
+WHEELS = ("numpy==2.4.6", "ai-edge-litert==2.3.0", "flatbuffers==25.12.19", "typing-extensions==4.12.2")
 MODULES = (
     "failover", "net_failover", "virtio", "virtio_ring", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_mmio", "virtio_net",
     "virtio_blk", "crc32c_generic", "libcrc32c", "crc16", "mbcache", "jbd2", "ext4",
@@ -33,8 +37,7 @@ APPLETS = (
     "awk", "date", "expr", "rmdir", "mktemp", "truncate", "od", "tee",
 )  # fmt: skip
 DISK_BYTES = 768 * 1024**2
-DATA_BYTES = 48 * 1024**2
-INIT = f"""#!/bin/busybox sh
+INIT = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
 mkdir -p /proc /sys /dev /new
 mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t devtmpfs dev /dev
@@ -42,7 +45,8 @@ for pass in 1 2 3; do for m in $(cat /modules/order); do insmod /modules/$m.ko 2
 for i in 1 2 3 4 5 6 7 8 9; do [ -b /dev/vda ] && break; sleep 0.1; done
 mount -t ext4 -o ro /dev/vda /new
 mount --move /dev /new/dev; mount --move /proc /new/proc; mount --move /sys /new/sys
-mount -t tmpfs tmpfs /new/tmp; mount -t tmpfs -o size={DATA_BYTES} tmpfs /new/data; mount -t tmpfs tmpfs /new/root
+size=48M; for w in $(cat /new/proc/cmdline); do case $w in lab.data=*) size=${w#lab.data=};; esac; done
+mount -t tmpfs tmpfs /new/tmp; mount -t tmpfs -o size=$size tmpfs /new/data; mount -t tmpfs tmpfs /new/root
 mkdir -p /new/root/.ssh; cp /new/etc/lab_key.pub /new/root/.ssh/authorized_keys; chmod -R go= /new/root
 exec switch_root /new /sbin/start
 """
@@ -67,75 +71,111 @@ class Image:
     key: Path
 
 
-def build() -> Image:
-    """The image, from the cache when its recipe has not changed. Raises `CalledProcessError` when a package cannot be had."""
-    key = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+def _silent(_: str) -> None:
+    """Where progress goes when nobody listens."""
+
+
+class LabError(RuntimeError):
+    """The board cannot be had here: what failed, then what to do."""
+
+
+def build(say: Callable[[str], None] = _silent) -> Image:
+    """The image, from the cache when its recipe has not changed; one process builds, others wait for it. Raises `LabError`."""
+    key = hashlib.sha256(Path(__file__).read_bytes() + b"%d.%d" % sys.version_info[:2]).hexdigest()[:16]
     home = cache_dir("lab") / key
-    image = Image(home / "vmlinuz", home / "initrd.gz", home / "disk.img", home / "key")
-    if (home / "done").exists():
-        return image
-    shutil.rmtree(home, ignore_errors=True)
-    work = home / "work"
-    work.mkdir(parents=True)
-    root = work / "root"
-    _unpack(_download(work), root, work)
+    with (cache_dir("lab") / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not home.exists():
+            with tempfile.TemporaryDirectory(prefix="making-", dir=home.parent) as folder:
+                made = Path(folder) / "image"
+                _build(made, Path(folder), say)
+                made.rename(home)
+    return _paths(home)
+
+
+def _paths(home: Path) -> Image:
+    return Image(home / "vmlinuz", home / "initrd.gz", home / "disk.img", home / "key")
+
+
+def _build(home: Path, work: Path, say: Callable[[str], None]) -> None:
+    home.mkdir()
+    image, root = _paths(home), work / "root"
+    debs = _download(work, say)
+    say(f"unpacking {len(debs)} packages")
+    _unpack(debs, root, work)
     shutil.copy(next((work / "kernel" / "boot").glob("vmlinuz*")), image.kernel)
+    say(f"wheels for arm64: {', '.join(WHEELS)}")
     _wheels(root)
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(image.key)], check=True)
+    _run("making a key", ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(image.key)])
     _complete(root, image.key.with_suffix(".pub"))
+    say("byte code, initramfs and disk")
+    _byte_code(root)
     _initramfs(work, root, image.initrd)
     with image.disk.open("wb") as disk:
         disk.truncate(DISK_BYTES)
-    subprocess.run(["/sbin/mkfs.ext4", "-q", "-F", "-O", "^has_journal", "-d", str(root), str(image.disk)], check=True)
-    shutil.rmtree(work)
-    (home / "done").touch()
-    return image
+    _run("writing the disk image", ["/sbin/mkfs.ext4", "-q", "-F", "-O", "^has_journal", "-d", str(root), str(image.disk)])
 
 
-def _download(work: Path) -> list[Path]:
+def _run(what: str, argv: Sequence[str], hint: str = "", cwd: Path | None = None) -> str:
+    """The command's output. Raises `LabError` with the end of what it said."""
+    try:
+        done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False, timeout=900)
+    except FileNotFoundError:
+        raise LabError(f"{what}: {argv[0]} is not installed\n  hint: run .ci/board-packages as root") from None
+    if done.returncode != 0:
+        said = "\n".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-5:])
+        raise LabError(f"{what}: `{' '.join(argv[:3])} …` ended with {done.returncode}:\n{said}" + (f"\n  hint: {hint}" if hint else ""))
+    return done.stdout
+
+
+def _download(work: Path, say: Callable[[str], None]) -> list[Path]:
     """arm64 packages through this machine's own apt sources, with an apt state of our own."""
-    state = work / "apt"
-    for folder in ("lists/partial", "cache/archives/partial"):
-        (state / folder).mkdir(parents=True)
+    state, into = work / "apt", work / "debs"
+    for folder in (state / "lists/partial", state / "cache/archives/partial", into):
+        folder.mkdir(parents=True)
     (state / "status").touch()
     options = [
         "APT::Architecture=arm64", "APT::Architectures=arm64", f"Dir::State::Lists={state}/lists", f"Dir::State::status={state}/status",
-        f"Dir::Cache={state}/cache", "APT::Sandbox::User=root", "Acquire::Languages=none", "Debug::NoLocking=1",
+        f"Dir::Cache={state}/cache", "APT::Sandbox::User=root", "Acquire::Languages=none", "Acquire::Retries=3", "Debug::NoLocking=1",
     ]  # fmt: skip
     flags = [word for o in options for word in ("-o", o)]
-    subprocess.run(["apt-get", *flags, "-qq", "update"], check=True)
-    depends = subprocess.run(["apt-cache", *flags, "depends", "linux-image-cloud-arm64"], check=True, capture_output=True, text=True).stdout
-    kernel = next(line.split()[-1] for line in depends.splitlines() if "Depends: linux-image-" in line)
-    into = work / "debs"
-    into.mkdir()
-    subprocess.run(["apt-get", *flags, "-qq", "download", *PACKAGES, kernel], check=True, cwd=into)
+    hint = "this machine's apt sources must be Debian 12's and reachable"
+    say("Debian's list of arm64 packages")
+    _run("reading the list of arm64 packages", ["apt-get", *flags, "-qq", "update"], hint)
+    depends = _run("looking for a kernel", ["apt-cache", *flags, "depends", "linux-image-cloud-arm64"], hint)
+    kernel = next((line.split()[-1] for line in depends.splitlines() if "Depends: linux-image-" in line), None)
+    if kernel is None:
+        raise LabError(f"no arm64 kernel package is known here\n  hint: {hint}")
+    say(f"fetching {kernel} and {len(PACKAGES)} packages, 40 MB")
+    _run("fetching arm64 packages", ["apt-get", *flags, "-qq", "download", *PACKAGES, kernel], hint, into)
     return sorted(into.glob("*.deb"))
 
 
 def _unpack(debs: list[Path], root: Path, work: Path) -> None:
     root.mkdir()
     for deb in debs:
-        target = work / "kernel" if deb.name.startswith("linux-image") else root
-        subprocess.run(["dpkg", "-x", str(deb), str(target)], check=True)
+        _run("unpacking", ["dpkg", "-x", str(deb), str(work / "kernel" if deb.name.startswith("linux-image") else root)])
 
 
 def _wheels(root: Path) -> None:
     platforms = [f"manylinux_2_{n}_aarch64" for n in (28, 27, 17)] + ["manylinux2014_aarch64"]
     command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--python-version",
-        "3.11",
-        "--implementation",
-        "cp",
-    ]
-    command += [word for p in platforms for word in ("--platform", p)]
-    subprocess.run([*command, "--target", str(root / "usr/lib/python3/dist-packages"), *WHEELS], check=True)
+        sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-compile", "--only-binary=:all:", "--python-version", "3.11",
+        "--implementation", "cp", *(word for p in platforms for word in ("--platform", p)),
+    ]  # fmt: skip
+    hint = "pip's package index must be reachable"
+    _run("fetching wheels", [*command, "--target", str(root / "usr/lib/python3/dist-packages"), *WHEELS], hint)
+
+
+def _byte_code(root: Path) -> None:
+    """Compile what the board imports (its disk is read-only): only Python 3.11's byte code is of use there."""
+    if sys.version_info[:2] != (3, 11):
+        return
+    library = root / "usr/lib"
+    for name in ("test", "lib2to3", "idlelib", "tkinter", "pydoc_data", "ensurepip"):
+        shutil.rmtree(library / "python3.11" / name, ignore_errors=True)
+    command = [sys.executable, "-m", "compileall", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash", "-x", r"/tests?/"]
+    subprocess.run([*command, str(library / "python3.11"), str(library / "python3")], capture_output=True, check=False)
 
 
 def _complete(root: Path, public_key: Path) -> None:
@@ -172,7 +212,6 @@ def _initramfs(work: Path, root: Path, target: Path) -> None:
     (tree / "init").write_text(INIT)
     (tree / "init").chmod(0o755)
     names = "\n".join(os.path.relpath(p, tree) for p in sorted(tree.rglob("*"))) + "\n"
-    packed = subprocess.run(
-        ["cpio", "-o", "-H", "newc", "--quiet", "-R", "0:0"], input=names.encode(), cwd=tree, check=True, capture_output=True
-    ).stdout
+    command = ["cpio", "-o", "-H", "newc", "--quiet", "-R", "0:0"]
+    packed = subprocess.run(command, input=names.encode(), cwd=tree, check=True, capture_output=True).stdout
     target.write_bytes(gzip.compress(packed, 1))
