@@ -35,10 +35,10 @@ def _sum(parts: list[Estimate]) -> Estimate:
     return Estimate(value=sum(p.value for p in parts), low=sum(p.low for p in parts), high=sum(p.high for p in parts))
 
 
-def _row(plan: Plan) -> LayoutRow:
+def _row(name: str, plan: Plan) -> LayoutRow:
     per_method = plan.method_latency
     return LayoutRow(
-        layout=plan.layout, model=plan.model, runtime=plan.runtime, fits=plan.fits,
+        layout=name, model=plan.model, runtime=plan.runtime, fits=plan.fits,
         first_token=_sum(list(per_method.values())), per_token=per_method.get("decode"), whole_answer=plan.latency,
         memory_bytes=plan.memory.peak_bytes, storage_bytes=plan.storage_bytes, quality=plan.quality,
     )  # fmt: skip
@@ -49,12 +49,15 @@ def layouts(model: str, device: str, *, budget: Budget | None = None, workload: 
 
     Raises whatever `plan` raises.
     """
-    from edgesdk.intake import load_model
     from edgesdk.plan import plan
+    from edgesdk.plan.subject import Subject
 
-    spec = load_model(model)
-    wanted = {spec.layout: model, **spec.alternatives}
+    asked = Subject(model)
+    wanted = {asked.facts.layout: model, **asked.facts.alternatives}
     budget, workload = budget or Budget(), workload or Workload()
-    plans = [plan(ref, device, budget=budget, workload=workload, layout=name) for name, ref in wanted.items()]
-    rows = sorted((_row(p) for p in plans), key=lambda r: r.whole_answer.value)
-    return LayoutTable(device=plans[0].device, rows=tuple(rows))
+    found = []
+    for name, ref in wanted.items():
+        own = asked if ref == model else Subject(ref)
+        found.append((name, plan(ref, device, budget=budget, workload=workload, layout=own.facts.layout)))
+    rows = sorted((_row(name, p) for name, p in found), key=lambda r: r.whole_answer.value)
+    return LayoutTable(device=found[0][1].device, rows=tuple(rows))

@@ -69,6 +69,7 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
     from edgesdk import __version__
     from edgesdk.bundles import write_bundle
     from edgesdk.lower.check import check_program, golden_inputs, reference
+    from edgesdk.lower.quiet import silent
     from edgesdk.runner import open_program
 
     step = step or (lambda text, share: None)
@@ -89,8 +90,9 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, name)
             path.write_bytes(program)
-            runner = open_program(str(path), plan.runtime, plan.threads)
-            inputs = golden_inputs(spec)
+            with silent():
+                runner = open_program(str(path), plan.runtime, plan.threads)
+                inputs = golden_inputs(spec)
             step("checking against the reference", 0.6)
             precisions = {u.precision for u in plan.units}
             fields["host_check"] = check_program(runner.run, reference(spec), inputs, set(precisions), f"{spec.name} on {plan.runtime}")

@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from edgesdk.errors import InputError, MissingTool
 from edgesdk.graph.torch_trace import fresh
+from edgesdk.lower.quiet import quiet, silent
 
 if TYPE_CHECKING:
     from edgesdk.model import ModelSpec
 
 Choice = Mapping[tuple[str, str], str]
 """(method, unit name) → precision; what is absent stays fp32."""
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the exporters' own warnings and log lines."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _module_name(unit: str) -> str:
@@ -120,8 +105,10 @@ def _follows(units: set[str]) -> Callable[[Any], bool]:
 def lower_executorch(spec: ModelSpec, choice: Choice, say: Callable[[str], None], delegate: str = "xnnpack") -> bytes:
     """The `.pte` bytes. `delegate`: "xnnpack", "vulkan", "coreml" or "portable". Raises `MissingTool` where the SDK is absent."""
     try:
-        import torch
-        from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+        with silent():
+            import torch
+            import torchao.quantization  # noqa: F401  (talks when it is first imported)
+            from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
     except ImportError:
         raise MissingTool("executorch is not installed", "pip install -c constraints.txt 'edgesdk[executorch]'") from None
     refuse_unapplied(spec, choice)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import re
 import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgesdk.errors import InputError, MissingTool
 from edgesdk.graph.tflite_read import Table as _Table
-from edgesdk.lower.executorch import Choice, quiet
+from edgesdk.lower.executorch import Choice
+from edgesdk.lower.quiet import silent
 
 if TYPE_CHECKING:
     from edgesdk.model import ModelSpec
@@ -35,32 +34,17 @@ class _Operator:
     scope: str
 
 
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """The converters write progress to stdout and, from C++, to stderr: neither is ours."""
-    saved = os.dup(2)
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), quiet():
-            yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)
-
-
 def convert_float(spec: ModelSpec) -> bytes:
     """The float `.tflite` of a PyTorch model. Raises `MissingTool` or `InputError`."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
-        with _silent():
+        with silent():
             import litert_torch
     except ImportError:
         raise MissingTool("litert-torch is not installed", "pip install -c constraints.txt 'edgesdk[litert]'") from None
     import torch
 
-    with torch.no_grad(), _silent(), tempfile.TemporaryDirectory() as folder:
+    with torch.no_grad(), silent(), tempfile.TemporaryDirectory() as folder:
         chain: Any = litert_torch
         for name, method in spec.methods.items():
             chain = chain.signature(name, method.module, method.example_inputs)
@@ -132,7 +116,7 @@ def lower_litert(spec: ModelSpec, choice: Choice, say: Callable[[str], None]) ->
     if not pairs:
         return content
     say("quantizing")
-    with _silent():
+    with silent():
         return _quantize(spec, content, pairs)
 
 
