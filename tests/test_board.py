@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import subprocess
+import sys
+
 import pytest
 
 from edgesdk.bundles import bundle_digest, read_manifest
-from edgesdk.errors import CheckFailed, DeviceError, LinkError
+from edgesdk.errors import CheckFailed, DeviceError, EdgeError, LinkError
 from edgesdk.flash import flash, roll_back, status
 from edgesdk.intake import load_model
 from edgesdk.lower import build
@@ -50,6 +55,25 @@ def test_a_cut_transfer_resumes(board, tmp_path):
     assert 0 < deployment.resumed_bytes < program.size_bytes
 
 
+def test_a_half_sent_file_that_is_damaged_is_sent_anew(board, tmp_path):
+    path = tmp_path / "big.edge"
+    tiny_bundle(path, seed=6, rows=16, cols=40000)
+    before = status(board.url).current
+    board.link.cut_after(1_000_000)
+    with pytest.raises(LinkError):
+        flash(path, board.cuttable_url)
+    board.link.restore()
+    part = f"/data/edgesdk/store/{bundle_digest(path)}.part/model.tflite.part"
+    assert board.ssh(f"printf x | dd of={part} bs=1 seek=5000 conv=notrunc").returncode == 0
+    with contextlib.suppress(CheckFailed, DeviceError):  # refused, or sent anew at once: never installed with that byte
+        flash(path, board.url)
+    else_current = status(board.url).current
+    assert else_current in (before, bundle_digest(path))
+    assert flash(path, board.url).current == bundle_digest(path)
+    got = board.ssh("sha256sum", "/data/edgesdk/current/model.tflite").stdout.split()[0]
+    assert got == next(m.sha256 for m in read_manifest(path).members if m.name == "model.tflite")
+
+
 def test_a_bad_install_is_rolled_back(board, digits, tmp_path):
     flash(digits, board.url)
     bad = tmp_path / "bad.edge"
@@ -75,7 +99,42 @@ def test_a_full_disk_leaves_what_was(board, digits, tmp_path):
     assert flash(big, board.url).current == bundle_digest(big)
 
 
-def test_a_damaged_bundle_is_refused(board, digits, tmp_path):
+def test_a_disk_that_fills_up_during_the_transfer(board, digits, tmp_path):
+    flash(digits, board.url)
+    path = tmp_path / "big.edge"
+    tiny_bundle(path, seed=7, rows=16, cols=40000)
+
+    def watch(what, done, total):
+        if not full and 0 < done < total:
+            full.append(done)
+            board.fill_disk(0)
+
+    full: list[int] = []
+    try:
+        with pytest.raises(DeviceError) as error:
+            flash(path, board.url, watch=watch)
+        assert full, "the disk was filled while bytes were on their way"
+        assert error.value.exit_code == 3 and not isinstance(error.value, LinkError), str(error.value)
+    finally:
+        board.free_disk()
+    assert status(board.url).current == bundle_digest(digits)
+    assert flash(path, board.url).current == bundle_digest(path)
+
+
+def test_a_bundle_whose_digest_is_wrong_is_refused(board, digits, tmp_path):
+    flash(digits, board.url)
+    path = tmp_path / "changed.edge"
+    data = bytearray(digits.read_bytes())
+    middle = data.index(b"TFL3") + 2000  # in the program's bytes
+    data[middle] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(EdgeError) as error:
+        flash(path, board.url)
+    assert error.value.exit_code in (1, 2)
+    assert status(board.url).current == bundle_digest(digits)
+
+
+def test_a_bundle_damaged_on_the_device_is_refused(board, digits, tmp_path):
     path = tmp_path / "a.edge"
     tiny_bundle(path, seed=4)
     flash(path, board.url)
@@ -93,3 +152,22 @@ def test_rollback_goes_back(board, digits, tmp_path):
     tiny_bundle(other, seed=5)
     flash(other, board.url)
     assert roll_back(board.url).current == bundle_digest(digits)
+
+
+def test_the_command_line_over_ssh(board, digits, tmp_path):
+    def edgesdk(*args):
+        done = subprocess.run([sys.executable, "-m", "edgesdk", *args], capture_output=True, text=True, timeout=180)
+        assert "Traceback" not in done.stderr
+        return done
+
+    done = edgesdk("flash", str(digits), "--on", board.url, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["current"] == bundle_digest(digits)
+    done = edgesdk("profile", "--on", board.url, "--runs", "5", "--warmup", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["conditions"]["emulated"] is True and report["trust"]["verdict"] == "emulated"
+    board.link.cut_after(0)
+    done = edgesdk("flash", "--status", "--on", board.cuttable_url)
+    board.link.restore()
+    assert done.returncode == 3 and len(done.stderr.strip().splitlines()) == 2, done.stderr
