@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import torch
 
-Layout = Literal["plain", "encoder-decoder", "decoder-only"]
+Layout = Literal["plain", "encoder-decoder", "deep-encoder", "decoder-only"]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import nn
 
 from edgesdk.examples import normalizer_data as data
 from edgesdk.examples.generate import TOKENIZER, Run, generate
-from edgesdk.model import Method, ModelSpec
+from edgesdk.model import Layout, Method, ModelSpec
 
 HERE = Path(__file__).parent
 S, T = data.MAX_INPUT, data.MAX_OUTPUT
@@ -276,12 +276,16 @@ def _spec(name: str) -> ModelSpec:
         return seen[:64]
 
     methods = {n: Method(m, calibration(n)[0], unroll=8 if n == "decode" else 1) for n, m in modules.items()}
-    others = {"encoder-decoder": "normalizer", "deep-encoder": "normalizer-deep-encoder", "decoder-only": "normalizer-decoder-only"}
+    others: dict[Layout, str] = {
+        "encoder-decoder": "normalizer",
+        "deep-encoder": "normalizer-deep-encoder",
+        "decoder-only": "normalizer-decoder-only",
+    }
     return ModelSpec(
         name=name,
         digest=digest_files(__file__, data.__file__, weights),
         methods=methods,
-        layout="encoder-decoder" if encoder else "decoder-only",
+        layout=next(layout for layout, known in others.items() if known == name),
         calibration=calibration,
         evaluate=exact_match(encoder),
         quality_name="exact match",

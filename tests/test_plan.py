@@ -12,7 +12,7 @@ from test_cost import device, linear
 
 from edgesdk.errors import InputError, UnknownName
 from edgesdk.graph.types import Unit
-from edgesdk.plan import Budget, Plan, plan
+from edgesdk.plan import Budget, Plan, Workload, plan
 from edgesdk.plan.options import options
 from edgesdk.plan.solve import Option, solve
 
@@ -148,3 +148,28 @@ def test_flatbuffers_are_planned(name: str) -> None:
     assert made.fits and made.runtime in ("litert", "tflite-runtime") and made.quality is None
     kinds = {u.precision for u in made.units if u.weight_bytes}
     assert kinds == {"as-is"} if name.endswith("int8") else "as-is" not in kinds
+
+
+def test_the_front_is_a_front_and_its_ends_are_there(digits: Plan) -> None:
+    assert digits.front
+    for one, two in zip(digits.front, digits.front[1:], strict=False):
+        assert one.latency.value <= two.latency.value and one.memory_bytes > two.memory_bytes
+
+
+def test_more_tokens_take_longer_and_too_many_are_refused() -> None:
+    short, long = (
+        plan("example:normalizer", "pi5", runtime="litert", layout="encoder-decoder", workload=Workload(output_length=n)) for n in (4, 12)
+    )
+    decode = short.method_latency["decode"].value
+    assert long.latency.value - short.latency.value == pytest.approx(8 * decode, rel=0.05)
+    with pytest.raises(InputError, match="hold 12 tokens"):
+        plan("example:normalizer", "pi5", layout="encoder-decoder", workload=Workload(output_length=400))
+    with pytest.raises(InputError, match="writes no sequence"):
+        plan("example:digits-cnn", "pi5", workload=Workload(output_length=4))
+
+
+def test_verify_builds_every_candidate_of_the_front() -> None:
+    answer = plan("example:digits-cnn", "host", runtime="litert", verify=True)
+    assert answer.front and all(c.built for c in answer.front)
+    built = [c.built for c in answer.front if c.built and c.built.refused is None]
+    assert built and all(b.quality is not None and b.quality > 0.97 and b.program_bytes for b in built)

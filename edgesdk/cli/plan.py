@@ -61,8 +61,14 @@ def plan(
     threads: Threads = None,
     layout: Layout = None,
     batch: Annotated[int, typer.Option(min=1, help="Inputs in one answer, run one after another.")] = 1,
+    output_length: Annotated[
+        int | None, typer.Option("--output-length", min=1, help="Tokens of one answer of a sequence model. Default: the model's own.")
+    ] = None,
     sustained: Annotated[
         bool, typer.Option("--sustained", help="Plan with the clocks the device holds for long, where its profile has them.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Build and evaluate every candidate of the front on this host (minutes).")
     ] = False,
     out: Annotated[str | None, typer.Option(help="Write the plan here.")] = None,
     as_json: Json = False,
@@ -75,10 +81,18 @@ def plan(
     if model is None:
         say(f"no --model: planning the built-in {DEFAULT_MODEL}")
     budget = read_budget(memory, latency, storage, quality_drop, method_latency)
-    workload = Workload(batch=batch, sustained=sustained)
+    workload = Workload(batch=batch, output_length=output_length, sustained=sustained)
     with progress("plan") as step:
         answer = make(
-            model or DEFAULT_MODEL, device, budget=budget, workload=workload, runtime=runtime, threads=threads, layout=layout, step=step
+            model or DEFAULT_MODEL,
+            device,
+            budget=budget,
+            workload=workload,
+            runtime=runtime,
+            threads=threads,
+            layout=layout,
+            verify=verify,
+            step=step,
         )
     if out:
         answer.save(out)
@@ -117,6 +131,7 @@ def show(plan: Plan, out: str | None = None) -> None:
         f"  whole      {show_seconds(plan.latency.value):>9}, memory {show_bytes(plan.memory.peak_bytes)}, stored {show_bytes(plan.storage_bytes)}{lost}"
     )
     _budgets(plan)
+    _front(plan)
     for reason in plan.reasons:
         screen.print(f"  · {reason}")
     for warning in plan.warnings:
@@ -124,6 +139,39 @@ def show(plan: Plan, out: str | None = None) -> None:
     screen.print(f"  solver: {plan.proof.name}, gap {plan.proof.gap:.2g}, {plan.proof.seconds * 1e3:.0f} ms")
     if plan.fits:
         screen.print(f"next: edgesdk build {out or 'plan.json'}" + ("" if out else "   (write the plan with --out plan.json)"))
+
+
+def _front(plan: Plan) -> None:
+    from rich.table import Table
+
+    from edgesdk.units import show_bytes, show_seconds
+
+    if len(plan.front) < 2:
+        return
+    table = Table(
+        box=None, header_style="dim", title="the front: no other choice is both faster and smaller", title_justify="left", title_style="dim"
+    )
+    verified = any(c.built for c in plan.front)
+    for column in (
+        "layout",
+        "runtime",
+        "whole",
+        "memory",
+        "stored",
+        "quality lost",
+        "units",
+        *(("built: program", "quality") if verified else ()),
+    ):
+        table.add_column(column)
+    for c in plan.front:
+        kinds = ", ".join(f"{n} {p}" for p, n in sorted(c.precisions.items()))
+        row = [c.layout, c.runtime, show_seconds(c.latency.value), show_bytes(c.memory_bytes), show_bytes(c.storage_bytes)]
+        row += ["unknown" if c.quality_drop is None else f"{c.quality_drop:.2%}", kinds]
+        if c.built:
+            row += [c.built.refused] if c.built.refused else [show_bytes(c.built.program_bytes or 0)]
+            row += ["" if c.built.quality is None else f"{c.built.quality:.2%}"]
+        table.add_row(*row)
+    console().print(table)
 
 
 def _budgets(plan: Plan) -> None:

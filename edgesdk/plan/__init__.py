@@ -20,14 +20,22 @@ def plan(
     runtime: str | None = None,
     threads: int | None = None,
     layout: str | None = None,
+    verify: bool = False,
     step: Callable[[str, float], None] | None = None,
 ) -> Plan:
     """The plan for `model` (see `MODEL_HELP`) on `device` within `budget`; `plan.fits` says whether it does, `plan.checks[0]` what binds.
 
-    Without `runtime` and `layout` all of them are weighed. Raises `InputError` or `UnknownName` for what it cannot read.
+    Without `runtime` and `layout` all of them are weighed. With `verify` every candidate of `plan.front` is built, checked and evaluated on this
+    host (`front[i].built`). Raises `InputError` or `UnknownName` for what it cannot read.
     """
     from edgesdk.plan.planner import make_plan
 
-    return make_plan(
-        model, device, budget or Budget(), workload or Workload(), runtime, threads, layout, step or (lambda text, share: None)
-    )
+    step = step or (lambda text, share: None)
+    answer = make_plan(model, device, budget or Budget(), workload or Workload(), runtime, threads, layout, step)
+    if verify:
+        from edgesdk.plan.subject import Subject
+        from edgesdk.plan.verify import verify as build_all
+
+        facts = Subject(model).facts
+        answer = build_all(answer, {facts.layout: model, **facts.alternatives}, step)
+    return answer

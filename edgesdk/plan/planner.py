@@ -54,7 +54,7 @@ def make_plan(
     made: list[tuple[Setting, Plan]] = []
     for ref in [refs[layout]] if layout else list(refs.values()):
         subject = asked if ref == model else Subject(ref)
-        graph, harm = subject.graph, harm_of(subject, step)
+        graph, harm = _answering(subject.graph, workload), harm_of(subject, step)
         for name in _runtimes(profile, runtime, graph):
             setting = _setting(subject, graph, harm, profile, name, threads, workload)
             made.append((setting, _candidate(setting, budget)))
@@ -114,6 +114,28 @@ def _runtimes(device: DeviceProfile, asked: str | None, graph: ModelGraph) -> li
             f"its runtimes: {', '.join(sorted(here)) or 'none'}; name one with --runtime",
         )
     return kept
+
+
+def _answering(graph: ModelGraph, workload: Workload) -> ModelGraph:
+    """The graph with its decode method called once for every token of an answer. Raises `InputError` where that cannot be."""
+    n = workload.output_length
+    if n is None:
+        return graph
+    if not any(m.cache_inputs for m in graph.methods):
+        raise InputError(
+            f"--output-length {n}: {graph.name} writes no sequence", "leave it out, or give a model with a decode method and caches"
+        )
+    methods = []
+    for method in graph.methods:
+        if method.cache_inputs:
+            held = max(t.shape[-2] for t in method.inputs if t.name in method.cache_inputs)
+            if n > held:
+                raise InputError(
+                    f"--output-length {n}: the caches of {graph.name} hold {held} tokens", "ask for fewer, or export it with longer caches"
+                )
+            method = method.model_copy(update={"unroll": n})
+        methods.append(method)
+    return graph.model_copy(update={"methods": tuple(methods)})
 
 
 def _setting(
@@ -298,13 +320,13 @@ def _plan(
     drop = _reached(solution, fixed, "harm") if s.harm.quality is not None else None
     candidate = Candidate(
         layout=s.subject.facts.layout, runtime=s.runtime, precisions=dict(Counter(u.precision for u in units if u.weight_bytes)), memory_bytes=memory.peak_bytes,
-        storage_bytes=memory.weights_bytes, latency=latency, quality_drop=drop,
+        storage_bytes=memory.weights_bytes, latency=latency, quality_drop=drop, choice={f"{u.method}/{u.unit}": u.precision for u in units if u.precision != "fp32"},
     )  # fmt: skip
     return Plan(
         model=s.subject.ref, model_name=s.subject.facts.name, layout=s.subject.facts.layout, device=s.device.name, runtime=s.runtime, unit=s.compute.name, threads=s.threads,
         power_mode=s.device.default_power_mode, workload=s.workload, budget=budget, fits=all(c.fits for c in checks), checks=checks, units=tuple(units),
         latency=latency, method_latency=per_method, memory=memory, storage_bytes=memory.weights_bytes, quality=s.harm.quality, quality_drop=drop,
-        proof=solution.proof, front=(candidate, *_extremes(s, limits)), reasons=_reasons(s, refused), warnings=_warnings(s, forced),
+        proof=solution.proof, front=(candidate, *_front(s, limits)), reasons=_reasons(s, refused), warnings=_warnings(s, forced),
         digests={"model": s.subject.facts.model_digest, "graph": s.graph.digest(), "device": s.device.digest(), "efficiency": s.efficiency.digest(), "edgesdk": __version__},
     )  # fmt: skip
 
@@ -315,32 +337,38 @@ def _whole(graph: ModelGraph, per_method: dict[str, Estimate]) -> Estimate:
     return Estimate(**sums)
 
 
-def _extremes(s: Setting, limits: dict[str, float]) -> list[Candidate]:
-    """The smallest and the fastest choices without any budget but quality, and all-float: the ends of the front."""
+STEPS_OF_FRONT = 3
+"""Memory limits tried between the smallest and the fastest choice."""
+
+
+def _front(s: Setting, limits: dict[str, float]) -> list[Candidate]:
+    """All-float, the smallest and the fastest choice within the quality budget, and the fastest at memory limits between these two."""
     table, fixed, _ = _table(s, slower=True)
     kept = {k: v for k, v in limits.items() if k == "harm"}
-    answers = []
-    for objective in ("latency", "memory", None):
-        if objective is None:
-            solution = solve([o for o in table if o.precision in ("fp32", "as-is")], fixed, {})
-        else:
-            solution = solve(table, fixed, kept, objective)
-        value = _reached(solution, fixed, "latency")
-        spread = Z80 * max(s.efficiency.call_log_sd, median([r.log_sd for r in s.efficiency.rows] or [0.6]))
-        memory = round(_reached(solution, fixed, "memory"))
-        answers.append(
-            Candidate(
-                layout=s.subject.facts.layout, runtime=s.runtime, precisions=dict(Counter(o.precision for o in solution.chosen.values())), memory_bytes=memory,
-                storage_bytes=round(_reached(solution, fixed, "storage")), latency=Estimate(value=value, low=value / 2.72**spread, high=value * 2.72**spread),
-                quality_drop=_reached(solution, fixed, "harm") if s.harm.quality is not None else None,
-            )
-        )  # fmt: skip
-    return answers
+    floats = solve([o for o in table if o.precision in ("fp32", "as-is")], fixed, {})
+    ends = [solve(table, fixed, kept, objective) for objective in ("latency", "memory")]
+    fast, small = (_reached(e, fixed, "memory") for e in ends)
+    between = [small + (fast - small) * i / (STEPS_OF_FRONT + 1) for i in range(1, STEPS_OF_FRONT + 1)] if fast > small * 1.01 else []
+    solutions = [floats, *ends, *(solve(table, fixed, {**kept, "memory": limit}) for limit in between)]
+    return [_point(s, fixed, solution) for solution in solutions]
+
+
+def _point(s: Setting, fixed: dict[str, float], solution: Solution) -> Candidate:
+    value = _reached(solution, fixed, "latency")
+    spread = Z80 * max(s.efficiency.call_log_sd, median([r.log_sd for r in s.efficiency.rows] or [0.6]))
+    taken = {g: o.precision for g, o in solution.chosen.items() if o.precision != "fp32"}
+    return Candidate(
+        layout=s.subject.facts.layout, runtime=s.runtime, precisions=dict(Counter(o.precision for o in solution.chosen.values())),
+        memory_bytes=round(_reached(solution, fixed, "memory")), storage_bytes=round(_reached(solution, fixed, "storage")),
+        latency=Estimate(value=value, low=value / 2.72**spread, high=value * 2.72**spread),
+        quality_drop=_reached(solution, fixed, "harm") if s.harm.quality is not None else None,
+        choice={f"{m.name}/{u.name}": taken[g] for m in s.graph.methods for u in m.units if (g := _group(m.name, u)) in taken},
+    )  # fmt: skip
 
 
 def _pareto(points: list[Candidate]) -> tuple[Candidate, ...]:
     kept: list[Candidate] = []
-    for p in sorted(points, key=lambda c: (c.latency.value, c.memory_bytes)):
+    for p in sorted(points, key=lambda c: (round(c.latency.value, 9), c.memory_bytes)):
         if not kept or p.memory_bytes < kept[-1].memory_bytes:
             kept.append(p)
     return tuple(kept)

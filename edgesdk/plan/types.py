@@ -14,8 +14,7 @@ Precision = Literal["fp32", "fp16", "int8-static", "int8-dynamic", "int8-weight-
 
 class Workload(Part):
     batch: PositiveInt = 1
-    input_length: PositiveInt | None = None  # sequence models; None: the example's own
-    output_length: PositiveInt | None = None
+    output_length: PositiveInt | None = None  # tokens of one answer of a sequence model; None: the model's own `unroll`
     sustained: bool = False
 
 
@@ -63,6 +62,14 @@ class MemoryAnswer(Part):
     not_counted: tuple[str, ...] = ()
 
 
+class Built(Part):
+    """What a candidate became when it was really built and evaluated on this host."""
+
+    program_bytes: int | None = None
+    quality: float | None = None  # of the built program on held-out data
+    refused: str | None = None  # why it was not built, or failed its check
+
+
 class Candidate(Part):
     """One point of the front."""
 
@@ -73,6 +80,8 @@ class Candidate(Part):
     storage_bytes: int
     latency: Estimate
     quality_drop: float | None
+    choice: dict[str, str] = Field(default_factory=dict)  # "method/unit" → precision, fp32 left out
+    built: Built | None = None  # with --verify
 
 
 class SolverProof(Part):
