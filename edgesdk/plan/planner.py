@@ -60,7 +60,7 @@ def make_plan(
             made.append((setting, _candidate(setting, budget)))
     best_quality = max((p.quality for _, p in made if p.quality is not None), default=None)
     for attempt in range(4):
-        at = min(range(len(made)), key=lambda i: _rank(made[i][1], best_quality, budget))
+        at = _best([p for _, p in made], best_quality, budget)
         setting, best = made[at][0], _evaluated(*made[at], step)
         if best.fits or not made[at][1].fits or attempt == 3:
             break
@@ -89,6 +89,17 @@ def _evaluated(s: Setting, plan: Plan, step: Step) -> Plan:
     )
     fields = {"quality_drop": drop, "checks": checks, "fits": all(c.fits for c in checks), "reasons": (*plan.reasons, reason)}
     return plan.model_copy(update=fields)
+
+
+SAME_TIME = 1.02
+"""Times this close are the same, as far as any prediction can tell: the one that needs less memory is taken."""
+
+
+def _best(plans: list[Plan], best_quality: float | None, budget: Budget) -> int:
+    ranks = [_rank(p, best_quality, budget) for p in plans]
+    first = min(ranks)
+    close = [i for i, r in enumerate(ranks) if r[:3] == first[:3] and r[3] <= first[3] * SAME_TIME]
+    return min(close, key=lambda i: plans[i].memory.peak_bytes) if plans[ranks.index(first)].fits else ranks.index(first)
 
 
 def _rank(plan: Plan, best_quality: float | None, budget: Budget) -> tuple[bool, bool, float, float]:
@@ -377,6 +388,8 @@ def _pareto(points: list[Candidate]) -> tuple[Candidate, ...]:
 def _why(s: Setting, unit: Unit, precision: str, offered: list[Precision], touched: float) -> str:
     if not unit.weight_elements:
         return "no weights"
+    if s.whole and precision == "int8-static":
+        return "int8 end to end: nothing is turned back to float in between"
     if len(offered) == 1:
         return "the only choice here"
     if precision == "fp32":
