@@ -19,6 +19,9 @@ from edgesdk.noun import describe
 LISTS_BY = {"units": "name", "caches": "level", "runtimes": "name", "power_modes": "name", "variants": "suffix"}
 """How list items are addressed in `[sources]`: `units.cpu.clock_hz`, `units.cpu.caches.2.size_bytes`."""
 
+NOT_CONFIRMED = "not confirmed"
+"""How the source of a figure begins that is commonly quoted and that no page seen confirms."""
+
 
 def load_device(name_or_path: str) -> DeviceProfile:
     """The profile of a name, an alias, a variant (`pi5-4gb`), a TOML file, or `host` (detected live).
@@ -66,6 +69,26 @@ def check_profile(path: str | Path) -> DeviceProfile:
     return _build(raw, str(path))
 
 
+def figures(profile: DeviceProfile) -> list[str]:
+    """The dotted names of everything that a profile states as a fact: its numbers, the counts of cores, the instruction sets."""
+    found = list(_numbers(profile.model_dump(mode="json", exclude={"variants", "sources"})))
+    for unit in profile.units:
+        found += [f"units.{unit.name}.cores", *([f"units.{unit.name}.isa"] if unit.isa else [])]
+    return found
+
+
+def not_confirmed(profile: DeviceProfile) -> list[str]:
+    """Those of `figures` that have no source, or whose source says that nothing seen confirms them."""
+    sources = {field: _source(profile.sources, field) for field in figures(profile)}
+    return [field for field, source in sources.items() if source is None or source.startswith(NOT_CONFIRMED)]
+
+
+def _source(sources: dict[str, str], field: str) -> str | None:
+    """The source of a field: that of the longest key that covers it."""
+    keys = [s for s in sources if field == s or field.startswith(s + ".")]
+    return sources[max(keys, key=len)] if keys else None
+
+
 def _raw_profiles() -> Iterator[tuple[str, dict[str, Any]]]:
     for entry in sorted(files("edgesdk.profiles").iterdir(), key=lambda e: e.name):
         if entry.name.endswith(".toml"):
@@ -89,7 +112,8 @@ def _variant(raw: dict[str, Any], suffix: str, where: str) -> DeviceProfile:
     changed["name"] = f"{raw['name']}-{suffix}"
     changed["title"] = f"{raw['title']} ({suffix.upper()})"
     changed["aliases"], changed["variants"] = [f"{a}-{suffix}" for a in raw.get("aliases", ())], []
-    changed.setdefault("sources", {}).update(dict.fromkeys(variant["set"], f"variant {suffix}"))
+    sources = changed.setdefault("sources", {})
+    sources.update(dict.fromkeys(variant["set"], sources.get(f"variants.{suffix}", f"variant {suffix}")))
     return _build(changed, where)
 
 
@@ -110,7 +134,7 @@ def _build(raw: dict[str, Any], where: str) -> DeviceProfile:
         profile = DeviceProfile.model_validate(raw)
     except ValidationError as error:
         raise InputError(*describe(_named(error, raw), where)) from None
-    missing = [field for field in _numbers(raw) if not any(field == s or field.startswith(s + ".") for s in profile.sources)]
+    missing = [field for field in _numbers(raw) if _source(profile.sources, field) is None]
     if missing:
         more = f" ({len(missing)} numbers in all)" if len(missing) > 1 else ""
         raise InputError(f"{where}: {missing[0]}: no source{more}", f'add it to [sources], like "{missing[0]}" = "https://…"')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,34 @@ def test_mistakes_are_told_by_file_and_field(tmp_path, old, new, said):
     assert error.value.hint
     done = subprocess.run([sys.executable, "-m", "edgesdk", "devices", "check", str(mine)], capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 2
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_unconfirmed_figures_are_counted(path):
+    device = devices.check_profile(path)
+    every, open_ones = devices.figures(device), devices.not_confirmed(device)
+    assert len(every) == len(set(every)) and set(open_ones) <= set(every)
+    assert {f"units.{u.name}.{part}" for u in device.units for part in ("cores", "clock_hz")} <= set(every)
+    assert not any("not yet checked" in s for s in device.sources.values())
+
+
+def test_the_longest_key_is_a_figures_source():
+    device = devices.load_device("pi5")
+    sources = {**device.sources, "units": "not confirmed: here", "units.cpu.clock_hz": "a page"}
+    open_ones = devices.not_confirmed(device.model_copy(update={"sources": sources}))
+    assert "units.cpu.cores" in open_ones and "units.cpu.clock_hz" not in open_ones
+    nothing = device.model_copy(update={"sources": {}})
+    assert devices.not_confirmed(nothing) == devices.figures(nothing)
+
+
+@pytest.mark.parametrize("name", ["pi5", "pi5-2gb", "galaxy-s24", "host"])
+def test_show_tells_how_many_figures_are_not_confirmed(name):
+    run = [sys.executable, "-m", "edgesdk", "devices", "show", name]
+    told = json.loads(subprocess.run([*run, "--json"], capture_output=True, text=True, check=True).stdout)
+    total, open_ones = told["figures"]["total"], told["figures"]["not_confirmed"]
+    assert told["kind"] == "device-profile" and total > len(open_ones)
+    page = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    assert f"{len(open_ones)} of {total} figures not confirmed" in page
 
 
 def test_a_missing_file_is_an_input_error(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -46,17 +47,19 @@ def list_all(as_json: Json = False) -> None:
 
 @app.command("show")
 def show(name: Annotated[str, typer.Argument(help="A name, an alias, a variant, a TOML file, or host.")], as_json: Json = False) -> None:
-    """Every number of a device with its source."""
-    from edgesdk.devices import load_device
+    """Every number of a device with its source, and how many of them no source confirms."""
+    from edgesdk.devices import figures, load_device, not_confirmed
 
     device = load_device(name)
     if as_json:
-        emit_json(device)
+        open_ones = not_confirmed(device)
+        emit_json({**json.loads(device.to_json()), "figures": {"total": len(figures(device)), "not_confirmed": open_ones}})
     else:
         _print(device)
 
 
 def _print(device: DeviceProfile) -> None:
+    from edgesdk.devices import figures, not_confirmed
     from edgesdk.units import show_bytes
 
     screen = console()
@@ -81,6 +84,7 @@ def _print(device: DeviceProfile) -> None:
             + (f", {m.power_w:g} W" if m.power_w else "")
             + (" (default)" if m.name == device.default_power_mode else "")
         )
+    screen.print(f"  {len(not_confirmed(device))} of {len(figures(device))} figures not confirmed")
     for field, source in device.sources.items():
         screen.print(f"  source of {field}: {source}", style="dim")
 
