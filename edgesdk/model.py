@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import torch
 
+    from edgesdk.packed import Code
+
 Layout = Literal["plain", "encoder-decoder", "deep-encoder", "decoder-only"]
 
 
@@ -44,4 +46,5 @@ class ModelSpec:
     evaluate: Callable[[Callable[[str, Sequence[Any]], list[Any]]], float] | None = None
     quality_name: str = "quality"  # "accuracy", "exact match"
     alternatives: dict[str, str] = field(default_factory=dict)  # other layouts of the same task: layout → model ref
+    codes: dict[str, Code] = field(default_factory=dict)  # how compressed weights are stored (the modules hold the decoded values)
     files: dict[str, bytes] = field(default_factory=dict)  # labels, tokenizer: go into the bundle under this name

@@ -1,0 +1,35 @@
+"""The one table of compression methods. A new method is one file in this folder and one row here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from edgesdk.compress.types import Config, Method
+from edgesdk.errors import InputError, UnknownName
+from edgesdk.noun import describe
+
+METHODS = {
+    "rtn": "edgesdk.compress.rtn",
+}
+"""Name → the module whose `METHOD` it is. Nothing is imported before a method is asked for."""
+
+
+def method(name: str) -> Method:
+    """Raises `UnknownName` (near misses named)."""
+    if name not in METHODS:
+        raise UnknownName("compression method", name, METHODS)
+    found: Method = importlib.import_module(METHODS[name]).METHOD
+    return found
+
+
+def configured(name: str, settings: Mapping[str, Any] | None = None) -> tuple[Method, Config]:
+    """A method and its checked settings. Raises `UnknownName` or `InputError` naming the setting."""
+    found = method(name)
+    try:
+        return found, found.config.model_validate(dict(settings or {}))
+    except ValidationError as error:
+        raise InputError(*describe(error, name)) from None

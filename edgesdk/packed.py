@@ -1,0 +1,528 @@
+"""Weights in few bytes: how compressed weights and whole programs are written, counted and read back.
+
+This file stands alone (standard library and numpy; Python 3.9 and later): it is sent to the device as it is, and expands a packed program there.
+A `Code` is a small tree; `pack` writes it, `unpack` reads it, `decode` computes the weights. What `pack` returns is what is counted.
+
+Entropy coding is range asymmetric numeral systems (rANS: Duda 2013, arXiv:1311.2540), interleaved over lanes so that numpy steps through all at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+PROB_BITS = 14
+LOW = 1 << 16  # rANS states stay in [2^16, 2^32)
+CHUNK = 1 << 20
+KINDS = ("dense", "grid", "table", "vector", "sparse", "lowrank", "sum", "scaled", "hadamard", "pick", "stack", "base")
+DTYPES = ("uint8", "uint16", "uint32", "int8", "float16", "float32")
+MAGIC = b"EDGEPACK"
+
+
+class PackedError(Exception):
+    """What is read is no packed weight or program, or it was damaged."""
+
+
+@dataclass(frozen=True)
+class Code:
+    """How an array is stored. `shape` is what it decodes to (weights: [rows, cols], float32).
+
+    kind      numbers            arrays                                             decodes to
+    dense     -                  values (float32 or float16; uint16: bfloat16)      the values
+    grid      bits, group        q [rows, cols]; scale [rows, groups]; zero (same)  (q - zero) · scale; without zero 2^(bits-1)
+    table     bits, group        q [rows, cols]; table [1 or rows, 2^bits]; scale   table[row, q] · scale
+    vector    length, group      q [rows, cols/length]; codebook [k, length]; scale codebook[q] · scale
+    sparse    -                  mask [rows, cols] of 0 and 1                       parts[0] (one row) where the mask is 1, else 0
+    lowrank   -                  -                                                  parts[0] @ parts[1]
+    sum       -                  -                                                  the sum of its parts
+    scaled    -                  row [rows] or []; col [cols] or []                 row · parts[0] · col
+    hadamard  seed, block        -                                                  parts[0] @ H, H of random signs and Hadamard blocks
+    pick      axis               order                                              parts[0] with that axis in the order of the original
+    stack     axis               -                                                  its parts side by side
+    base      -                  -                                                  what `decode` is given as the base
+    A group of 0 is a whole row; the last group of a row may be shorter. A scale of no elements is 1.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    numbers: tuple[int, ...] = ()
+    arrays: tuple[Any, ...] = ()
+    parts: tuple[Code, ...] = ()
+
+
+def groups_of(cols: int, group: int) -> int:
+    return 1 if group <= 0 else -(-cols // group)
+
+
+def spread(values: Any, cols: int, group: int) -> Any:
+    """A value a group [rows, groups] → a value a column [rows, cols]."""
+    if values.shape[1] == 1:
+        return values
+    return np.repeat(values, group, axis=1)[:, :cols]
+
+
+# ---- decoding
+
+
+def _dense(c: Code, base: Any) -> Any:
+    values = c.arrays[0]
+    if values.dtype == np.uint16:
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32).reshape(c.shape)
+
+
+def _grid(c: Code, base: Any) -> Any:
+    (bits, group), (q, scale, zero) = c.numbers, c.arrays
+    cols = c.shape[1]
+    offset = spread(zero.astype(np.float32), cols, group) if zero.size else np.float32(1 << (bits - 1))
+    return (q.astype(np.float32) - offset) * (spread(scale.astype(np.float32), cols, group) if scale.size else np.float32(1))
+
+
+def _table(c: Code, base: Any) -> Any:
+    (_, group), (q, table, scale) = c.numbers, c.arrays
+    values = table.astype(np.float32)
+    w = values[0][q] if len(values) == 1 else np.take_along_axis(values, q.astype(np.intp), axis=1)
+    return w * spread(scale.astype(np.float32), c.shape[1], group) if scale.size else w
+
+
+def _vector(c: Code, base: Any) -> Any:
+    (_, group), (q, codebook, scale) = c.numbers, c.arrays
+    w = codebook.astype(np.float32)[q].reshape(c.shape[0], -1)[:, : c.shape[1]]
+    return w * spread(scale.astype(np.float32), c.shape[1], group) if scale.size else w
+
+
+def _sparse(c: Code, base: Any) -> Any:
+    out = np.zeros(c.shape, np.float32)
+    out[c.arrays[0].astype(bool)] = decode(c.parts[0], base).ravel()
+    return out
+
+
+def _sum(c: Code, base: Any) -> Any:
+    total = decode(c.parts[0], base).astype(np.float32)
+    for part in c.parts[1:]:
+        total = total + decode(part, base)
+    return total
+
+
+def _scaled(c: Code, base: Any) -> Any:
+    row, col = (a.astype(np.float32) for a in c.arrays)
+    w = decode(c.parts[0], base)
+    w = w * row[:, None] if row.size else w
+    return w * col[None] if col.size else w
+
+
+def rotate(w: Any, seed: int, block: int, back: bool = False) -> Any:
+    """w @ H (or, `back`, w @ H^T): random signs, then an orthonormal Hadamard transform of every `block` columns (a power of two)."""
+    signs = np.random.RandomState(seed).randint(0, 2, w.shape[1]).astype(np.float32) * 2 - 1
+    x = (w if back else w * signs).reshape(w.shape[0], -1, block).astype(np.float32)
+    step = 1
+    while step < block:
+        x = x.reshape(w.shape[0], -1, 2, step)
+        x = np.concatenate([x[:, :, 0] + x[:, :, 1], x[:, :, 0] - x[:, :, 1]], -1)
+        step *= 2
+    x = x.reshape(w.shape) / np.float32(block**0.5)
+    return x * signs if back else x
+
+
+def _pick(c: Code, base: Any) -> Any:
+    w, (axis,) = decode(c.parts[0], base), c.numbers
+    out = np.empty_like(w)
+    if axis:
+        out[:, c.arrays[0]] = w
+    else:
+        out[c.arrays[0]] = w
+    return out
+
+
+def _base(c: Code, base: Any) -> Any:
+    if base is None:
+        raise PackedError("these weights are a difference to a base that is not given")
+    return np.asarray(base, np.float32).reshape(c.shape)
+
+
+_DECODERS: dict[str, Callable[[Code, Any], Any]] = {
+    "dense": _dense, "grid": _grid, "table": _table, "vector": _vector, "sparse": _sparse, "sum": _sum, "scaled": _scaled, "pick": _pick, "base": _base,
+    "lowrank": lambda c, base: decode(c.parts[0], base) @ decode(c.parts[1], base),
+    "hadamard": lambda c, base: rotate(decode(c.parts[0], base), c.numbers[0], c.numbers[1]),
+    "stack": lambda c, base: np.concatenate([decode(p, base) for p in c.parts], c.numbers[0]),
+}  # fmt: skip
+
+
+def decode(code: Code, base: Any = None) -> Any:
+    """The array, float32. `base`: the weights that a difference is added to. Raises `PackedError`."""
+    out = _DECODERS[code.kind](code, base)
+    if out.shape != tuple(code.shape):
+        raise PackedError(f"{code.kind}: decodes to {out.shape}, {tuple(code.shape)} was promised")
+    return out
+
+
+# ---- entropy coding
+
+
+def _frequencies(symbols: Any) -> Any:
+    """Counts of the symbols 0…max, scaled to a sum of 2^14, none that occurs below 1."""
+    counts = np.bincount(symbols)
+    total = 1 << PROB_BITS
+    if np.count_nonzero(counts) > total // 2:
+        return None
+    scaled = np.maximum((counts * (total / counts.sum())).astype(np.int64), counts > 0)
+    while scaled.sum() != total:  # the commonest symbols pay or get the rest
+        order = np.argsort(-scaled)
+        for i in order[: max(1, min(len(order), abs(int(scaled.sum()) - total)))]:
+            if scaled.sum() == total:
+                break
+            scaled[i] += 1 if scaled.sum() < total else -1 if scaled[i] > 1 else 0
+    return scaled
+
+
+def _lanes(count: int) -> int:
+    return max(1, min(1024, count // 2048))
+
+
+def rans_encode(symbols: Any) -> bytes | None:
+    """Unsigned integers (1-D, below 2^16) → bytes near their entropy, with their table; None where that cannot be smaller."""
+    count = len(symbols)
+    freq = _frequencies(symbols) if count else None
+    if freq is None:
+        return None
+    cum, lanes = np.concatenate([[0], np.cumsum(freq)[:-1]]), _lanes(count)
+    steps = -(-count // lanes)
+    padded = np.full(steps * lanes, int(np.argmax(freq)), np.int64)
+    padded[:count] = symbols
+    f, c = (a[padded].astype(np.uint64).reshape(steps, lanes) for a in (freq, cum))
+    x, words = np.full(lanes, LOW, np.uint64), []
+    up, down = np.uint64(PROB_BITS), np.uint64(16)
+    for t in range(steps - 1, -1, -1):
+        full = x >= (f[t] << np.uint64(32 - PROB_BITS))
+        words.append((x[full] & np.uint64(0xFFFF)).astype("<u2"))
+        x[full] >>= down
+        x = ((x // f[t]) << up) + x % f[t] + c[t]
+    used = np.flatnonzero(freq)
+    table = varint(len(used)) + b"".join(varint(int(d)) for d in np.diff(used, prepend=0)) + b"".join(varint(int(n)) for n in freq[used])
+    body = x.astype("<u4").tobytes() + np.concatenate(words[::-1]).tobytes()
+    return table + body
+
+
+def rans_decode(data: bytes, count: int) -> Any:
+    """The `count` symbols (uint16). Raises `PackedError` when the bytes are not whole."""
+    n, at = read_varint(data, 0)
+    pairs = []
+    for _ in range(2 * n):
+        value, at = read_varint(data, at)
+        pairs.append(value)
+    symbols = np.cumsum(pairs[:n])
+    freq = np.array(pairs[n:], np.int64)
+    if n == 0 or freq.sum() != 1 << PROB_BITS:
+        raise PackedError("the table of an entropy-coded array is damaged")
+    slot = np.repeat(np.arange(n), freq)
+    f, c = freq.astype(np.uint64), np.concatenate([[0], np.cumsum(freq)[:-1]]).astype(np.uint64)
+    lanes = _lanes(count)
+    steps = -(-count // lanes)
+    if len(data) < at + 4 * lanes or (len(data) - at) % 2:
+        raise PackedError("an entropy-coded array is cut off")
+    x = np.frombuffer(data, "<u4", lanes, at).astype(np.uint64)
+    words = np.concatenate([np.frombuffer(data, "<u2", -1, at + 4 * lanes), np.zeros(lanes, np.uint16)]).astype(np.uint64)
+    out, read = np.empty((steps, lanes), np.int64), 0
+    mask, up, down = np.uint64((1 << PROB_BITS) - 1), np.uint64(PROB_BITS), np.uint64(16)
+    for t in range(steps):
+        low = x & mask
+        i = slot[low.astype(np.int64)]
+        out[t] = i
+        x = f[i] * (x >> up) + low - c[i]
+        short = x < LOW
+        k = int(np.count_nonzero(short))
+        if k:
+            x[short] = (x[short] << down) | words[read : read + k]
+            read += k
+    if read > len(words) - lanes or not bool(np.all(x == LOW)):
+        raise PackedError("an entropy-coded array is damaged")
+    return symbols[out.ravel()[:count]].astype(np.uint16)
+
+
+# ---- writing and reading
+
+
+def varint(n: int) -> bytes:
+    out = bytearray()
+    while n > 127:
+        out.append(n & 127 | 128)
+        n >>= 7
+    out.append(n)
+    return bytes(out)
+
+
+def read_varint(data: bytes, at: int) -> tuple[int, int]:
+    n = shift = 0
+    while True:
+        if at >= len(data) or shift > 63:
+            raise PackedError("packed weights end too early")
+        byte = data[at]
+        at += 1
+        n |= (byte & 127) << shift
+        if byte < 128:
+            return n, at
+        shift += 7
+
+
+def _bits_of(q: Any) -> int:
+    return max(1, int(q.max()).bit_length()) if q.size else 1
+
+
+def _pack_bits(q: Any, bits: int) -> bytes:
+    wide = ((q.ravel().astype(np.uint32)[:, None] >> np.arange(bits, dtype=np.uint32)) & 1).astype(np.uint8)
+    return np.packbits(wide.ravel(), bitorder="little").tobytes()
+
+
+def _unpack_bits(data: bytes, bits: int, count: int) -> Any:
+    flat = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")[: count * bits]
+    if flat.size < count * bits:
+        raise PackedError("packed weights end too early")
+    return (flat.reshape(count, bits).astype(np.uint32) << np.arange(bits, dtype=np.uint32)).sum(1)
+
+
+def _pack_base3(q: Any) -> bytes:
+    """Five ternary digits a byte."""
+    flat = np.concatenate([q.ravel(), np.zeros(-q.size % 5, q.dtype)]).reshape(-1, 5).astype(np.uint16)
+    return bytes((flat * np.array([1, 3, 9, 27, 81], np.uint16)).sum(1).astype(np.uint8).tobytes())
+
+
+def _unpack_base3(data: bytes, count: int) -> Any:
+    flat = np.frombuffer(data, np.uint8)[:, None] // np.array([1, 3, 9, 27, 81], np.uint8) % 3
+    return flat.ravel()[:count]
+
+
+def _pack_array(a: Any, entropy: bool) -> bytes:
+    """tag, shape, length, payload. Integers: fixed bits, five ternary digits a byte, or rANS; floats: as they are, or rANS of each byte plane."""
+    a = np.ascontiguousarray(a)
+    raw = a.astype(a.dtype.newbyteorder("<")).tobytes()
+    ways: list[tuple[int, bytes]] = [(0, raw)]
+    if a.dtype.kind == "u" and a.size:
+        bits = _bits_of(a)
+        ways.append((1, bytes([bits]) + _pack_bits(a, bits)))
+        if bits == 2 and a.max() < 3:
+            ways.append((2, _pack_base3(a)))
+        if entropy and a.dtype != np.uint32:
+            coded = rans_encode(a.ravel())
+            ways += [(3, coded)] if coded is not None else []
+    elif entropy and a.size > 64:
+        ways.append((4, pack_bytes(raw, a.dtype.itemsize)))
+    way, payload = min(ways, key=lambda w: len(w[1]))
+    head = bytes([DTYPES.index(a.dtype.name) * 8 + way, a.ndim]) + b"".join(varint(n) for n in a.shape)
+    return head + varint(len(payload)) + payload
+
+
+def _unpack_array(data: bytes, at: int) -> tuple[Any, int]:
+    if at + 2 > len(data) or data[at] // 8 >= len(DTYPES):
+        raise PackedError("packed weights end too early, or are of another kind")
+    dtype, way, ndim = np.dtype(DTYPES[data[at] // 8]), data[at] % 8, data[at + 1]
+    shape, at = [], at + 2
+    for _ in range(ndim):
+        n, at = read_varint(data, at)
+        shape.append(n)
+    length, at = read_varint(data, at)
+    payload, count = data[at : at + length], int(np.prod(shape, dtype=np.int64))
+    if len(payload) < length or count > 1 << 34:
+        raise PackedError("packed weights end too early")
+    if way == 1:
+        flat = _unpack_bits(payload[1:], payload[0], count)
+    elif way == 2:
+        flat = _unpack_base3(payload, count)
+    elif way == 3:
+        flat = rans_decode(payload, count)
+    else:
+        raw = unpack_bytes(payload) if way == 4 else payload
+        if len(raw) != count * dtype.itemsize:
+            raise PackedError("an array of packed weights has the wrong length")
+        flat = np.frombuffer(raw, dtype.newbyteorder("<"))
+    return flat.astype(dtype).reshape(shape), at + length
+
+
+def pack(code: Code, entropy: bool = True) -> bytes:
+    """The bytes of a code: all that is stored for it. Without `entropy` every integer has a fixed number of bits (what a kernel can index)."""
+    head = bytes([KINDS.index(code.kind), len(code.shape), len(code.numbers), len(code.arrays)]) + varint(len(code.parts))
+    head += b"".join(varint(n) for n in (*code.shape, *code.numbers))
+    return head + b"".join(_pack_array(a, entropy) for a in code.arrays) + b"".join(pack(p, entropy) for p in code.parts)
+
+
+def unpack(data: bytes) -> Code:
+    """Raises `PackedError`."""
+    try:
+        code, at = _unpack_code(data, 0, 0)
+    except (ValueError, IndexError, OverflowError, MemoryError) as error:
+        raise PackedError(f"packed weights are damaged: {error}") from None
+    if at != len(data):
+        raise PackedError("bytes are left over behind packed weights")
+    return code
+
+
+def _unpack_code(data: bytes, at: int, depth: int) -> tuple[Code, int]:
+    if at + 4 > len(data) or data[at] >= len(KINDS) or depth > 16:
+        raise PackedError("these are no packed weights")
+    kind, ndim, numbers, arrays = KINDS[data[at]], data[at + 1], data[at + 2], data[at + 3]
+    parts, at = read_varint(data, at + 4)
+    values, found, inner = [], [], []
+    for _ in range(ndim + numbers):
+        n, at = read_varint(data, at)
+        values.append(n)
+    for _ in range(arrays):
+        array, at = _unpack_array(data, at)
+        found.append(array)
+    for _ in range(parts):
+        part, at = _unpack_code(data, at, depth + 1)
+        inner.append(part)
+    return Code(kind, tuple(values[:ndim]), tuple(values[ndim:]), tuple(found), tuple(inner)), at
+
+
+# ---- bytes and programs
+
+
+def pack_bytes(raw: bytes, width: int = 1) -> bytes:
+    """Any bytes, losslessly: each chunk by the best of raw, zlib, and rANS of every one of `width` byte planes (exponents of floats repeat)."""
+    out = [varint(len(raw))]
+    for start in range(0, len(raw), CHUNK):
+        chunk = raw[start : start + CHUNK]
+        ways = [b"\0" + chunk, b"\1" + zlib.compress(chunk, 9)]
+        for planes in {1, width}:
+            if planes <= 8 and len(chunk) % planes == 0 and len(chunk) >= 64 * planes:
+                split = np.frombuffer(chunk, np.uint8).reshape(-1, planes).T
+                coded = [rans_encode(p) or b"" for p in split]
+                body = b"".join(
+                    varint(len(c) if c and len(c) < p.size else 0) + (c if c and len(c) < p.size else p.tobytes())
+                    for c, p in zip(coded, split)
+                )
+                ways.append(bytes([1 + planes]) + body)
+        best = min(ways, key=len)
+        out += [varint(len(best)), best]
+    return b"".join(out)
+
+
+def unpack_bytes(data: bytes) -> bytes:
+    """Raises `PackedError`."""
+    total, at = read_varint(data, 0)
+    out = bytearray()
+    while len(out) < total:
+        length, at = read_varint(data, at)
+        body, at = data[at : at + length], at + length
+        if len(body) < length or not body:
+            raise PackedError("packed bytes end too early")
+        size = min(CHUNK, total - len(out))
+        if body[0] == 0:
+            out += body[1:]
+        elif body[0] == 1:
+            try:
+                opened = zlib.decompressobj()
+                out += opened.decompress(body[1:], size)
+            except zlib.error as error:
+                raise PackedError(f"packed bytes are damaged: {error}") from None
+        else:
+            out += _unpack_planes(body[1:], body[0] - 1, size)
+    if len(out) != total:
+        raise PackedError("packed bytes have the wrong length")
+    return bytes(out)
+
+
+def _unpack_planes(body: bytes, planes: int, size: int) -> bytes:
+    rows, at = np.empty((planes, size // planes), np.uint8), 0
+    for i in range(planes):
+        length, at = read_varint(body, at)
+        taken = length or rows.shape[1]
+        part = body[at : at + taken]
+        if len(part) < taken:
+            raise PackedError("packed bytes end too early")
+        rows[i] = rans_decode(part, rows.shape[1]) if length else np.frombuffer(part, np.uint8)
+        at += taken
+    return rows.T.tobytes()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One weight inside a program: at `offset`, `code` decoded, reshaped, its axes in the order `axes`, written as `dtype`.
+
+    dtype "float32" or "float16": the decoded values; "int8": the integers of a grid, their middle taken off.
+    """
+
+    offset: int
+    code: Code
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    dtype: str = "float32"
+
+    def content(self, base: Any = None) -> bytes:
+        if self.dtype == "int8":
+            values = self.code.arrays[0].astype(np.int16) - (1 << (self.code.numbers[0] - 1))
+        else:
+            values = decode(self.code, base)
+        return (
+            np.ascontiguousarray(values.reshape(self.shape).transpose(self.axes)).astype(np.dtype(self.dtype).newbyteorder("<")).tobytes()
+        )
+
+
+def pack_program(program: bytes, pieces: list[Piece]) -> bytes:
+    """A program with its weights in few bytes. `expand_program` gives back exactly these bytes; raises `PackedError` if a piece would not."""
+    pieces = sorted(pieces, key=lambda p: p.offset)
+    head, rest, end = [varint(len(pieces))], [], 0
+    for piece in pieces:
+        content = piece.content()
+        if piece.offset < end or program[piece.offset : piece.offset + len(content)] != content:
+            raise PackedError(f"the program does not hold this weight at byte {piece.offset}")
+        code = pack(piece.code)
+        head.append(varint(piece.offset) + bytes([DTYPES.index(piece.dtype), len(piece.shape)]))
+        head.append(b"".join(varint(n) for n in (*piece.shape, *piece.axes)) + varint(len(code)) + code)
+        rest.append(program[end : piece.offset])
+        end = piece.offset + len(content)
+    rest.append(program[end:])
+    return MAGIC + hashlib.sha256(program).digest() + struct.pack("<Q", len(program)) + b"".join(head) + pack_bytes(b"".join(rest), 4)
+
+
+def is_packed(data: bytes) -> bool:
+    return data[: len(MAGIC)] == MAGIC
+
+
+def expand_program(data: bytes) -> bytes:
+    """The program, byte for byte. Raises `PackedError` when anything is damaged."""
+    if not is_packed(data) or len(data) < 48:
+        raise PackedError("this is no packed program")
+    try:
+        return _expand(data)
+    except (ValueError, IndexError, OverflowError, MemoryError) as error:
+        raise PackedError(f"a packed program is damaged: {error}") from None
+
+
+def _expand(data: bytes) -> bytes:
+    digest, (size,) = data[8:40], struct.unpack_from("<Q", data, 40)
+    count, at = read_varint(data, 48)
+    pieces = []
+    for _ in range(count):
+        piece, at = _read_piece(data, at)
+        pieces.append(piece)
+    rest, out, taken = unpack_bytes(data[at:]), bytearray(), 0
+    for piece in pieces:
+        gap = piece.offset - len(out)
+        if gap < 0:
+            raise PackedError("the weights of a packed program overlap")
+        out += rest[taken : taken + gap] + piece.content()
+        taken += gap
+    out += rest[taken:]
+    if len(out) != size or hashlib.sha256(out).digest() != digest:
+        raise PackedError("a packed program expands to other bytes than it was made of")
+    return bytes(out)
+
+
+def _read_piece(data: bytes, at: int) -> tuple[Piece, int]:
+    offset, at = read_varint(data, at)
+    if at + 2 > len(data) or data[at] >= len(DTYPES):
+        raise PackedError("a packed program ends too early")
+    dtype, ndim, at = DTYPES[data[at]], data[at + 1], at + 2
+    values = []
+    for _ in range(2 * ndim + 1):
+        n, at = read_varint(data, at)
+        values.append(n)
+    length = values[-1]
+    code = unpack(data[at : at + length])
+    return Piece(offset, code, tuple(values[:ndim]), tuple(values[ndim : 2 * ndim]), dtype), at + length

@@ -1,0 +1,139 @@
+"""Packed weights and programs: what is written is read back, counted, near the entropy, and refused when damaged."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import pytest
+
+from edgesdk.packed import (
+    Code,
+    PackedError,
+    Piece,
+    decode,
+    expand_program,
+    is_packed,
+    pack,
+    pack_bytes,
+    pack_program,
+    rans_decode,
+    rans_encode,
+    rotate,
+    unpack,
+    unpack_bytes,
+)  # fmt: skip
+
+NONE = np.zeros(0, np.uint8)
+
+
+def grid(rng: np.random.Generator, rows: int, cols: int, bits: int, group: int) -> Code:
+    groups = -(-cols // group) if group else 1
+    arrays = (rng.integers(0, 1 << bits, (rows, cols)).astype(np.uint8), rng.random((rows, groups)).astype(np.float16), NONE)
+    return Code("grid", (rows, cols), (bits, group), arrays)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 600, 4096, 50_001])
+@pytest.mark.parametrize("top", [1, 2, 16, 256])
+def test_entropy_coding_round_trip(count: int, top: int) -> None:
+    q = np.random.default_rng(count + top).integers(0, top, count).astype(np.uint8)
+    data = rans_encode(q)
+    assert data is not None and np.array_equal(rans_decode(data, count), q)
+
+
+def test_entropy_coding_comes_near_the_entropy() -> None:
+    q = np.clip(np.round(np.random.default_rng(0).standard_normal(200_000) * 1.5) + 4, 0, 7).astype(np.uint8)
+    p = np.bincount(q) / q.size
+    entropy = -(p * np.log2(p)).sum()
+    assert len(rans_encode(q) or b"") * 8 / q.size < entropy * 1.01
+
+
+@pytest.mark.parametrize("rows, cols, bits, group", [(3, 5, 4, 0), (8, 70, 3, 32), (1, 1, 8, 0), (64, 64, 2, 16)])
+@pytest.mark.parametrize("entropy", [True, False])
+def test_grids_round_trip_odd_groups_too(rows: int, cols: int, bits: int, group: int, entropy: bool) -> None:
+    code = grid(np.random.default_rng(1), rows, cols, bits, group)
+    again = unpack(pack(code, entropy))
+    assert np.array_equal(decode(again), decode(code)) and decode(again).dtype == np.float32
+    assert pack(again, entropy) == pack(code, entropy)
+
+
+def test_trees_round_trip() -> None:
+    rng = np.random.default_rng(2)
+    mask = (rng.random((6, 40)) < 0.1).astype(np.uint8)
+    values = Code("dense", (1, int(mask.sum())), (), (rng.standard_normal((1, int(mask.sum()))).astype(np.float16),))
+    low = Code("lowrank", (6, 40), (), (), (grid(rng, 6, 2, 8, 0), grid(rng, 2, 40, 8, 0)))
+    table = Code(
+        "table",
+        (6, 40),
+        (2, 8),
+        (rng.integers(0, 4, (6, 40)).astype(np.uint8), rng.random((6, 4)).astype(np.float16), rng.random((6, 5)).astype(np.float16)),
+    )
+    vector = Code(
+        "vector", (6, 40), (4, 0), (rng.integers(0, 256, (6, 10)).astype(np.uint8), rng.random((256, 4)).astype(np.float16), NONE)
+    )
+    scaled = Code("scaled", (6, 40), (), (rng.random(6).astype(np.float16), NONE), (vector,))
+    turned = Code("hadamard", (6, 40), (5, 8), (), (grid(rng, 6, 40, 4, 0),))
+    order = rng.permutation(40).astype(np.uint16)
+    picked = Code("pick", (6, 40), (1,), (order,), (Code("stack", (6, 40), (1,), (), (grid(rng, 6, 30, 4, 0), grid(rng, 6, 10, 8, 0))),))
+    tree = Code("sum", (6, 40), (), (), (Code("sparse", (6, 40), (), (mask,), (values,)), low, table, scaled, turned, picked))
+    assert np.array_equal(decode(unpack(pack(tree))), decode(tree))
+    difference = Code("sum", (6, 40), (), (), (Code("base", (6, 40)), low))
+    assert np.allclose(decode(unpack(pack(difference)), np.ones((6, 40))), 1 + decode(low))
+    with pytest.raises(PackedError, match="base"):
+        decode(difference)
+
+
+def test_ternary_takes_a_fifth_of_a_byte() -> None:
+    q = np.random.default_rng(0).integers(0, 3, (100, 100)).astype(np.uint8)
+    code = Code("grid", (100, 100), (2, 0), (q, np.ones((100, 1), np.float16), NONE))
+    assert len(pack(code, entropy=False)) < 100 * 100 / 5 + 200 + 40
+
+
+def test_rotation_is_orthonormal() -> None:
+    w = np.random.default_rng(0).standard_normal((4, 96)).astype(np.float32)
+    assert np.allclose(rotate(rotate(w, 3, 32), 3, 32, back=True), w, atol=1e-5)
+    assert np.allclose(np.linalg.norm(rotate(w, 3, 32), axis=1), np.linalg.norm(w, axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"a", b"abc" * 1000, np.random.default_rng(0).standard_normal(30_000).astype(np.float32).tobytes(), bytes(2_000_000)]
+)
+def test_bytes_round_trip(raw: bytes) -> None:
+    assert unpack_bytes(pack_bytes(raw, 4)) == raw
+
+
+def test_exponents_of_floats_are_coded() -> None:
+    raw = (np.random.default_rng(0).standard_normal(100_000) * 0.05).astype(np.float32).tobytes()
+    assert len(pack_bytes(raw, 4)) < 0.87 * len(raw)
+
+
+def test_a_program_expands_to_the_same_bytes() -> None:
+    rng = np.random.default_rng(3)
+    code = grid(rng, 8, 36, 4, 0)
+    piece = Piece(0, code, (8, 4, 3, 3), (0, 2, 3, 1))
+    q8 = Code("grid", (8, 36), (8, 0), (rng.integers(1, 256, (8, 36)).astype(np.uint8), np.zeros(0, np.float16), NONE))
+    ints = Piece(0, q8, (8, 36), (0, 1), "int8")
+    head, middle, tail = rng.bytes(100), rng.bytes(31), rng.bytes(57)
+    program = head + piece.content() + middle + ints.content() + tail
+    pieces = [Piece(100, code, piece.shape, piece.axes), Piece(100 + len(piece.content()) + 31, q8, ints.shape, ints.axes, "int8")]
+    packed = pack_program(program, pieces)
+    assert is_packed(packed) and not is_packed(program) and expand_program(packed) == program and len(packed) < len(program)
+    with pytest.raises(PackedError, match="does not hold"):
+        pack_program(program, [Piece(99, code, piece.shape, piece.axes)])
+
+
+def test_damage_is_refused_and_nothing_else_is_raised() -> None:
+    rng = np.random.default_rng(4)
+    code = grid(rng, 8, 36, 4, 12)
+    program = rng.bytes(64) + Piece(64, code, (8, 36), (0, 1)).content() + bytes(500)
+    packed = pack_program(program, [Piece(64, code, (8, 36), (0, 1))])
+    for cut in range(0, len(packed), 7):
+        with pytest.raises(PackedError):
+            expand_program(packed[:cut])
+    for at in range(8, len(packed), 5):
+        damaged = bytearray(packed)
+        damaged[at] ^= 1 + at % 255
+        with contextlib.suppress(PackedError):  # or the changed bit does not matter
+            assert expand_program(bytes(damaged)) == program
+    with pytest.raises(PackedError):
+        unpack(pack(code) + b"x")
