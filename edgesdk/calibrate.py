@@ -6,12 +6,14 @@ overhead + per_output × outputs + max(operations / rate, traffic).
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 Step = Callable[[str, float], None]
 RUNTIMES = ("litert", "executorch")
+PRECISIONS = ("fp32", "int8-static", "int8-dynamic", "int8-weight-only", "int4-g32")
+PASSES = 2
 LEAST_SD = 0.06
 """No residual is claimed to be smaller than this: repeated measurements on an idle machine differ by about as much."""
 
@@ -122,32 +126,88 @@ def time_call(call: Callable[[], Any], *, rounds: int = 3, seconds: float = 0.01
 def measure(runtime: str, threads: int, step: Step) -> list[Sample]:
     """Lower (or take from the cache) and time every micro-program at every precision the runtime builds."""
     from edgesdk.graph import trace
-    from edgesdk.lower import lower
     from edgesdk.micro import micro_spec
     from edgesdk.plan.harm import one_thread
+    from edgesdk.runner import open_program
 
     samples: list[Sample] = []
     with one_thread(), tempfile.TemporaryDirectory() as folder:
         spec = micro_spec()
         graph = trace(spec)
-        precisions = [p for p in ("fp32", "int8-static", "int8-dynamic", "int8-weight-only", "int4-g32") if _builds(runtime, p)]
-        float_file = Path(folder, "float.tflite")
-        for i, precision in enumerate(precisions):
-            step(f"lowering {precision} (once; kept in the cache)", i / len(precisions))
-            choices = _choices(runtime, precision, graph.methods)
-            source = spec if precision == "fp32" else _only(spec, set(choices), precision)
-            if runtime == "litert" and precision != "fp32":
-                content = _requantized(float_file, precision)
-            else:
-                content = lower(source, runtime, {(m, u): p for m, c in choices.items() for u, p in c.items()})
-            path = Path(folder, f"{precision}.bin")
-            path.write_bytes(content)
-            if precision == "fp32":
-                float_file.write_bytes(content)
-            step(f"timing {precision}", (i + 0.6) / len(precisions))
-            for method, seconds in _time_all(path, runtime, threads, source, choices).items():
-                samples.append(Sample(graph.method(method), precision, choices[method], seconds))
+        choices = {p: _choices(runtime, p, graph.methods) for p in PRECISIONS if _builds(runtime, p)}
+        opened = []
+        for i, part in enumerate(_programs(runtime, spec, choices, step)):
+            path = Path(folder, f"{i}.bin")
+            path.write_bytes(part.content)
+            opened.append((part, open_program(str(path), runtime, threads)))
+        best: dict[tuple[str, str], float] = {}
+        for turn in range(PASSES):  # passes apart in time: a busy stretch spoils one of them
+            for part, runner in opened:
+                step(f"timing {', '.join(part.precisions)} ({turn + 1} of {PASSES})", 0.6 + 0.4 * turn / PASSES)
+                for precision in part.precisions:
+                    for method in choices[precision]:
+                        arrays = [t.numpy() for t in spec.methods[method].example_inputs]
+                        seconds = time_call(lambda r=runner, n=part.name(precision, method), a=arrays: r.run(n, a))  # type: ignore[misc]
+                        best[precision, method] = min(seconds, best.get((precision, method), math.inf))
+        for (precision, method), seconds in best.items():
+            samples.append(Sample(graph.method(method), precision, choices[precision][method], seconds))
     return samples
+
+
+@dataclass(frozen=True)
+class Part:
+    """A program that holds the micro-programs of some precisions."""
+
+    content: bytes
+    precisions: tuple[str, ...]
+    name: Callable[[str, str], str]  # (precision, method) → the program's method
+
+
+def _programs(runtime: str, spec: ModelSpec, choices: Mapping[str, Mapping[str, Mapping[str, str]]], step: Step) -> list[Part]:
+    from edgesdk.micro_lower import lower_executorch_parts, lower_litert_parts
+
+    if runtime == "litert":
+        step("lowering fp32 (once; kept in the cache)", 0.0)
+        content = _kept(spec, runtime, "fp32", lambda: lower_litert_parts(spec))
+        parts = [Part(content, ("fp32",), lambda _, method: method)]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "float.tflite")
+            path.write_bytes(content)
+            for i, precision in enumerate(p for p in choices if p != "fp32"):
+                step(f"quantizing to {precision}", 0.4 + 0.05 * i)
+                parts.append(Part(_requantized(path, precision), (precision,), lambda _, method: method))
+        return parts
+    parts = []
+    static = [p for p in choices if p == "int8-static"]  # made of a traced graph; the others are made of modules
+    for i, together in enumerate(([p for p in choices if p not in static], static)):
+        branches = {f"{p}:{m}": (m, c) for p in together for m, c in choices[p].items()}
+        text = f"lowering {', '.join(together)} (once; kept in the cache)"
+        step(text, 0.4 * i)
+
+        def say(stage: str, i: int = i, text: str = text) -> None:
+            step(f"{text}: {stage}", 0.4 * i + 0.02)
+
+        if branches:
+            make = partial(lower_executorch_parts, spec, branches, say)
+            parts.append(Part(_kept(spec, runtime, "+".join(together), make), tuple(together), lambda p, method: f"{p}:{method}"))
+    return parts
+
+
+def _kept(spec: ModelSpec, runtime: str, what: str, make: Callable[[], bytes]) -> bytes:
+    """`make()`, kept in the cache by the micro-programs' content and the runtime's version."""
+    from edgesdk import __version__
+    from edgesdk.cache import cache_dir
+    from edgesdk.runner import installed
+
+    key = hashlib.sha256(repr((spec.digest, runtime, what, sorted(installed().items()), __version__)).encode()).hexdigest()[:40]
+    path = cache_dir("lowered") / f"micro-{key}"
+    if path.exists():
+        return path.read_bytes()
+    content = make()
+    part = path.with_suffix(".part")
+    part.write_bytes(content)
+    part.replace(path)
+    return content
 
 
 def _builds(runtime: str, precision: str) -> bool:
@@ -173,16 +233,8 @@ def _choices(runtime: str, precision: str, methods: Sequence[MethodGraph]) -> di
     return {m: c for m, c in found.items() if c}
 
 
-def _only(spec: ModelSpec, methods: set[str], precision: str) -> ModelSpec:
-    from dataclasses import replace
-
-    return replace(spec, methods={n: m for n, m in spec.methods.items() if n in methods}, digest=f"{spec.digest}-{precision}")
-
-
 def _requantized(float_file: Path, precision: str) -> bytes:
     """The float `.tflite` with every operator that can take it at `precision`; converted from PyTorch only once."""
-    import hashlib
-
     from edgesdk.graph import trace
     from edgesdk.lower import lower
     from edgesdk.model import ModelSpec
@@ -190,19 +242,6 @@ def _requantized(float_file: Path, precision: str) -> bytes:
     spec = ModelSpec(name="calibration", digest=hashlib.sha256(float_file.read_bytes()).hexdigest(), flatbuffer=float_file)
     units = [(m.name, u) for m in trace(spec).methods for u in m.units]
     return lower(spec, "litert", {(m, u.name): precision for m, u in units if _takes("litert", u, precision)})
-
-
-def _time_all(path: Path, runtime: str, threads: int, spec: ModelSpec, choices: Mapping[str, Any]) -> dict[str, float]:
-    from edgesdk.runner import open_program
-
-    runner = open_program(str(path), runtime, threads)
-    found: dict[str, float] = {}
-    for _ in range(2):  # two passes apart in time: a busy stretch spoils one at most
-        for method in choices:
-            arrays = [t.numpy() for t in spec.methods[method].example_inputs]
-            seconds = time_call(lambda m=method, a=arrays: runner.run(m, a))  # type: ignore[misc]
-            found[method] = min(seconds, found.get(method, math.inf))
-    return found
 
 
 def fit(

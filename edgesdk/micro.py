@@ -75,5 +75,6 @@ def micro_spec() -> ModelSpec:
     for name, make in {**WEIGHTED, **PLAIN}.items():
         module, shape = make()
         methods[name] = Method(module.eval().requires_grad_(False), (torch.randn(shape),))
-    digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    code = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("micro.py", "micro_lower.py"))
+    digest = hashlib.sha256(code).hexdigest()
     return ModelSpec(name="calibration", digest=digest, methods=methods, calibration=lambda method: [methods[method].example_inputs] * 2)

@@ -102,8 +102,13 @@ def _follows(units: set[str]) -> Callable[[Any], bool]:
     return accept
 
 
-def lower_executorch(spec: ModelSpec, choice: Choice, say: Callable[[str], None], delegate: str = "xnnpack") -> bytes:
-    """The `.pte` bytes. `delegate`: "xnnpack", "vulkan", "coreml" or "portable". Raises `MissingTool` where the SDK is absent."""
+def lower_executorch(
+    spec: ModelSpec, choice: Choice, say: Callable[[str], None], delegate: str = "xnnpack", partitioner: list[Any] | None = None
+) -> bytes:
+    """The `.pte` bytes. `delegate`: "xnnpack", "vulkan", "coreml" or "portable"; `partitioner`: another way to cut the graph for it.
+
+    Raises `MissingTool` where the SDK is absent.
+    """
     try:
         with silent():
             import torch
@@ -123,7 +128,7 @@ def lower_executorch(spec: ModelSpec, choice: Choice, say: Callable[[str], None]
             programs[name] = _with_strides(torch.export.export(ready, fresh(spec.methods[name].example_inputs), strict=False))
         say("lowering to .pte")
         config = EdgeCompileConfig(_check_ir_validity=False)
-        lowered = to_edge_transform_and_lower(programs, partitioner=partitioners(delegate), compile_config=config)
+        lowered = to_edge_transform_and_lower(programs, partitioner=partitioner or partitioners(delegate), compile_config=config)
         return bytes(lowered.to_executorch().buffer)
 
 

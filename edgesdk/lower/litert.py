@@ -155,14 +155,22 @@ def _ranges(spec: ModelSpec, tool: Any, source: Path) -> Any:
 
 
 def _signed(content: bytes) -> bytes:
-    """The same flatbuffer with a signature: older files have none, and the quantizer's calibration asks for one."""
+    """The same flatbuffer with a signature and with operator codes in the newer field: older files have neither. The quantizer's
+    calibration asks for the one, and without the other it takes every operator for an addition and quantizes none, without a word."""
     from ai_edge_litert import schema_py_generated as schema
 
-    if _Table(content, struct.unpack_from("<I", content, 0)[0]).length(7):
+    root = _Table(content, struct.unpack_from("<I", content, 0)[0])
+    if root.length(7) and all(c.number(3) >= c.number(0, "<b") for c in root.tables(1)):
         return content
     import flatbuffers
 
     model = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(content, 0))
+    for code in model.operatorCodes:
+        code.builtinCode = max(code.builtinCode, code.deprecatedBuiltinCode)
+    if root.length(7):
+        builder = flatbuffers.Builder(len(content))
+        builder.Finish(model.Pack(builder), b"TFL3")
+        return bytes(builder.Output())
     graph = model.subgraphs[0]
     signature = schema.SignatureDefT()
     signature.signatureKey, signature.subgraphIndex = "serving_default", 0
