@@ -96,7 +96,7 @@ def test_unconfirmed_figures_are_counted(path):
 
 def test_the_longest_key_is_a_figures_source():
     device = devices.load_device("pi5")
-    sources = {**device.sources, "units": "not confirmed: here", "units.cpu.clock_hz": "a page"}
+    sources = {"units": "not confirmed: here", "units.cpu.clock_hz": "a page", "memory": "a page"}
     open_ones = devices.not_confirmed(device.model_copy(update={"sources": sources}))
     assert "units.cpu.cores" in open_ones and "units.cpu.clock_hz" not in open_ones
     nothing = device.model_copy(update={"sources": {}})
