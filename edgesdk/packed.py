@@ -464,16 +464,20 @@ class Piece:
 
 
 def pack_program(program: bytes, pieces: list[Piece]) -> bytes:
-    """A program with its weights in few bytes. `expand_program` gives back exactly these bytes; raises `PackedError` if a piece would not."""
+    """A program with its weights in few bytes; a code that several pieces share is stored once. `expand_program` gives back exactly these bytes;
+    raises `PackedError` if a piece would not."""
     pieces = sorted(pieces, key=lambda p: p.offset)
-    head, rest, end = [varint(len(pieces))], [], 0
+    codes = list({id(p.code): p.code for p in pieces}.values())
+    places = {id(code): i for i, code in enumerate(codes)}
+    written = [pack(code) for code in codes]
+    head = [varint(len(codes)), *(varint(len(w)) + w for w in written), varint(len(pieces))]
+    rest, end = [], 0
     for piece in pieces:
         content = piece.content()
         if piece.offset < end or program[piece.offset : piece.offset + len(content)] != content:
             raise PackedError(f"the program does not hold this weight at byte {piece.offset}")
-        code = pack(piece.code)
-        head.append(varint(piece.offset) + bytes([DTYPES.index(piece.dtype), len(piece.shape)]))
-        head.append(b"".join(varint(n) for n in (*piece.shape, *piece.axes)) + varint(len(code)) + code)
+        head.append(varint(piece.offset) + varint(places[id(piece.code)]) + bytes([DTYPES.index(piece.dtype), len(piece.shape)]))
+        head.append(b"".join(varint(n) for n in (*piece.shape, *piece.axes)))
         rest.append(program[end : piece.offset])
         end = piece.offset + len(content)
     rest.append(program[end:])
@@ -497,9 +501,14 @@ def expand_program(data: bytes) -> bytes:
 def _expand(data: bytes) -> bytes:
     digest, (size,) = data[8:40], struct.unpack_from("<Q", data, 40)
     count, at = read_varint(data, 48)
-    pieces = []
+    codes, pieces = [], []
     for _ in range(count):
-        piece, at = _read_piece(data, at)
+        length, at = read_varint(data, at)
+        codes.append(unpack(data[at : at + length]))
+        at += length
+    count, at = read_varint(data, at)
+    for _ in range(count):
+        piece, at = _read_piece(data, at, codes)
         pieces.append(piece)
     rest, out, taken = unpack_bytes(data[at:]), bytearray(), 0
     for piece in pieces:
@@ -514,15 +523,14 @@ def _expand(data: bytes) -> bytes:
     return bytes(out)
 
 
-def _read_piece(data: bytes, at: int) -> tuple[Piece, int]:
+def _read_piece(data: bytes, at: int, codes: list[Code]) -> tuple[Piece, int]:
     offset, at = read_varint(data, at)
-    if at + 2 > len(data) or data[at] >= len(DTYPES):
+    number, at = read_varint(data, at)
+    if at + 2 > len(data) or data[at] >= len(DTYPES) or number >= len(codes):
         raise PackedError("a packed program ends too early")
     dtype, ndim, at = DTYPES[data[at]], data[at + 1], at + 2
     values = []
-    for _ in range(2 * ndim + 1):
+    for _ in range(2 * ndim):
         n, at = read_varint(data, at)
         values.append(n)
-    length = values[-1]
-    code = unpack(data[at : at + length])
-    return Piece(offset, code, tuple(values[:ndim]), tuple(values[ndim : 2 * ndim]), dtype), at + length
+    return Piece(offset, codes[number], tuple(values[:ndim]), tuple(values[ndim:]), dtype), at

@@ -6,6 +6,7 @@ This file stands alone (standard library and numpy; Python 3.9 and later): it is
 from __future__ import annotations
 
 import gc
+import importlib
 import importlib.util
 import math
 import os
@@ -36,6 +37,16 @@ def installed() -> dict[str, str]:
     return found
 
 
+def _program(path: str) -> bytes | None:
+    """The program's bytes where its weights are packed, expanded in memory; None where the file is the program."""
+    with open(path, "rb") as file:
+        if file.read(8) != b"EDGEPACK":
+            return None
+    packed = importlib.import_module("edgesdk.packed" if __name__.startswith("edgesdk.") else "packed")
+    with open(path, "rb") as file:
+        return bytes(packed.expand_program(file.read()))
+
+
 def open_program(path: str, runtime: str, threads: int = 1) -> Any:
     """A runner for `path`: `.methods`, `.inputs(method)`, `.run(method, arrays)`. Raises `RunnerError`."""
     try:
@@ -62,7 +73,7 @@ class ExecuTorchRunner:
 
     def __init__(self, path: str, threads: int = 1) -> None:
         self.threads, self.version = threads, installed().get("executorch", "unknown")
-        self._path = path
+        self._source: Any = _program(path) or path
         self._program: Any = None
         self._loaded: dict[str, Any] = {}
         self.methods: tuple[str, ...] = ()
@@ -84,7 +95,7 @@ class ExecuTorchRunner:
             _executorch_pool(self.threads)
             ExecuTorchRunner._pool = self.threads
         if self._program is None:
-            self._program = Runtime.get().load_program(self._path, verification=Verification.Minimal)
+            self._program = Runtime.get().load_program(self._source, verification=Verification.Minimal)
         return self._program
 
     def _method(self, name: str) -> Any:
@@ -141,7 +152,9 @@ class LiteRtRunner:
             self.version = installed()["tflite-runtime"]
         else:
             raise RunnerError("neither ai-edge-litert nor tflite-runtime is installed")
-        self._interpreter = Interpreter(model_path=path, num_threads=threads)
+        content = _program(path)
+        where = {"model_path": path} if content is None else {"model_content": content}
+        self._interpreter = Interpreter(num_threads=threads, **where)
         signatures = self._interpreter.get_signature_list()
         self._keys = {"forward" if len(signatures) == 1 else k: k for k in signatures} or {"forward": ""}
         self.methods = tuple(sorted(self._keys))

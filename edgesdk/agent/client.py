@@ -20,6 +20,7 @@ def agent_files() -> dict[str, bytes]:
     return {
         "agent.py": files("edgesdk.agent").joinpath("agent.py").read_bytes(),
         "runner.py": files("edgesdk").joinpath("runner.py").read_bytes(),
+        "packed.py": files("edgesdk").joinpath("packed.py").read_bytes(),
     }
 
 

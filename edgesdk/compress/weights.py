@@ -119,7 +119,10 @@ def _rows_in(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 class _Sums:
     def __init__(self) -> None:
-        self.count, self.gram, self.mean, self.absmax = 0, None, None, None
+        self.count = 0
+        self.gram: Any = None
+        self.mean: Any = None
+        self.absmax: Any = None
 
     def add(self, x: Any) -> None:
         gram, mean, most = x.transpose(1, 2) @ x, x.sum((0, 1)), x.abs().amax((0, 1))
@@ -189,7 +192,7 @@ def _fisher(spec: ModelSpec, most: int) -> dict[str, torch.Tensor]:
                     if not floats:
                         continue
                     loss = sum((o * torch.randn(o.shape, generator=generator)).sum() for o in floats)
-                    grads = torch.autograd.grad(loss, list(held.values()), allow_unused=True)  # type: ignore[arg-type]
+                    grads = torch.autograd.grad(loss, list(held.values()), allow_unused=True)
                 count += 1
                 for name, g in zip(held, grads, strict=True):
                     if g is not None:
