@@ -14,6 +14,9 @@ from edgesdk.noun import describe
 
 METHODS = {
     "rtn": "edgesdk.compress.rtn",
+    "gptq": "edgesdk.compress.gptq",
+    "svd": "edgesdk.compress.svd",
+    "lord": "edgesdk.compress.lord",
 }
 """Name → the module whose `METHOD` it is. Nothing is imported before a method is asked for."""
 
