@@ -14,7 +14,9 @@ from edgesdk.noun import describe
 
 METHODS = {
     "rtn": "edgesdk.compress.rtn",
+    "structured": "edgesdk.compress.structured",
     "gptq": "edgesdk.compress.gptq",
+    "any4": "edgesdk.compress.any4",
     "svd": "edgesdk.compress.svd",
     "lord": "edgesdk.compress.lord",
 }

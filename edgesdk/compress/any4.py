@@ -1,0 +1,141 @@
+"""any4: weights as indices into a learned table of 2^bits values, one table a row or one for the whole weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from edgesdk.compress.kmeans import damped, feedback, grouped, line_kmeans, loss, refine, refit
+from edgesdk.compress.types import Config, Family, Need, Stats, Weight
+from edgesdk.packed import Code, groups_of
+
+TABLE_LEAST = 16  # columns an entry of a row's own table must serve before it pays
+
+
+class Any4Config(Config):
+    bits: Annotated[int, Field(ge=2, le=4)] = 4
+    group: Annotated[int, Field(ge=0)] = 0  # columns that share a scale; 0: a whole row
+    table: Literal["auto", "row", "weight"] = "auto"  # whose table; auto: a row's own where it serves 16 columns an entry
+    feedback: bool = True  # correct the rounding error as it is made (GPTQ) and in further rounds; false: nearest values only
+    rounds: Annotated[int, Field(ge=0, le=20)] = 4  # of refitting the table and the scales, and choosing every index again
+
+
+class Scalar:
+    """A weight on its way to a table code: `codes` [groups, rows, cols], `table` [1, k] or [rows of all groups, k], `scale` [groups, rows, n]."""
+
+    def __init__(self, w: torch.Tensor, h: torch.Tensor, table: torch.Tensor, scale: torch.Tensor, width: int) -> None:
+        self.w, self.h, self.width = w, h, width
+        self.codes = torch.zeros(w.shape, dtype=torch.int64)
+        self.set(table, scale)
+
+    def set(self, table: torch.Tensor, scale: torch.Tensor) -> None:
+        """New values; `entries` is the table of every row [groups, rows, k], `wide` the scale of every column."""
+        groups, rows, cols = self.w.shape
+        self.table, self.scale = table, scale
+        self.entries = table.expand(groups * rows, table.shape[1]).reshape(groups, rows, -1)
+        self.wide = scale.repeat_interleave(self.width, 2)[:, :, :cols]
+
+    def values(self) -> torch.Tensor:
+        return torch.gather(self.entries, 2, self.codes) * self.wide
+
+    def pick(self, start: int, target: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        """The nearest value of one column; notes its index."""
+        s = self.wide[:, :, start : start + 1]
+        code = (target / s - self.entries).abs().argmin(-1, keepdim=True)
+        self.codes[:, :, start] = code[:, :, 0]
+        return torch.gather(self.entries, 2, code) * s
+
+    def nearest(self) -> None:
+        ready = self.w / self.wide
+        for start in range(0, self.w.shape[2], 64):
+            block = ready[:, :, start : start + 64]
+            self.codes[:, :, start : start + 64] = (block[..., None] - self.entries[:, :, None]).abs().argmin(-1)
+
+    def refit(self) -> None:
+        """Table and scales to their least-squares places, for the codes as they are."""
+        k = self.table.shape[1]
+        basis = torch.stack([(self.codes == i) * self.wide for i in range(k)])
+        shared = self.table.shape[0] == 1 and self.w.shape[0] * self.w.shape[1] > 1
+        now = self.table[0].double() if shared else self.entries.double()
+        self.set(refit(basis, self.w, self.h, now).reshape(-1, k).to(torch.float16).float(), self.scale)
+        plain, column = torch.gather(self.entries, 2, self.codes), torch.arange(self.w.shape[2]) // self.width
+        basis = torch.stack([plain * (column == g) for g in range(self.scale.shape[2])])
+        new = refit(basis, self.w, self.h, self.scale.double()).float()
+        self.set(self.table, torch.where(new > 1e-6, new, self.scale).clamp(6e-8, 65504).to(torch.float16).float())
+
+
+def group_scale(w: torch.Tensor, width: int) -> torch.Tensor:
+    """The largest weight of every group of `width` columns: [groups, rows, groups of columns], as float16 holds it."""
+    padded = torch.nn.functional.pad(w, (0, -w.shape[2] % width)).reshape(*w.shape[:2], -1, width)
+    return padded.abs().amax(-1).clamp(6e-8, 65504).to(torch.float16).float()
+
+
+def first_table(w: torch.Tensor, importance: torch.Tensor, k: int, own: bool) -> torch.Tensor:
+    """k-means of scaled weights [groups, rows, cols], each counted with its importance: [rows, k] or [1, k]."""
+    flat, weights = (t.reshape(-1, w.shape[2]).double().numpy() for t in (w, importance.expand(w.shape)))
+    tables = [line_kmeans(x, i, k) for x, i in zip(flat, weights, strict=True)] if own else [line_kmeans(flat, weights, k)]
+    return torch.from_numpy(np.stack(tables)).to(torch.float16).float()
+
+
+def own_table(weight: Weight, config: Any4Config) -> bool:
+    return config.table == "row" or (config.table == "auto" and weight.cols >= TABLE_LEAST * 2**config.bits)
+
+
+def fit(weight: Weight, stats: Stats | None, config: Any4Config) -> Scalar:
+    """The best table code found: k-means, then `rounds` of error feedback, new tables and scales; the round of least error is kept."""
+    w, h = grouped(weight), damped(weight, stats)
+    width = config.group or weight.cols
+    scale = group_scale(w, width)
+    state = Scalar(w, h, torch.zeros(1, 1), scale, width)
+    importance = state.wide**2 * h.diagonal(dim1=1, dim2=2)[:, None].float()
+    state.set(first_table(w / state.wide, importance, 2**config.bits, own_table(weight, config)), scale)
+    if not config.feedback:
+        state.nearest()
+        return state
+    feedback(w, h, state.pick)
+    best = (loss(w, state.values(), h), state.codes.clone(), state.table, state.scale)
+    for _ in range(config.rounds):
+        state.refit()
+        refine(w, state.values(), h, state.pick)
+        now = loss(w, state.values(), h)
+        if now < best[0]:
+            best = (now, state.codes.clone(), state.table, state.scale)
+    state.codes = best[1]
+    state.set(best[2], best[3])
+    return state
+
+
+class Any4:
+    """Any4 (any4: Learned 4-bit Numeric Representation for LLMs): w ≈ table[index] · scale. The table is the k-means of the scaled weights,
+    each weighted by scale² · H_jj (H: mean x·xᵀ of the inputs); exact, by dynamic programming. Beyond the paper: indices are chosen with
+    error feedback and coordinate descent under the whole H, tables and scales refitted by least squares, and where rows are short
+    (a table of 16 float16 values costs 256 bits) all rows share one table."""
+
+    level: ClassVar[Literal["weight"]] = "weight"
+    name: ClassVar[str] = "any4"
+    family: ClassVar[Family] = "codebook"
+    source: ClassVar[str] = "any4: Learned 4-bit Numeric Representation for LLMs; error feedback as in GPTQ (arXiv:2210.17323)"
+    needs: ClassVar[frozenset[Need]] = frozenset({"inputs"})
+    config: ClassVar[type[Any4Config]] = Any4Config
+
+    def why_not(self, weight: Weight, config: Any4Config) -> str | None:
+        if weight.matrix.numel() < 2 ** (config.bits + 2):
+            return f"{weight.matrix.numel()} weights are too few for a table of {2**config.bits}"
+        return None
+
+    def options(self, weight: Weight) -> Sequence[Any4Config]:
+        return [Any4Config(bits=b, group=g) for b in (2, 3, 4) for g in (0, 32) if g < weight.cols]
+
+    def apply(self, weight: Weight, stats: Stats | None, config: Any4Config) -> Code:
+        state = fit(weight, stats, config)
+        scale = state.scale.reshape(weight.rows, -1).to(torch.float16).numpy()
+        codes = state.codes.reshape(weight.rows, weight.cols).to(torch.uint8).numpy()
+        group = config.group if groups_of(weight.cols, config.group) > 1 else 0
+        return Code("table", tuple(weight.matrix.shape), (config.bits, group), (codes, state.table.to(torch.float16).numpy(), scale))
+
+
+METHOD = Any4()
