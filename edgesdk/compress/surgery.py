@@ -1,7 +1,7 @@
 """Changes of a model's shape as plain data: made once by a method, saved as JSON, made again when the compressed model is loaded.
 
     {"do": "keep", "method": m, "path": p, "tensor": t, "dim": d, "index": [...]}   keep these rows of a parameter or buffer
-    {"do": "split", "path": p, "rank": r}                                           a Linear becomes two: in → r → out
+    {"do": "split", "path": p, "rank": r}                                           a Linear or Conv becomes two: in → r → out
     {"do": "skip", "path": p}                                                       a block becomes the identity of its first input
     {"do": "set", "path": p, "name": n, "value": v}                                 a number that a module keeps for itself (heads, channels)
 A path is that of `named_modules`, without the method: an edit is made in every method whose module has it, once for a module that they share.
@@ -54,21 +54,31 @@ def _made(module: Any, edit: Edit) -> nn.Module:
     kept = getattr(module, "_replaced_by", None)
     if kept is not None:
         return kept[0]  # type: ignore[no-any-return]
-    new = split_linear(module, edit["rank"]) if edit["do"] == "split" else skip_module()
+    new = split_module(module, edit["rank"]) if edit["do"] == "split" else skip_module()
     object.__setattr__(module, "_replaced_by", (new,))
     return new
 
 
-def split_linear(linear: Any, rank: int) -> nn.Module:
-    """Sequential(in → rank without bias, rank → out with the bias); its weights are not set."""
+def split_module(module: Any, rank: int) -> nn.Module:
+    """Two layers in sequence, the first without bias, the second with the old one's; their weights are not set.
+
+    A Linear: in → rank → out. A Conv1d or Conv2d without groups: its kernel and stride to `rank` channels, then 1×1 to all.
+    """
     from torch import nn
 
-    if not isinstance(linear, nn.Linear):
-        raise InputError(f"{type(linear).__name__} cannot be split into two", "only Linear modules can")
-    down, up = nn.Linear(linear.in_features, rank, bias=False), nn.Linear(rank, linear.out_features, bias=linear.bias is not None)
-    if linear.bias is not None:
-        up.bias = linear.bias
-    return nn.Sequential(down, up).to(linear.weight.dtype)
+    dtype = module.weight.dtype
+    if isinstance(module, nn.Linear):
+        down: Any = nn.Linear(module.in_features, rank, bias=False, dtype=dtype)
+        up: Any = nn.Linear(rank, module.out_features, bias=module.bias is not None, dtype=dtype)
+    elif isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups == 1:
+        kind: Any = nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d
+        down = kind(module.in_channels, rank, module.kernel_size, module.stride, module.padding, module.dilation, bias=False, dtype=dtype)
+        up = kind(rank, module.out_channels, 1, bias=module.bias is not None, dtype=dtype)
+    else:
+        raise InputError(f"{type(module).__name__} cannot be split into two", "only Linear and ungrouped convolutions can")
+    if module.bias is not None:
+        up.bias = module.bias
+    return nn.Sequential(down, up).train(module.training)
 
 
 def skip_module() -> nn.Module:

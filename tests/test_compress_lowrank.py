@@ -1,0 +1,227 @@
+"""Low rank and residual methods: factors in the space of the inputs, layers split in two, compensation, low rank with integers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from edgesdk.compress.pipeline import compress
+from edgesdk.compress.registry import configured
+from edgesdk.compress.saved import load
+from edgesdk.compress.svd import even_rank, factor_code, space_of, spectrum_of
+from edgesdk.compress.types import Stats, Weight
+from edgesdk.compress.weights import output_error, weights_of
+from edgesdk.errors import InputError
+from edgesdk.graph import trace
+from edgesdk.intake import load_model
+from edgesdk.model import Method, ModelSpec
+from edgesdk.packed import decode, pack, unpack
+
+
+def stats(cols: int, seed: int = 0, groups: int = 1) -> Stats:
+    """Inputs that are correlated, of very different sizes, and off zero."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(400, cols, generator=g) @ torch.randn(cols, cols, generator=g) * torch.logspace(0, -2, cols) + 0.3
+    gram = (x.double().T @ x.double() / len(x)).expand(groups, cols, cols)
+    return Stats(len(x), gram, x.mean(0), x.abs().amax(0))
+
+
+def weight(rows: int = 24, cols: int = 40, seed: int = 1, **fields: Any) -> Weight:
+    matrix = torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
+    return Weight("w", "linear", (rows, cols), matrix, **fields)
+
+
+def spec_of(module: nn.Module, *inputs: torch.Tensor, calibrated: bool = True) -> ModelSpec:
+    g = torch.Generator().manual_seed(5)
+
+    def calibration(_: str) -> list[tuple[torch.Tensor, ...]]:
+        return [tuple(torch.randn(i.shape, generator=g) if i.is_floating_point() else i for i in inputs) for _ in range(12)]
+
+    return ModelSpec("small", "d", {"forward": Method(module.eval(), inputs)}, calibration=calibration if calibrated else None)
+
+
+def out(spec: ModelSpec, method: str = "forward") -> torch.Tensor:
+    with torch.no_grad():
+        answer: torch.Tensor = spec.methods[method].module(*spec.methods[method].example_inputs)
+    return answer
+
+
+def macs(spec: ModelSpec) -> int:
+    return sum(u.macs for m in trace(spec).methods for u in m.units)
+
+
+# ---- svd
+
+
+def test_even_rank_is_the_greatest_that_saves() -> None:
+    for rows, cols in ((1, 5), (2, 2), (9, 32), (96, 96), (192, 384), (7, 3)):
+        r = even_rank(rows, cols)
+        assert r * (rows + cols) < rows * cols <= (r + 1) * (rows + cols)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 12])
+def test_factors_in_the_inputs_space_lose_least_there(rank: int) -> None:
+    w, s = weight(), stats(40)
+    plain, whitened = (left @ right for left, right in (spectrum_of(w.matrix, space_of(t)).factors(rank) for t in (None, s)))
+    assert output_error(w, whitened, s) < output_error(w, plain, s)
+    assert output_error(w, whitened, None) > output_error(w, plain, None)
+
+
+def test_full_rank_is_exact_and_the_lost_energy_is_the_error() -> None:
+    w, s = weight(), stats(40)
+    space = space_of(s, rows=torch.linspace(0.1, 3, 24))
+    spectrum = spectrum_of(w.matrix, space)
+    left, right = spectrum.factors(24)
+    assert torch.allclose(left @ right, w.matrix.double(), atol=1e-8)
+    left, right = spectrum.factors(5)
+    error = space.into(w.matrix.double() - left @ right)
+    assert float((error**2).sum()) == pytest.approx(float(spectrum.lost()[5]), rel=1e-6)
+    assert spectrum.rank_for(1.0) == 24 and spectrum.rank_for(0.5) < spectrum.rank_for(0.9)
+
+
+def test_inputs_that_never_move_and_singular_grams_are_taken() -> None:
+    still = Stats(4, torch.zeros(1, 6, 6), torch.zeros(6), torch.zeros(6))
+    one = torch.zeros(1, 6, 6)
+    one[0, 2, 2] = 1.0
+    for s in (still, Stats(4, one, torch.zeros(6), torch.zeros(6)), Stats(4, torch.ones(1, 6, 6), torch.ones(6), torch.ones(6))):
+        left, right = spectrum_of(weight(8, 6).matrix, space_of(s, centred=True)).factors(3)
+        assert bool(torch.isfinite(left @ right).all())
+
+
+@pytest.mark.parametrize("bits, allowed", [(4, 0.2), (6, 0.05), (8, 0.013), (16, 1e-3)])
+def test_factors_are_stored_in_few_bits(bits: int, allowed: float) -> None:
+    w, space = weight(64, 80), space_of(stats(80))
+    left, right = spectrum_of(w.matrix, space).factors(10)
+    code = factor_code(left, right, space, bits)
+    exact = space.into(left @ right)
+    assert float((space.into(torch.from_numpy(decode(code))) - exact).norm() / exact.norm()) < allowed
+    assert len(pack(code)) < 10 * (64 + 80) * bits / 8 + 90
+    assert np.array_equal(decode(unpack(pack(code))), decode(code))
+
+
+def test_svd_keeps_what_the_outputs_need() -> None:
+    made = compress("example:digits-cnn", "svd:energy=0.99")
+    assert made.report.quality is not None and made.report.quality > 0.95 and made.report.bits < 1.5
+    assert made.report.kept["depthwise.weight"] == "svd: its channels are in groups"
+    again = compress("example:digits-cnn", "svd:energy=0.99", evaluate=False)
+    assert again.spec.digest == made.spec.digest
+
+
+def test_svd_of_zero_rows_and_odd_shapes() -> None:
+    method, config = configured("svd", {"rank": 1})
+    w = weight(5, 3)
+    w.matrix[2] = 0
+    code = method.apply(w, stats(3), config)  # type: ignore[union-attr,call-arg,arg-type]
+    assert decode(code).shape == (5, 3) and not decode(code)[2].any()
+    assert "not smaller" in (method.why_not(weight(5, 3), configured("svd", {"rank": 3})[1]) or "")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="one of rank, energy and size"):
+        configured("svd", {"rank": 3, "size": 0.5})
+
+
+# ---- lord
+
+
+def test_lord_splits_where_that_is_less_work(tmp_path: Any) -> None:
+    base = load_model("example:digits-cnn")
+    made = compress(base, "lord:size=0.2")
+    assert made.report.quality is not None and made.report.quality > 0.97
+    assert macs(made.spec) < 0.45 * macs(base)
+    assert made.report.weight_bytes < 0.22 * made.report.float_bytes
+    assert {type(made.spec.methods["forward"].module.get_submodule(n)) for n in ("down", "hidden")} == {nn.Sequential}
+    again = load(made.save(tmp_path / "m.edgec"), base)
+    assert torch.equal(out(again.spec), out(made.spec)) and again.spec.digest == made.spec.digest
+    assert isinstance(base.methods["forward"].module.down, nn.Conv2d)  # the given model stays as it was
+
+
+def test_lord_then_integers() -> None:
+    made = compress("example:digits-cnn", ["lord:energy=0.99", "rtn:bits=4,group=32"])
+    assert made.report.quality is not None and made.report.quality > 0.93
+    assert 8 * made.report.weight_bytes / (made.report.float_bytes / 4) < 1.0  # bits for each weight of the base model
+
+
+def test_lord_splits_once_for_all_methods() -> None:
+    made = compress("example:normalizer", "lord:size=0.8", evaluate=False)
+    cores = [m.module.core for m in made.spec.methods.values()]
+    assert cores[0] is cores[1] is cores[2] and any(isinstance(m, nn.Sequential) for m in cores[0].modules())
+    assert made.report.weight_elements < 0.82 * made.report.float_bytes / 4
+
+
+class Tied(nn.Module):
+    """A linear tied to an embedding, one that is used under two names, one read without being called, one called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(30, 16), nn.Linear(16, 30, bias=False)
+        self.head.weight = self.embed.weight
+        self.first = nn.Linear(16, 16)
+        self.again, self.read, self.conv = self.first, nn.Linear(16, 16), nn.Conv1d(16, 12, 3, padding="same")
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.again(torch.relu(self.first(self.embed(ids))))
+        x = nn.functional.linear(x, self.read.weight)
+        return torch.cat([self.head(x), self.conv(x.transpose(1, 2)).transpose(1, 2)], 2)
+
+
+def test_lord_leaves_tied_and_uncalled_weights_and_follows_every_name() -> None:
+    torch.manual_seed(0)
+    base = spec_of(Tied(), torch.arange(10)[None])
+    made = compress(base, "lord:rank=4", evaluate=False)
+    module: Any = made.spec.methods["forward"].module
+    assert module.first is module.again and isinstance(module.first, nn.Sequential) and isinstance(module.conv, nn.Sequential)
+    assert isinstance(module.head, nn.Linear) and module.head.weight is module.embed.weight and isinstance(module.read, nn.Linear)
+    assert any("read.weight: left as it is, it is never called" in n for n in made.report.notes)
+    assert out(made.spec).shape == out(base).shape
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(6, 10, 3, 2, 1), nn.Conv2d(6, 10, (3, 1), dilation=2, padding="same", bias=False), nn.Conv2d(6, 10, 5)]
+)
+def test_split_convolutions_of_full_rank_compute_the_same(layer: nn.Conv2d) -> None:
+    from edgesdk.compress import lord
+
+    spec = spec_of(nn.Sequential(copy.deepcopy(layer), nn.ReLU()), torch.randn(1, 6, 9, 9, generator=torch.Generator().manual_seed(0)))
+    before = out(spec)
+    layers, _ = lord.layers_of(spec, "", True, lambda text, share: None)
+    lord.split(spec, layers, {"0.weight": 10})
+    assert torch.allclose(out(spec), before, atol=1e-5)
+
+
+def test_bias_takes_up_the_mean_error() -> None:
+    torch.manual_seed(0)
+    base = spec_of(nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 20)), torch.zeros(1, 20))
+    samples = [s[0] for s in base.calibration("forward")] if base.calibration else []
+    made = compress(ModelSpec("m", "d", base.methods, calibration=lambda _: [(s,) for s in samples]), "lord:rank=3,only=^0", evaluate=False)
+    first, split = (s.methods["forward"].module[0] for s in (base, made.spec))
+    with torch.no_grad():
+        error = torch.cat([split(s) - first(s) for s in samples])
+    assert float(error.mean(0).abs().max()) < 1e-5 < float(error.abs().mean())
+
+
+def test_lord_says_no_clearly() -> None:
+    small = spec_of(nn.Sequential(nn.Linear(3, 2)), torch.zeros(1, 3))
+    with pytest.raises(InputError, match="none of its layers"):
+        compress(spec_of(nn.Linear(30, 30), torch.zeros(1, 30)), "lord:rank=2")
+    with pytest.raises(InputError, match="no layer gets smaller"):
+        compress(small, "lord:rank=2", evaluate=False)
+    with pytest.raises(InputError, match="no calibration data"):
+        compress(spec_of(nn.Sequential(nn.Linear(30, 30)), torch.zeros(1, 30), calibrated=False), "lord:rank=2")
+    made = compress(spec_of(nn.Sequential(nn.Linear(30, 30)), torch.zeros(1, 30), calibrated=False), "lord:rank=2,data=false")
+    assert made.report.weight_elements == 120
+    with pytest.raises(InputError, match="one of rank, energy and size"):
+        compress(small, "lord")
+    broken = nn.Sequential(nn.Linear(8, 8))
+    with torch.no_grad():
+        broken[0].weight[1, 1] = float("nan")
+    with pytest.raises(InputError, match="NaN"):
+        compress(spec_of(broken, torch.zeros(1, 8)), "lord:rank=2")
+
+
+def test_embeddings_are_named_as_left() -> None:
+    made = compress("example:normalizer", "lord:size=0.9,only=embed|head", evaluate=False)
+    assert any("core.embed.weight: left as it is, an embedding" in n for n in made.report.notes)
+    assert set(weights_of(made.spec)) > {"core.head.0.weight", "core.head.1.weight"}
