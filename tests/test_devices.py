@@ -94,6 +94,31 @@ def test_unconfirmed_figures_are_counted(path):
     assert not any("not yet checked" in s for s in device.sources.values())
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_cpu_peaks_are_cores_times_clock_times_whole_operations(path):
+    """A peak that does not follow its own cores and clock has been changed without them."""
+    for unit in devices.check_profile(path).units:
+        if unit.kind == "cpu":
+            a_cycle = {d: v / (unit.cores * unit.clock_hz) for d, v in unit.peak_ops_per_s.items()}
+            assert all(abs(v - round(v)) < 1e-3 and v >= 1 for v in a_cycle.values()), (unit.name, a_cycle)
+            assert a_cycle.get("int8", 1e9) >= a_cycle.get("fp32", 0)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_cores_of_one_chip_share_their_instruction_set(path):
+    """Linux and Android run a program on any core, so one cluster cannot have what another lacks."""
+    device = devices.check_profile(path)
+    assert len({unit.isa for unit in device.units if unit.kind == "cpu"}) == 1
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_every_source_says_where_from(path):
+    """A page, a document, a formula, a measurement or an honest "not confirmed"; never a note to look it up later."""
+    sources = devices.check_profile(path).sources
+    assert not any("to be checked" in s for s in sources.values())
+    assert all(len(s) > 20 for s in sources.values())
+
+
 def test_the_longest_key_is_a_figures_source():
     device = devices.load_device("pi5")
     sources = {"units": "not confirmed: here", "units.cpu.clock_hz": "a page", "memory": "a page"}
