@@ -32,13 +32,15 @@ class Manifest(Noun):
     device: str
     runtime: str  # "executorch" | "litert"
     runtime_version: str
-    program: str  # member name: "model.pte" | "model.tflite"
+    program: str  # member name: "model.pte" | "model.tflite", with ".packed" where its weights are stored as codes
     methods: tuple[str, ...]
     threads: int
     plan_digest: str
     host_check: dict[str, float]  # method → relative error of the program against the reference on this host
     members: tuple[Member, ...]
     golden: tuple[GoldenCase, ...]
-    memory: dict[str, int]  # the runtime's own memory plan: "program", "planned:<method>:<i>", …
+    memory: dict[
+        str, int
+    ]  # the runtime's own memory plan: "program", "planned:<method>:<i>", …; "packed", "codes" and "covered" of a packed one
     quality: float | None = None  # of the built program, by the model's own `evaluate`
     edgesdk_version: str

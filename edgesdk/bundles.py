@@ -26,7 +26,6 @@ def sha256(content: bytes) -> str:
 
 def write_bundle(path: str | Path, members: Mapping[str, bytes], **fields: Any) -> Manifest:
     """Write members and a manifest of `fields`; the same content gives the same bytes. Raises `EdgeError` and leaves no part behind."""
-    path = Path(path)
     for name in members:
         if not name or name == "manifest.json" or not _inside(name):
             raise InputError(
@@ -34,18 +33,24 @@ def write_bundle(path: str | Path, members: Mapping[str, bytes], **fields: Any) 
             )
     listed = tuple(Member(name=n, size_bytes=len(c), sha256=sha256(c)) for n, c in sorted(members.items()))
     manifest = Manifest(members=listed, **fields)
+    write_members(path, {"manifest.json": manifest.to_json().encode(), **dict(sorted(members.items()))})
+    return manifest
+
+
+def write_members(path: str | Path, members: Mapping[str, bytes]) -> None:
+    """An uncompressed zip of `members`, in their order; the same content gives the same bytes. Raises `EdgeError` and leaves no part behind."""
+    path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
-            for name, content in [("manifest.json", manifest.to_json().encode()), *sorted(members.items())]:
+            for name, content in members.items():
                 archive.writestr(zipfile.ZipInfo(name, _EPOCH), content)
         part.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         raise EdgeError(f"{path}: cannot be written ({error.strerror})", "free some space or choose another --out") from None
-    return manifest
 
 
 def _inside(name: str) -> bool:
@@ -58,7 +63,7 @@ def _open(path: str | Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file", "give a bundle that `edgesdk build` wrote") from None
+        raise InputError(f"{path}: no such file", "give a file that `edgesdk build` or `edgesdk compress` wrote") from None
     except _DAMAGE as error:
         raise InputError(f"{path}: not a bundle, or cut off ({error})", "copy or build it again") from None
 

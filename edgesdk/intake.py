@@ -34,6 +34,10 @@ def load_model(ref: str) -> ModelSpec:
         return _tflite(path)
     if path.suffix == ".pt2":
         return _pt2(path)
+    if path.suffix == ".edgec":
+        from edgesdk.compress.saved import load
+
+        return load(path).spec
     if ":" in ref:
         return _factory(*ref.rsplit(":", 1))
     if path.suffix in OTHER_FILES:

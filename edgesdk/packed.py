@@ -9,6 +9,7 @@ Entropy coding is range asymmetric numeral systems (rANS: Duda 2013, arXiv:1311.
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 import zlib
 from collections.abc import Callable
@@ -22,6 +23,7 @@ LOW = 1 << 16  # rANS states stay in [2^16, 2^32)
 CHUNK = 1 << 20
 KINDS = ("dense", "grid", "table", "vector", "sparse", "lowrank", "sum", "scaled", "hadamard", "pick", "stack", "base")
 DTYPES = ("uint8", "uint16", "uint32", "int8", "float16", "float32")
+PIECES = {"float32": 4, "float16": 2, "int8": 1, "int8-row": 1, "int4": 0.5, "scales": 2}  # how a program holds a weight → bytes an element
 MAGIC = b"EDGEPACK"
 
 
@@ -245,6 +247,205 @@ def rans_decode(data: bytes, count: int) -> Any:
     return symbols[out.ravel()[:count]].astype(np.uint16)
 
 
+# ---- entropy coding of matrices
+
+
+EXPS = (*(math.floor((1 << 30) * math.exp(-(2.0 ** (3 - i / 4))) + 0.5) for i in range(64)), 1 << 30)
+"""e^(-2^(3-i/4)) in 30 bits; the last is 1. (No entry is so near to a half that another platform's `exp` could round it otherwise.)"""
+TRELLIS = ((0, 2), (2, 0), (1, 3), (3, 1))
+"""State and parity → next state. In states 0 and 1 an index k stands for 2k steps, in 2 and 3 for 2k - sign(k)."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """How likely the indices k [rows, cols] are: rows and columns are classed by how large their indices are (half octaves), and every sum of a
+    row's and a column's class has its own two-sided distribution: a share of zeros, a first ratio and how the ratios fall."""
+
+    row: Any  # [rows] uint8
+    col: Any  # [cols] uint8
+    most: int  # the largest |k|
+    shapes: Any  # uint8 [contexts, banks, 3]: zeros (in 1/256), first ratio, fall (both of EXPS)
+
+    @property
+    def freq(self) -> Any:
+        """int64 [contexts, banks, 2·most+1], each of a sum of 2^14."""
+        zeros, first, fall = (self.shapes[..., i].astype(np.int64) for i in range(3))
+        table = np.array(EXPS, np.int64)
+        g = np.empty((*zeros.shape, self.most), np.int64)
+        value, ratio = np.full(zeros.shape, 1 << 30, np.int64), table[first]
+        for k in range(self.most):
+            g[..., k] = value
+            value, ratio = (value * ratio) >> 30, (ratio * table[fall]) >> 30
+        total = 1 << PROB_BITS
+        none = np.maximum(((2 * zeros + 1) * total) >> 9, 1)
+        half = np.maximum((total - none) // 2 - self.most, 0)
+        side = 1 + g * half[..., None] // np.maximum(g.sum(-1), 1)[..., None] if self.most else g
+        none = total - 2 * side.sum(-1)
+        return np.concatenate([side[..., ::-1], none[..., None], side], -1)
+
+    def contexts(self) -> Any:
+        return self.row.astype(np.intp)[:, None] + self.col[None]
+
+
+def _classes(k: Any, step: float) -> tuple[Any, Any]:
+    """Classes of rows and columns: log2 of their mean |k|, row and column effects apart, in steps."""
+    size = np.abs(k).astype(np.float64) + 0.02
+    mean, rows, cols = size.mean(), np.zeros(k.shape[0]), np.zeros(k.shape[1])
+    for _ in range(5):
+        rows = np.log2((size / 2 ** cols[None]).mean(1) / mean)
+        cols = np.log2((size / 2 ** rows[:, None]).mean(0) / mean)
+    both = [np.clip(np.round(v / step), -12, 12).astype(np.int64) if step else np.zeros(len(v), np.int64) for v in (rows, cols)]
+    return (both[0] - both[0].min()).astype(np.uint8), (both[1] - both[1].min()).astype(np.uint8)
+
+
+def model_of(k: Any, bank: Any = None, step: float = 0.5) -> Model:
+    """The distributions that suit indices k [rows, cols]; `bank` [rows, cols]: 0 or 1, which of two distributions of its context."""
+    row, col = _classes(k, step)
+    most, banks = int(np.abs(k).max()), 1 if bank is None else 2
+    where = (row.astype(np.int64)[:, None] + col[None]) * banks + (0 if bank is None else bank)
+    count = (int(row.max()) + int(col.max()) + 1) * banks
+    hist = np.bincount((where * (most + 1) + np.abs(k)).ravel(), minlength=count * (most + 1)).reshape(count, most + 1).astype(np.float64)
+    shapes = np.zeros((count, 3), np.uint8)
+    total = hist.sum(1)
+    shapes[:, 0] = np.clip(256 * (hist[:, 0] + 0.3) / (total + 0.6), 0, 255)
+    if most > 1:
+        grid = np.arange(len(EXPS))
+        first, fall = (v.ravel() for v in np.meshgrid(grid, grid[16:], indexing="ij"))
+        logs = np.log(np.maximum(np.array(EXPS, np.float64), 1e-3) / (1 << 30))
+        n = np.arange(most)
+        logp = np.maximum(n * logs[first][:, None] + (n * (n - 1) / 2) * logs[fall][:, None], -60.0)
+        logp -= np.log(np.exp(logp).sum(1, keepdims=True))
+        best = np.argmax(hist[:, 1:] @ logp.T, 1)
+        shapes[:, 1], shapes[:, 2] = first[best], fall[best]
+    return Model(row, col, most, shapes.reshape(-1, banks, 3))
+
+
+def to_trellis(v: Any) -> tuple[Any, Any] | None:
+    """(indices, banks) of values [rows, cols] that every column walks the trellis with, top to bottom; None where one does not."""
+    k, bank = np.empty_like(v), np.empty_like(v)
+    state, following = np.zeros(v.shape[1], np.intp), np.array(TRELLIS)
+    for i in range(len(v)):
+        bank[i] = state >> 1
+        k[i] = np.where(bank[i] == 1, v[i] + np.sign(v[i]), v[i]) >> 1
+        if np.any(2 * k[i] - bank[i] * np.sign(k[i]) != v[i]):
+            return None
+        state = following[state, k[i] & 1]
+    return k, bank
+
+
+def _pack_matrix(q: Any) -> bytes | None:
+    """rANS with the distributions of a `Model`: whether it is a trellis, the value that stands for 0, the model, the words. None where it does not apply."""
+    if q.ndim != 2 or q.size < 128 or q.max() == q.min() or int(q.max()) - int(q.min()) > 4000:
+        return None
+    ways: list[bytes] = []
+    for middle in {1 << (int(q.max()).bit_length() - 1), int(np.bincount(q.ravel()).argmax())}:
+        v = q.astype(np.int64) - middle
+        turned = to_trellis(v)
+        ways += [_coded_matrix(k, bank, middle, step) for step in (0.5, 1.0, 0.0) for k, bank in ((v, None), turned or (v, None))]
+    return min(ways, key=len)
+
+
+def _per_step(count: int, cols: int) -> int:
+    """Columns of a row that are coded at once: what a trellis needs to know is always decoded before."""
+    return min(_lanes(count), cols)
+
+
+def _coded_matrix(k: Any, bank: Any, middle: int, step: float) -> bytes:
+    model = model_of(k, bank, step)
+    freq = model.freq
+    at = model.contexts(), np.zeros_like(k) if bank is None else bank, k + model.most
+    f, c = (a[at].astype(np.uint64) for a in (freq, np.cumsum(freq, -1) - freq))
+    rows, cols = k.shape
+    lanes = _per_step(k.size, cols)
+    x, words = np.full(lanes, LOW, np.uint64), []
+    for i in range(rows - 1, -1, -1):
+        for start in range((cols - 1) // lanes * lanes, -1, -lanes):
+            fi, ci = f[i, start : start + lanes], c[i, start : start + lanes]
+            part = x[: len(fi)]
+            full = part >= (fi << np.uint64(32 - PROB_BITS))
+            words.append((part[full] & np.uint64(0xFFFF)).astype("<u2"))
+            part[full] >>= np.uint64(16)
+            part[:] = ((part // fi) << np.uint64(PROB_BITS)) + part % fi + ci
+    used = np.unique(at[0])
+    shapes = np.stack([model.shapes[used].reshape(-1, 3)[:, i] for i in range(3)])
+    head = varint(0 if bank is None else 1) + varint(middle) + varint(model.most)
+    head += b"".join(_pack_array(a, True) for a in (model.row, model.col)) + varint(len(used)) + b"".join(varint(int(n)) for n in used)
+    return head + shapes.tobytes() + x.astype("<u4").tobytes() + np.concatenate(words[::-1]).tobytes()
+
+
+def _unpack_matrix(data: bytes, rows: int, cols: int) -> Any:
+    """Values [rows, cols]. Raises `PackedError`."""
+    trellis, at = read_varint(data, 0)
+    middle, at = read_varint(data, at)
+    most, at = read_varint(data, at)
+    row, at = _unpack_array(data, at)
+    col, at = _unpack_array(data, at)
+    used, at = _read_varints(data, at)
+    size, lanes, banks = 3 * len(used) * (trellis + 1), _per_step(rows * cols, cols), trellis + 1
+    if (
+        row.shape != (rows,)
+        or col.shape != (cols,)
+        or trellis > 1
+        or most > 4000
+        or len(data) < at + size + 4 * lanes
+        or (len(data) - at - size) % 2
+    ):
+        raise PackedError("an entropy-coded array is damaged")
+    shapes = np.zeros((int(row.max()) + int(col.max()) + 1, banks, 3), np.uint8)
+    shapes[used] = np.moveaxis(np.frombuffer(data, np.uint8, size, at).reshape(3, len(used), banks), 0, 2)
+    if shapes.size and (shapes[..., 1:] >= len(EXPS)).any():
+        raise PackedError("the model of an entropy-coded array is damaged")
+    model = Model(row, col, most, shapes)
+    freq = model.freq.reshape(-1, 2 * most + 1)
+    if (freq < 1).any():
+        raise PackedError("the model of an entropy-coded array is damaged")
+    x = np.frombuffer(data, "<u4", lanes, at + size).astype(np.uint64)
+    words = np.frombuffer(data, "<u2", -1, at + size + 4 * lanes)
+    return _walk(model.contexts() * banks, freq, most, trellis == 1, x, words) + middle
+
+
+def _walk(context: Any, freq: Any, most: int, trellis: bool, x: Any, words: Any) -> Any:
+    """Decode row by row: the indices, or what they stand for in the trellis."""
+    rows, cols = context.shape
+    slot = np.stack([np.repeat(np.arange(freq.shape[1], dtype=np.int16), n) for n in freq])
+    f, c = freq.astype(np.uint64), (np.cumsum(freq, 1) - freq).astype(np.uint64)
+    words, read = np.concatenate([words, np.zeros(len(x), np.uint16)]).astype(np.uint64), 0
+    out, state, following = np.empty((rows, cols), np.int64), np.zeros(cols, np.intp), np.array(TRELLIS)
+    mask = np.uint64((1 << PROB_BITS) - 1)
+    for i in range(rows):
+        if trellis:
+            context[i] += state >> 1
+        for start in range(0, cols, len(x)):
+            which = context[i, start : start + len(x)]
+            part = x[: len(which)]
+            low = part & mask
+            symbol = slot[which, low.astype(np.intp)]
+            part[:] = f[which, symbol] * (part >> np.uint64(PROB_BITS)) + low - c[which, symbol]
+            short = part < LOW
+            count = int(np.count_nonzero(short))
+            if count:
+                part[short] = (part[short] << np.uint64(16)) | words[read : read + count]
+                read += count
+            out[i, start : start + len(x)] = symbol
+        out[i] -= most
+        if trellis:
+            bank, k = state >> 1, out[i].copy()
+            out[i] = 2 * k - bank * np.sign(k)
+            state = following[state, k & 1]
+    if read != len(words) - len(x) or not bool(np.all(x == LOW)):
+        raise PackedError("an entropy-coded array is damaged")
+    return out
+
+
+def _read_varints(data: bytes, at: int) -> tuple[list[int], int]:
+    count, at = read_varint(data, at)
+    values = []
+    for _ in range(count):
+        n, at = read_varint(data, at)
+        values.append(n)
+    return values, at
+
+
 # ---- writing and reading
 
 
@@ -298,7 +499,8 @@ def _unpack_base3(data: bytes, count: int) -> Any:
 
 
 def _pack_array(a: Any, entropy: bool) -> bytes:
-    """tag, shape, length, payload. Integers: fixed bits, five ternary digits a byte, or rANS; floats: as they are, or rANS of each byte plane."""
+    """tag, shape, length, payload. Integers: fixed bits, five ternary digits a byte, rANS, or rANS with a model of
+    rows and columns; floats: as they are, or rANS of each byte plane."""
     a = np.ascontiguousarray(a)
     raw = a.astype(a.dtype.newbyteorder("<")).tobytes()
     ways: list[tuple[int, bytes]] = [(0, raw)]
@@ -310,6 +512,8 @@ def _pack_array(a: Any, entropy: bool) -> bytes:
         if entropy and a.dtype != np.uint32:
             coded = rans_encode(a.ravel())
             ways += [(3, coded)] if coded is not None else []
+            modelled = _pack_matrix(a)
+            ways += [(5, modelled)] if modelled is not None else []
     elif entropy and a.size > 64:
         ways.append((4, pack_bytes(raw, a.dtype.itemsize)))
     way, payload = min(ways, key=lambda w: len(w[1]))
@@ -335,6 +539,8 @@ def _unpack_array(data: bytes, at: int) -> tuple[Any, int]:
         flat = _unpack_base3(payload, count)
     elif way == 3:
         flat = rans_decode(payload, count)
+    elif way == 5 and len(shape) == 2:
+        flat = _unpack_matrix(payload, *shape).ravel()
     else:
         raw = unpack_bytes(payload) if way == 4 else payload
         if len(raw) != count * dtype.itemsize:
@@ -444,7 +650,9 @@ def _unpack_planes(body: bytes, planes: int, size: int) -> bytes:
 class Piece:
     """One weight inside a program: at `offset`, `code` decoded, reshaped, its axes in the order `axes`, written as `dtype`.
 
-    dtype "float32" or "float16": the decoded values; "int8": the integers of a grid, their middle taken off.
+    dtype "float32" or "float16": the decoded values; "int8": the integers of a grid, their middle taken off; "int8-row": the decoded values as
+    int8 with one float32 scale a row, which the program holds at `scales`; "int4": the integers of a 4-bit grid, two in a byte, the first one low;
+    "scales": the scales of a grid as bfloat16. `patches` are (position, byte) where the program differs by rounding.
     """
 
     offset: int
@@ -452,15 +660,35 @@ class Piece:
     shape: tuple[int, ...]
     axes: tuple[int, ...]
     dtype: str = "float32"
+    scales: int = 0
+    patches: tuple[tuple[int, int], ...] = ()
 
-    def content(self, base: Any = None) -> bytes:
+    @property
+    def size(self) -> int:
+        """Bytes of it in the program."""
+        return int(math.prod(self.shape) * PIECES[self.dtype])
+
+    def content(self, scales: Any = None, base: Any = None) -> bytes:
         if self.dtype == "int8":
-            values = self.code.arrays[0].astype(np.int16) - (1 << (self.code.numbers[0] - 1))
+            values = (self.code.arrays[0].astype(np.int16) - (1 << (self.code.numbers[0] - 1))).astype(np.int8)
+        elif self.dtype == "int4":
+            flat = self.code.arrays[0].reshape(-1)
+            return bytes(flat[0::2] | (flat[1::2] << 4))
+        elif self.dtype == "scales":
+            values = (self.code.arrays[1].astype("<f4").view("<u4") >> 16).astype("<u2")
         else:
             values = decode(self.code, base)
-        return (
-            np.ascontiguousarray(values.reshape(self.shape).transpose(self.axes)).astype(np.dtype(self.dtype).newbyteorder("<")).tobytes()
-        )
+            values = to_int8(values, scales) if self.dtype == "int8-row" else values.astype(np.dtype(self.dtype).newbyteorder("<"))
+        content = bytearray(np.ascontiguousarray(values.reshape(self.shape).transpose(self.axes)).tobytes())
+        for position, value in self.patches:
+            content[position] = value
+        return bytes(content)
+
+
+def to_int8(values: Any, scales: Any) -> Any:
+    """[rows, cols] as int8 with a float32 scale a row: round(values / scale) within ±127."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.nan_to_num(np.clip(np.rint(values / scales[:, None]), -127, 127)).astype(np.int8)
 
 
 def pack_program(program: bytes, pieces: list[Piece]) -> bytes:
@@ -473,15 +701,28 @@ def pack_program(program: bytes, pieces: list[Piece]) -> bytes:
     head = [varint(len(codes)), *(varint(len(w)) + w for w in written), varint(len(pieces))]
     rest, end = [], 0
     for piece in pieces:
-        content = piece.content()
-        if piece.offset < end or program[piece.offset : piece.offset + len(content)] != content:
+        if piece.offset < end or program[piece.offset : piece.offset + piece.size] != piece.content(_scales(program, piece, piece.scales)):
             raise PackedError(f"the program does not hold this weight at byte {piece.offset}")
-        head.append(varint(piece.offset) + varint(places[id(piece.code)]) + bytes([DTYPES.index(piece.dtype), len(piece.shape)]))
-        head.append(b"".join(varint(n) for n in (*piece.shape, *piece.axes)))
+        head.append(varint(piece.offset) + varint(places[id(piece.code)]) + bytes([list(PIECES).index(piece.dtype), len(piece.shape)]))
+        patches, last = b"", 0
+        for position, value in piece.patches:
+            patches, last = patches + varint(position - last) + bytes([value]), position
+        head.append(b"".join(varint(n) for n in (*piece.shape, *piece.axes, piece.scales, len(piece.patches))) + patches)
         rest.append(program[end : piece.offset])
-        end = piece.offset + len(content)
+        end = piece.offset + piece.size
     rest.append(program[end:])
-    return MAGIC + hashlib.sha256(program).digest() + struct.pack("<Q", len(program)) + b"".join(head) + pack_bytes(b"".join(rest), 4)
+    content = b"".join(head) + pack_bytes(b"".join(rest), 4)
+    out = MAGIC + hashlib.sha256(program).digest() + struct.pack("<Q", len(program)) + content
+    if expand_program(out) != program:
+        raise PackedError("the scales of a weight lie in another weight")
+    return out
+
+
+def _scales(data: Any, piece: Piece, at: int) -> Any:
+    """The scales of an "int8-row" piece, one a row, at `at` of `data`."""
+    if piece.dtype != "int8-row":
+        return None
+    return np.frombuffer(data, "<f4", piece.shape[0], at)
 
 
 def is_packed(data: bytes) -> bool:
@@ -515,7 +756,8 @@ def _expand(data: bytes) -> bytes:
         gap = piece.offset - len(out)
         if gap < 0:
             raise PackedError("the weights of a packed program overlap")
-        out += rest[taken : taken + gap] + piece.content()
+        before = sum(p.size for p in pieces if p.offset < piece.scales)  # of the bytes that `rest` leaves out
+        out += rest[taken : taken + gap] + piece.content(_scales(rest, piece, piece.scales - before))
         taken += gap
     out += rest[taken:]
     if len(out) != size or hashlib.sha256(out).digest() != digest:
@@ -526,11 +768,17 @@ def _expand(data: bytes) -> bytes:
 def _read_piece(data: bytes, at: int, codes: list[Code]) -> tuple[Piece, int]:
     offset, at = read_varint(data, at)
     number, at = read_varint(data, at)
-    if at + 2 > len(data) or data[at] >= len(DTYPES) or number >= len(codes):
+    if at + 2 > len(data) or data[at] >= len(PIECES) or number >= len(codes):
         raise PackedError("a packed program ends too early")
-    dtype, ndim, at = DTYPES[data[at]], data[at + 1], at + 2
+    dtype, ndim, at = list(PIECES)[data[at]], data[at + 1], at + 2
     values = []
-    for _ in range(2 * ndim):
+    for _ in range(2 * ndim + 2):
         n, at = read_varint(data, at)
         values.append(n)
-    return Piece(offset, codes[number], tuple(values[:ndim]), tuple(values[ndim:]), dtype), at
+    position, patches = 0, []
+    for _ in range(values[-1]):
+        n, at = read_varint(data, at)
+        position += n
+        patches.append((position, data[at]))
+        at += 1
+    return Piece(offset, codes[number], tuple(values[:ndim]), tuple(values[ndim : 2 * ndim]), dtype, values[-2], tuple(patches)), at

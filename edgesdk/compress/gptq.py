@@ -70,7 +70,8 @@ def upper(h: torch.Tensor) -> torch.Tensor:
         factor, info = torch.linalg.cholesky_ex(h.flip(1, 2))
         if not bool(info.any()):
             eye = torch.eye(h.shape[1], dtype=h.dtype).expand_as(h)
-            return torch.linalg.solve_triangular(factor.flip(1, 2), eye, upper=True)
+            solved: torch.Tensor = torch.linalg.solve_triangular(factor.flip(1, 2), eye, upper=True)
+            return solved
         h.diagonal(dim1=1, dim2=2).mul_(1.1)
     raise InputError("the statistics of a weight's inputs are not positive definite", "use other calibration data or a larger damp")
 

@@ -22,6 +22,7 @@ from edgesdk.compress.weights import holders, stats_of, weights_of
 from edgesdk.errors import InputError
 
 if TYPE_CHECKING:
+    from edgesdk.compress.pipeline import Compressed
     from edgesdk.model import ModelSpec
 
 
@@ -53,9 +54,12 @@ def unsplit(spec: ModelSpec, weight: Weight, uses: Sequence[tuple[str, str, Any]
     return None
 
 
-def layers_of(spec: ModelSpec, only: str, data: bool, step: Step) -> tuple[dict[str, Layer], dict[str, str]]:
-    """The layers that can be split, by weight name, and why the others cannot. Raises `InputError` without calibration data where `data`."""
-    stats = stats_of(spec, step=step) if data else {}
+def layers_of(spec: ModelSpec, only: str, data: bool, step: Step, gradients: bool = False) -> tuple[dict[str, Layer], dict[str, str]]:
+    """The layers that can be split, by weight name, and why the others cannot. Raises `InputError` without calibration data where `data`.
+
+    With `gradients` the rows of a layer count by how much the model's outputs depend on them, so that errors of layers can be added.
+    """
+    stats = stats_of(spec, gradients=gradients, step=step) if data else {}
     held, found, refused = holders(spec), {}, {}
     for name, weight in weights_of(spec).items():
         if not re.search(only, name):
@@ -68,9 +72,21 @@ def layers_of(spec: ModelSpec, only: str, data: bool, step: Step) -> tuple[dict[
             continue
         module, seen = held[name][0][2], stats.get(name)
         bias = getattr(module, "bias", None) is not None
-        space = space_of(seen, centred=bias)
+        space = space_of(seen, centred=bias, rows=row_weights(seen) if gradients and seen else None)
         found[name] = Layer(weight, seen, spectrum_of(weight.matrix, space), _paths(spec, module), bias)
     return found, refused
+
+
+def row_weights(stats: Stats) -> torch.Tensor | None:
+    """What a squared error of each output row does to the model's outputs: its mean squared gradient, summed over a sample's positions.
+
+    The gradient of a weight is that of its row times its input, so fisher[r, c] = E[g_r²] · E[x_c²] where the two are independent.
+    """
+    if stats.fisher is None:
+        return None
+    size = float(stats.gram[0].diagonal().sum())
+    weights = stats.fisher.double().sum(1) / max(size, 1e-30)
+    return weights if float(weights.max()) > 0 else None
 
 
 def _paths(spec: ModelSpec, module: Any) -> tuple[str, ...]:
@@ -173,6 +189,13 @@ class Lord:
         if not ranks:
             raise InputError("lord: no layer gets smaller at these settings", "ask for less energy, a smaller size or a smaller rank")
         return Change(tuple(split(spec, layers, ranks)), told(layers, ranks, refused))
+
+
+def low_rank_parameters(made: Compressed) -> list[torch.nn.Parameter]:
+    """The factors of the layers that were split, for training them alone (WeLore): everything else can be left without gradients."""
+    paths = {e["path"] for e in made.report.edits if e["do"] == "split"}
+    found = {id(p): p for e in made.spec.methods.values() for path, m in e.module.named_modules() if path in paths for p in m.parameters()}
+    return list(found.values())
 
 
 METHOD = Lord()

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -45,7 +46,9 @@ class Compression(Noun):
     KIND: ClassVar[str] = "compression"
 
     model: str
+    base: str = ""  # the reference it was loaded by; empty when a ModelSpec was given
     base_digest: str
+    compressed_digest: str
     stages: tuple[Stage, ...]
     weights: tuple[CodedWeight, ...]
     kept: dict[str, str]  # weight → why it stayed float32
@@ -65,10 +68,17 @@ class Compression(Noun):
 
 @dataclass(frozen=True)
 class Compressed:
-    """`spec` computes with the decoded weights and carries their codes; `report` says what was done."""
+    """`spec` computes with the decoded weights and carries their codes; `report` says what was done to `base`."""
 
     spec: ModelSpec
     report: Compression
+    base: ModelSpec
+
+    def save(self, path: str | Path) -> Path:
+        """Write a `.edgec` that every `--model` takes. Raises `EdgeError`."""
+        from edgesdk.compress.saved import save
+
+        return save(self, self.base, path)
 
 
 def parse_stage(text: str) -> Stage:
@@ -117,7 +127,7 @@ def compress(
             work.change(found, settings)
         else:
             work.code(stage, found, settings)
-    return work.finished(stages, evaluate)
+    return work.finished(stages, model if isinstance(model, str) else "", evaluate)
 
 
 class _Work:
@@ -190,7 +200,7 @@ class _Work:
             error=output_error(target, torch.from_numpy(decode(code)), stats),
         )  # fmt: skip
 
-    def finished(self, stages: tuple[Stage, ...], evaluate: bool) -> Compressed:
+    def finished(self, stages: tuple[Stage, ...], ref: str, evaluate: bool) -> Compressed:
         now = weights_of(self.spec)
         stored = sum(self.rows[n].bytes if n in self.rows else 4 * w.matrix.numel() for n, w in now.items())
         quality = before = None
@@ -198,22 +208,25 @@ class _Work:
             self.step(f"measuring {self.base.quality_name}", 0.95)
             before, quality = (float(self.base.evaluate(run(s))) for s in (self.base, self.spec))
         report = Compression(
-            model=self.base.name, base_digest=self.base.digest, stages=stages, weights=tuple(self.rows.values()), kept=self.kept,
+            model=self.base.name, base=ref, base_digest=self.base.digest, compressed_digest=digest_of(self.spec, self.edits),
+            stages=stages, weights=tuple(self.rows.values()), kept=self.kept,
             weight_elements=sum(w.matrix.numel() for w in now.values()), weight_bytes=stored, float_bytes=self.float_bytes, edits=tuple(self.edits),
             notes=tuple(self.notes), quality=quality, quality_before=before,
         )  # fmt: skip
-        return Compressed(replace(self.spec, name=f"{self.base.name}-compressed", digest=_digest(self.spec, self.edits)), report)
+        return Compressed(
+            replace(self.spec, name=f"{self.base.name}-compressed", alternatives={}, digest=report.compressed_digest), report, self.base
+        )
 
 
 def _same(weight: Weight, code: Code) -> bool:
     return tuple(code.shape) == tuple(weight.matrix.shape) and bool(torch.equal(torch.from_numpy(decode(code)), weight.matrix))
 
 
-def _digest(spec: ModelSpec, edits: list[dict[str, Any]]) -> str:
+def digest_of(spec: ModelSpec, edits: Sequence[dict[str, Any]]) -> str:
     """sha256 over the base, the edits and every parameter as it is now."""
-    total = hashlib.sha256(json.dumps([spec.digest, edits]).encode())
+    total = hashlib.sha256(json.dumps([spec.digest, list(edits)]).encode())
     for name, entry in spec.methods.items():
         for key, value in entry.module.state_dict().items():
             total.update(f"{name}/{key}".encode())
-            total.update(value.detach().contiguous().cpu().numpy().tobytes())
+            total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()

@@ -19,6 +19,7 @@ METHODS = {
     "any4": "edgesdk.compress.any4",
     "svd": "edgesdk.compress.svd",
     "lord": "edgesdk.compress.lord",
+    "welore": "edgesdk.compress.welore",
 }
 """Name → the module whose `METHOD` it is. Nothing is imported before a method is asked for."""
 

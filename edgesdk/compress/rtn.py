@@ -20,7 +20,8 @@ class RtnConfig(Config):
 
 
 def grid_of(matrix: torch.Tensor, config: RtnConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point [rows, groups], float32, as they are stored (scales in float16). Symmetric grids reach from
+    """Scale and zero point [rows, groups], float32, as they are stored: scales with the 8 significant bits that float16 and bfloat16 (in which
+    XNNPACK keeps the scales of int4 groups) both hold. Symmetric grids reach from
     -2^(b-1)+1 to 2^(b-1)-1; their zero is the middle, 2^(b-1)."""
     cols, top = matrix.shape[1], 2**config.bits - 1
     group = config.group or cols
@@ -33,7 +34,12 @@ def grid_of(matrix: torch.Tensor, config: RtnConfig) -> tuple[torch.Tensor, torc
         low, high = padded.amin(-1).clamp_max(0), padded.amax(-1).clamp_min(0)
         scale = (high - low) / top
         zero = torch.round(-low / scale.clamp_min(1e-12)).clamp(0, top)
-    return scale.clamp(6e-8, 65504).to(torch.float16).float(), zero
+    return stored_scale(scale), zero
+
+
+def stored_scale(scale: torch.Tensor) -> torch.Tensor:
+    """A scale rounded to 8 significant bits within float16's range, float32."""
+    return scale.clamp(6e-8, 6e4).to(torch.bfloat16).to(torch.float16).float()
 
 
 def to_code(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, config: RtnConfig) -> Code:

@@ -113,11 +113,12 @@ def keep(module: Any, tensor: str, dim: int, index: Sequence[int]) -> None:
     from torch import nn
 
     value = getattr(module, tensor)
-    chosen = value.detach().index_select(dim, torch.as_tensor(list(index), dtype=torch.long)).clone()
-    if isinstance(value, nn.Parameter):
-        setattr(module, tensor, nn.Parameter(chosen, requires_grad=value.requires_grad))
-    else:
-        module.register_buffer(tensor, chosen)
+    made: dict[Any, Any] = value.__dict__.setdefault("_kept", {})  # another module may hold the same tensor: they stay tied
+    key = (dim, tuple(index))
+    if key not in made:
+        chosen = value.detach().index_select(dim, torch.as_tensor(key[1], dtype=torch.long)).clone()
+        made[key] = nn.Parameter(chosen, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else chosen
+    setattr(module, tensor, made[key])
     size = _SIZES.get((type(module).__name__, dim))
     if tensor == "weight" and size:
         grouped = getattr(module, "groups", 1)

@@ -88,7 +88,7 @@ def replaced(spec: ModelSpec, values: Mapping[str, torch.Tensor]) -> Iterator[No
         yield
 
 
-def _rows_in(module: Any, x: torch.Tensor) -> torch.Tensor:
+def rows_in(module: Any, x: torch.Tensor) -> torch.Tensor:
     """A module's input as [groups, positions, cols]."""
     import torch
     from torch import nn
@@ -154,7 +154,7 @@ def stats_of(spec: ModelSpec, *, gradients: bool = False, most: int = 64, step: 
                     continue
 
                 def note(m: Any, inputs: tuple[Any, ...], name: str = name) -> None:
-                    sums.setdefault(name, _Sums()).add(_rows_in(m, inputs[0]))
+                    sums.setdefault(name, _Sums()).add(rows_in(m, inputs[0]))
 
                 undo.callback(module.register_forward_pre_hook(note).remove)
         for i, (method, entry) in enumerate(spec.methods.items()):

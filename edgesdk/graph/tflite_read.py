@@ -92,6 +92,13 @@ class Table:
         start, count = self._vector(field)
         return [Table(self.data, start + 4 * i + self._read("<I", start + 4 * i)) for i in range(count)]
 
+    def table(self, field: int) -> Table:
+        """The table that a field points to. Raises `IndexError` where the field is absent."""
+        at = self._field(field)
+        if not at:
+            raise IndexError(self.at)
+        return Table(self.data, at + self._read("<I", at))
+
     def text(self, field: int) -> str:
         start, count = self._vector(field)
         return self.data[start : start + count].decode("utf-8", "replace")

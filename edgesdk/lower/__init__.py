@@ -28,16 +28,21 @@ def choice_of(plan: Plan) -> dict[tuple[str, str], str]:
 
 
 def lower(spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str], say: Callable[[str], None] = lambda text: None) -> bytes:
-    """The program's bytes for a runtime, kept in the cache by content. Raises `MissingTool`, `InputError`."""
+    """The program's bytes for a runtime, kept in the cache by content.
+
+    Raises `MissingTool`, `InputError`, and `CheckFailed` when the program does not hold a unit in the precision of `choice`.
+    """
     from edgesdk import __version__
     from edgesdk.cache import cache_dir
+    from edgesdk.lower.held import refuse_difference
     from edgesdk.runner import installed
 
-    key = json.dumps([spec.digest, runtime, sorted([*k, p] for k, p in choice.items()), installed(), __version__])
+    key = json.dumps(["held", spec.digest, runtime, sorted([*k, p] for k, p in choice.items()), installed(), __version__])
     path = cache_dir("lowered") / hashlib.sha256(key.encode()).hexdigest()[:40]
     if path.exists():
         return path.read_bytes()
     content = _lower(spec, runtime, choice, say)
+    refuse_difference(spec, runtime, choice, content)
     part = path.with_suffix(".part")
     part.write_bytes(content)
     part.replace(path)
@@ -77,8 +82,8 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
         raise InputError(f"the plan was made for another '{plan.model}'", "plan again: the model's code or weights have changed")
     choice = choice_of(plan)
     program = lower(spec, plan.runtime, choice, lambda text: step(text, 0.1))
-    name = "model.pte" if plan.runtime.startswith("executorch") else "model.tflite"
-    members: dict[str, bytes] = {name: program, "plan.json": plan.to_json().encode(), **spec.files}
+    name, stored, sizes = _stored(plan.runtime, program, spec)
+    members: dict[str, bytes] = {name: stored, "plan.json": plan.to_json().encode(), **spec.files}
     fields: dict[str, Any] = {
         "host_check": {},
         "golden": (),
@@ -89,7 +94,7 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
     if plan.runtime in ("executorch", "litert", "tflite-runtime"):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, name)
-            path.write_bytes(program)
+            path.write_bytes(stored)
             with silent():
                 runner = open_program(str(path), plan.runtime, plan.threads)
                 inputs = golden_inputs(spec)
@@ -103,9 +108,24 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
                 fields["quality"] = spec.evaluate(runner.run)
     write_bundle(
         out, members, model_name=spec.name, device=plan.device, runtime=plan.runtime, program=name, threads=plan.threads, plan_digest=plan.digest(),
-        memory=_memory(plan.runtime, program), edgesdk_version=__version__, **fields,
+        memory=_memory(plan.runtime, program) | sizes, edgesdk_version=__version__, **fields,
     )  # fmt: skip
     return Path(out)
+
+
+def _stored(runtime: str, program: bytes, spec: ModelSpec) -> tuple[str, bytes, dict[str, int]]:
+    """The program as the bundle holds it: member name, bytes, and their sizes where its weights are packed.
+
+    A compressed model's program holds its codes in place of the weights they stand for, and is expanded to the very bytes of `program` on load.
+    """
+    name = "model.pte" if runtime.startswith("executorch") else "model.tflite"
+    if spec.codes:
+        from edgesdk.lower.pack import packed
+
+        content, sizes = packed(program, spec)
+        if len(content) < len(program):
+            return f"{name}.packed", content, sizes
+    return name, program, {}
 
 
 def _golden(runner: Any, inputs: dict[str, list[list[Any]]], members: dict[str, bytes]) -> tuple[dict[str, Any], ...]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgesdk.errors import InputError, MissingTool
 from edgesdk.graph.torch_trace import fresh
+from edgesdk.lower.inject import codes_by_module, inject
 from edgesdk.lower.quiet import quiet, silent
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def quantized_modules(spec: ModelSpec, choice: Choice) -> dict[str, Any]:
     from torchao.quantization.granularity import PerAxis, PerGroup
 
     modules = copy.deepcopy({name: m.module for name, m in spec.methods.items()})
+    codes = codes_by_module(spec)
     configs = {
         "int8-dynamic": Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int8, weight_granularity=PerAxis(0)),
         "int4-g32": Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(32)),  # type: ignore[attr-defined]
@@ -60,11 +62,14 @@ def quantized_modules(spec: ModelSpec, choice: Choice) -> dict[str, Any]:
             def pick(m: torch.nn.Module, fqn: str, wanted: set[str] = wanted, done: set[int] = done) -> bool:
                 return isinstance(m, torch.nn.Linear) and fqn in wanted and id(m) not in done
 
-            chosen = [m for fqn, m in module.named_modules() if pick(m, fqn)]
+            chosen = {fqn: m for fqn, m in module.named_modules() if pick(m, fqn)}
             if chosen:
                 with quiet():
                     quantize_(module, config, filter_fn=pick)
-                done |= {id(m) for m in chosen}
+                done |= {id(m) for m in chosen.values()}
+            for fqn, m in chosen.items():
+                if (name, fqn) in codes:
+                    inject(m.weight, codes[name, fqn], precision)
     return modules
 
 

@@ -1,0 +1,156 @@
+"""A compressed model in a file, `.edgec`: what was done (compression.json), the codes of its weights, and the other values that changed.
+
+It names the model it was made from and does not hold that model's code: `load` takes the model again, makes the same changes of shape,
+and puts the stored values in. A file made of other weights than those it finds is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgesdk.bundles import read_member, write_members
+from edgesdk.compress.surgery import apply_edits
+from edgesdk.compress.weights import holders, set_weight
+from edgesdk.errors import InputError
+from edgesdk.packed import Code, PackedError, decode, pack, pack_bytes, unpack, unpack_bytes
+
+if TYPE_CHECKING:
+    from edgesdk.compress.pipeline import Compressed
+    from edgesdk.model import ModelSpec
+
+
+def save(made: Compressed, base: ModelSpec, path: str | Path) -> Path:
+    """Write `made` (compressed from `base`) to `path`. Raises `EdgeError` and leaves no part behind."""
+    start = copy.deepcopy(base.methods)
+    apply_edits(replace(base, methods=start), made.report.edits)
+    names = {f"{m}/{k}": v for m, entry in made.spec.methods.items() for k, v in entry.module.state_dict().items()}
+    before = {f"{m}/{k}": v for m, entry in start.items() for k, v in entry.module.state_dict().items()}
+    coded = {f"{m}/{p}.weight" if p else f"{m}/weight" for n in made.spec.codes for m, p, _ in holders(made.spec)[n]}
+    changed = {k: v for k, v in names.items() if k not in coded and not _equal(v, before.get(k))}
+    members = {"compression.json": made.report.to_json().encode(), "codes": _codes(made.spec.codes), "values": _values(changed)}
+    write_members(path, members)
+    return Path(path)
+
+
+def load(path: str | Path, base: ModelSpec | None = None) -> Compressed:
+    """The compressed model in a `.edgec`; `base`: the model it was made from, where the reference in the file no longer leads there.
+
+    Raises `InputError`: a damaged file, another base model, a reference that cannot be loaded.
+    """
+    from edgesdk.compress.pipeline import Compressed, Compression, digest_of
+
+    path = Path(path)
+    report = Compression.from_json(read_member(path, "compression.json"), f"{path}: compression.json")
+    if base is None:
+        base = _base(report.base, path)
+    if base.digest != report.base_digest:
+        raise InputError(f"{path}: was made from another '{report.model}'", "its code or weights have changed since; compress it again")
+    spec = replace(base, methods=copy.deepcopy(base.methods))
+    apply_edits(spec, report.edits)
+    try:
+        spec.codes.update(_read_codes(read_member(path, "codes")))
+        _put(spec, _read_values(read_member(path, "values")))
+        for name, code in spec.codes.items():
+            set_weight(spec, name, _tensor(decode(code)))
+    except (PackedError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"{path}: does not hold a whole compressed model ({error})", "copy or compress it again") from None
+    if digest_of(spec, report.edits) != report.compressed_digest:
+        raise InputError(f"{path}: its weights do not come out as they were saved", "copy or compress it again")
+    return Compressed(replace(spec, name=f"{base.name}-compressed", alternatives={}, digest=report.compressed_digest), report, base)
+
+
+def _base(ref: str, path: Path) -> ModelSpec:
+    """The model a file was made from: its reference as it stands, or beside the file."""
+    from edgesdk.intake import load_model
+
+    if not ref:
+        raise InputError(f"{path}: was made from a model object, not from a reference", "load it in Python: saved.load(path, base=spec)")
+    try:
+        return load_model(ref)
+    except InputError as error:
+        if "no such file" not in error.what and "cannot be read" not in error.what:
+            raise
+        return load_model(str(path.parent / ref))
+
+
+def _tensor(array: Any) -> Any:
+    import torch
+
+    return torch.from_numpy(array)
+
+
+def _equal(value: Any, other: Any) -> bool:
+    return other is not None and value.shape == other.shape and value.dtype == other.dtype and bool((_raw(value) == _raw(other)).all())
+
+
+def _raw(value: Any) -> Any:
+    """A tensor's bytes; numpy has no bfloat16."""
+    import torch
+
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _codes(codes: Mapping[str, Code]) -> bytes:
+    written = {name: pack(code) for name, code in codes.items()}
+    return _with_head([[name, len(content)] for name, content in written.items()], written.values())
+
+
+def _read_codes(content: bytes) -> dict[str, Code]:
+    head, at = _head(content)
+    codes = {}
+    for name, size in head:
+        codes[name] = unpack(content[at : at + size])
+        at += size
+    return codes
+
+
+def _values(values: Mapping[str, Any]) -> bytes:
+    """Tensors by name, packed without loss; equal ones are stored once."""
+    blobs: dict[str, bytes] = {}
+    rows: dict[str, list[Any]] = {}
+    for name, value in values.items():
+        raw = _raw(value).tobytes()
+        key = f"{value.dtype}{tuple(value.shape)}{hashlib.sha256(raw).hexdigest()}"
+        if key not in blobs:
+            blobs[key] = pack_bytes(raw)
+            rows[key] = [[], str(value.dtype).removeprefix("torch."), list(value.shape), len(blobs[key])]
+        rows[key][0].append(name)
+    return _with_head(list(rows.values()), blobs.values())
+
+
+def _read_values(content: bytes) -> dict[str, Any]:
+    import torch
+
+    head, at = _head(content)
+    values: dict[str, Any] = {}
+    for names, dtype, shape, size in head:
+        raw = bytearray(unpack_bytes(content[at : at + size]))
+        flat = torch.frombuffer(raw, dtype=getattr(torch, dtype)) if raw else torch.zeros(0, dtype=getattr(torch, dtype))
+        values |= dict.fromkeys(names, flat.reshape(shape))
+        at += size
+    return values
+
+
+def _put(spec: ModelSpec, values: Mapping[str, Any]) -> None:
+    import torch
+
+    states = {f"{m}/{k}": v for m, entry in spec.methods.items() for k, v in entry.module.state_dict().items()}
+    with torch.no_grad():
+        for name, value in values.items():
+            states[name].copy_(value)
+
+
+def _with_head(head: list[Any], parts: Any) -> bytes:
+    text = json.dumps(head).encode()
+    return len(text).to_bytes(4, "little") + text + b"".join(parts)
+
+
+def _head(content: bytes) -> tuple[list[Any], int]:
+    end = 4 + int.from_bytes(content[:4], "little")
+    return json.loads(content[4:end]), end
