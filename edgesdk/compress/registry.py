@@ -17,6 +17,7 @@ METHODS = {
     "structured": "edgesdk.compress.structured",
     "gptq": "edgesdk.compress.gptq",
     "any4": "edgesdk.compress.any4",
+    "ternary": "edgesdk.compress.ternary",
     "svd": "edgesdk.compress.svd",
     "lord": "edgesdk.compress.lord",
     "welore": "edgesdk.compress.welore",
