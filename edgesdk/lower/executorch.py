@@ -10,6 +10,7 @@ from edgesdk.errors import InputError, MissingTool
 from edgesdk.graph.torch_trace import fresh
 from edgesdk.lower.inject import codes_by_module, inject
 from edgesdk.lower.quiet import quiet, silent
+from edgesdk.plan.fake_quant import samples
 
 if TYPE_CHECKING:
     from edgesdk.model import ModelSpec
@@ -86,7 +87,7 @@ def _static(module: Any, spec: ModelSpec, method: str, units: set[str]) -> Any:
     if not everything:
         quantizer.set_filter_function(_follows(units))
     prepared = prepare_pt2e(torch.export.export(module, inputs, strict=False).module(check_guards=False), quantizer)
-    for sample in spec.calibration(method) if spec.calibration else [inputs]:
+    for sample in samples(spec, method, 64):
         prepared(*sample)
     return convert_pt2e(prepared)
 

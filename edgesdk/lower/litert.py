@@ -15,6 +15,7 @@ from edgesdk.errors import InputError, MissingTool
 from edgesdk.graph.tflite_read import Table as _Table
 from edgesdk.lower.executorch import Choice
 from edgesdk.lower.quiet import silent
+from edgesdk.plan.fake_quant import samples as spread
 
 if TYPE_CHECKING:
     from edgesdk.model import ModelSpec
@@ -210,7 +211,7 @@ def _calibration(spec: ModelSpec, path: str) -> dict[str, list[dict[str, Any]]]:
             details = {d["name"]: d for d in interpreter.get_input_details()}
             names = list(details)
         if spec.calibration is not None:
-            samples = [[np.asarray(t) for t in s] for s in spec.calibration(method)]
+            samples = [[np.asarray(t) for t in s] for s in spread(spec, method, 64)]
         else:
             rng = np.random.default_rng(0)
             samples = [[rng.standard_normal(shape).astype(dtype) for shape, dtype in runner.inputs(method)] for _ in range(16)]
