@@ -47,4 +47,5 @@ class ModelSpec:
     quality_name: str = "quality"  # "accuracy", "exact match"
     alternatives: dict[str, str] = field(default_factory=dict)  # other layouts of the same task: layout → model ref
     codes: dict[str, Code] = field(default_factory=dict)  # how compressed weights are stored (the modules hold the decoded values)
+    reference: ModelSpec | None = None  # the uncompressed model that this one was made from: what recovery trains towards
     files: dict[str, bytes] = field(default_factory=dict)  # labels, tokenizer: go into the bundle under this name
