@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,13 @@ from edgesdk.graph import trace
 from edgesdk.intake import load_model
 from edgesdk.model import Method, ModelSpec
 from edgesdk.packed import decode, pack, unpack
+from edgesdk.plan.harm import one_thread
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 def stats(cols: int, seed: int = 0, groups: int = 1) -> Stats:
@@ -225,3 +233,73 @@ def test_embeddings_are_named_as_left() -> None:
     made = compress("example:normalizer", "lord:size=0.9,only=embed|head", evaluate=False)
     assert any("core.embed.weight: left as it is, an embedding" in n for n in made.report.notes)
     assert set(weights_of(made.spec)) > {"core.head.0.weight", "core.head.1.weight"}
+
+
+# ---- welore
+
+
+def falling(rows: int, cols: int, fall: float, seed: int) -> torch.Tensor:
+    """A matrix whose singular values fall by `fall` from one to the next."""
+    g = torch.Generator().manual_seed(seed)
+    left, right = (torch.linalg.qr(torch.randn(n, n, generator=g)).Q for n in (rows, cols))
+    k = min(rows, cols)
+    return (left[:, :k] * fall ** torch.arange(k)) @ right[:k]
+
+
+def known_spectra() -> ModelSpec:
+    """Three layers: one of nearly full rank, one between, one of very low rank."""
+    module = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(3)))
+    with torch.no_grad():
+        for i, fall in enumerate((0.98, 0.85, 0.5)):
+            module[i].weight.copy_(falling(32, 32, fall, i))
+    return spec_of(module, torch.zeros(4, 32))
+
+
+def parameters(spec: ModelSpec) -> int:
+    return sum(w.matrix.numel() for w in weights_of(spec).values())
+
+
+@pytest.mark.parametrize("by", ["spectra", "outputs", "gradients"])
+def test_welore_meets_the_size_and_its_ranks_follow_the_spectra(by: str) -> None:
+    base = known_spectra()
+    made = compress(base, f"welore:size=0.5,by={by}", evaluate=False)
+    assert 0.45 * parameters(base) < parameters(made.spec) <= 0.5 * parameters(base)
+    ranks = [int(m[0].weight.shape[0]) if isinstance(m, nn.Sequential) else 32 for m in made.spec.methods["forward"].module]
+    assert ranks[0] > ranks[1] > ranks[2]
+
+
+def test_welore_beats_one_rank_for_all_at_equal_size() -> None:
+    base = known_spectra()
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(9))
+
+    def error(made: Any) -> float:
+        module = made.spec.methods["forward"].module
+        with torch.no_grad():
+            return float((module(x) - base.methods["forward"].module(x)).norm() / base.methods["forward"].module(x).norm())
+
+    uniform = compress(base, "lord:rank=8", evaluate=False)
+    own = compress(base, "welore:size=0.5", evaluate=False)
+    assert parameters(own.spec) <= parameters(uniform.spec)
+    assert error(own) < 0.6 * error(uniform)
+
+
+def test_welore_keeps_the_model_and_trains_only_its_factors() -> None:
+    from edgesdk.compress.lord import low_rank_parameters
+
+    made = compress("example:digits-cnn", "welore:size=0.15")
+    assert made.report.quality is not None and made.report.quality > 0.95
+    trained = sum(p.numel() for p in low_rank_parameters(made))
+    assert 0 < trained < 0.2 * made.report.float_bytes / 4  # of which an optimizer keeps its state
+
+
+def test_welore_without_data_takes_the_spectra_and_says_no_clearly() -> None:
+    base = known_spectra()
+    blind = ModelSpec("m", "d", base.methods)
+    made = compress(blind, "welore:size=0.5,data=false", evaluate=False)
+    assert parameters(made.spec) <= 0.5 * parameters(base)
+    with pytest.raises(InputError, match="no calibration data"):
+        compress(blind, "welore:size=0.5", evaluate=False)
+    with pytest.raises(InputError, match=r"smallest ranks leave 6\.2%"):
+        compress(base, "welore:size=0.005", evaluate=False)
+    with pytest.raises(InputError, match="size"):
+        compress(base, "welore:size=2", evaluate=False)

@@ -136,8 +136,15 @@ def worth(layers: Mapping[str, Layer], ranks: Mapping[str, int]) -> dict[str, in
 
 
 def within(layers: Mapping[str, Layer], size: float, ranks_at: Callable[[float], dict[str, int]]) -> dict[str, int]:
-    """`ranks_at(level)` for the greatest level in 0..1 that leaves at most `size` of the layers' weights (by bisection: more level, more rank)."""
-    room, low, high = size * sum(x.weight.matrix.numel() for x in layers.values()), 0.0, 1.0
+    """`ranks_at(level)` for the greatest level in 0..1 that leaves at most `size` of the layers' weights (by bisection: more level, more rank).
+
+    Raises `InputError` where even level 0 leaves more.
+    """
+    whole = sum(x.weight.matrix.numel() for x in layers.values())
+    room, low, high = size * whole, 0.0, 1.0
+    least = numbers(layers, ranks_at(0.0))
+    if least > room:
+        raise InputError(f"size={size}: the smallest ranks leave {least / whole:.1%} of the layers' weights", "ask for a larger size")
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if numbers(layers, ranks_at(middle)) <= room else (low, middle)
