@@ -40,7 +40,7 @@ class Code:
     grid      bits, group        q [rows, cols]; scale [rows, groups]; zero (same)  (q - zero) · scale; without zero 2^(bits-1)
     table     bits, group        q [rows, cols]; table [1 or rows, 2^bits]; scale   table[row, q] · scale
     vector    length, group      q [rows, cols/length]; codebook [k, length]; scale codebook[q] · scale
-    sparse    -                  mask [rows, cols] of 0 and 1                       parts[0] (one row) where the mask is 1, else 0
+    sparse    -                  mask [rows, cols] of 0 and 1, or none: parts[1]    parts[0] (row by row) where the mask is 1, else 0
     lowrank   -                  -                                                  parts[0] @ parts[1]
     sum       -                  -                                                  the sum of its parts
     scaled    -                  row [rows] or []; col [cols] or []                 row · parts[0] · col
@@ -101,8 +101,13 @@ def _vector(c: Code, base: Any) -> Any:
 
 def _sparse(c: Code, base: Any) -> Any:
     out = np.zeros(c.shape, np.float32)
-    out[c.arrays[0].astype(bool)] = decode(c.parts[0], base).ravel()
+    out[places(c)] = decode(c.parts[0], base).ravel()
     return out
+
+
+def places(c: Code) -> Any:
+    """The mask of a sparse code, bool [rows, cols]."""
+    return (c.arrays[0] if c.arrays else decode(c.parts[1])).astype(bool)
 
 
 def _sum(c: Code, base: Any) -> Any:

@@ -11,10 +11,14 @@ from torch import nn
 
 from edgesdk.compress import compress
 from edgesdk.compress.dependency import trace
+from edgesdk.compress.magnitude import cubic
+from edgesdk.compress.masks import error_of, fit_kept, largest, sparsest
 from edgesdk.compress.shrink import copy_of, cuttable, edits_of, mask, outputs
 from edgesdk.compress.surgery import apply_edits
+from edgesdk.compress.weights import weights_of
 from edgesdk.errors import InputError
 from edgesdk.model import Method, ModelSpec
+from edgesdk.packed import decode, pack, unpack
 
 
 def spec_of(module: nn.Module, *shape: int, count: int = 24, calibration: bool = True, rank: int = 0) -> ModelSpec:
@@ -178,3 +182,72 @@ def run_pte(program: bytes, spec: ModelSpec) -> Any:
 
     method = Runtime.get().load_program(program).load_method("forward")
     return method.execute([t.contiguous() for t in spec.methods["forward"].example_inputs])[0].numpy()
+
+
+# ---- single weights
+
+
+def test_magnitude_hits_the_share_exactly_and_stores_less() -> None:
+    spec = spec_of(seeded(Transformer), 6, 16)
+    for recipe in (
+        "magnitude:sparsity=0.6",
+        "magnitude:sparsity=0.6,allocation=even",
+        "magnitude:sparsity=0.6,allocation=global,steps=12,every=3",
+    ):
+        done = compress(spec, recipe)
+        held = weights_of(done.spec)
+        total = sum(w.matrix.numel() for w in held.values())
+        left = sum(int((w.matrix != 0).sum()) for w in held.values())
+        assert left == round(0.4 * total)
+        assert done.report.weight_bytes == sum(len(pack(c)) for c in done.spec.codes.values())
+        for name, code in done.spec.codes.items():
+            assert np.array_equal(decode(unpack(pack(code))), held[name].matrix.numpy())
+        assert compress(spec, recipe).spec.digest == done.spec.digest
+
+
+def test_the_schedule_is_the_published_cubic() -> None:
+    assert [round(cubic(t / 4), 6) for t in range(6)] == [round(1 - (1 - t / 4) ** 3, 6) for t in range(5)] + [1.0]
+
+
+@pytest.mark.parametrize("later", ["rtn:bits=4", "rtn:bits=4,symmetric=false", "gptq:bits=4", "gptq:bits=3,symmetric=false"])
+def test_quantizing_keeps_what_is_pruned_and_costs_fewer_bytes(later: str) -> None:
+    spec = spec_of(seeded(Residual), 3, 8, 8)
+    alone, pruned, both = (compress(spec, r) for r in ([later], ["magnitude:sparsity=0.7"], ["magnitude:sparsity=0.7", later]))
+    held = weights_of(both.spec)
+    for name, weight in weights_of(pruned.spec).items():
+        assert not held[name].matrix[weight.matrix == 0].any()
+    assert both.report.weight_bytes < pruned.report.weight_bytes and both.report.weight_bytes < alone.report.weight_bytes
+
+
+def test_one_shot_fit_is_best_under_its_mask_and_beats_size_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 20, generator=generator, dtype=torch.float64) @ torch.randn(20, 20, generator=generator, dtype=torch.float64)
+    gram, w = (x.T @ x / 400)[None], torch.randn(7, 20, generator=generator)
+    fitted, mask = sparsest(w, gram, lambda s: largest(s, 56), damp=1e-9)
+    assert int(mask.sum()) == 56 and not fitted[~mask].any()
+    for row in range(7):
+        best = torch.linalg.lstsq(x[:, mask[row]], x @ w[row].double()).solution
+        torch.testing.assert_close(fitted[row, mask[row]].double(), best, atol=1e-4, rtol=1e-3)
+    by_size = largest(w.abs(), 56)
+    assert error_of(w, fitted, gram) < 0.5 * error_of(w, w * by_size, gram)
+    assert error_of(w, fitted, gram) < error_of(w, fit_kept(w, by_size, gram), gram)
+
+
+def test_pruning_says_what_it_lacks() -> None:
+    bare = spec_of(seeded(Concat), 3, 8, 8, calibration=False)
+    with pytest.raises(InputError, match="no calibration data"):
+        compress(bare, "magnitude:sparsity=0.5")
+    assert compress(bare, "magnitude:sparsity=0.5,allocation=global,inputs=false,fit=false").report.weights
+    with pytest.raises(InputError, match="matches"):
+        compress(spec_of(seeded(Concat), 3, 8, 8), "magnitude:only=nothing")
+    with pytest.raises(InputError, match="sparsity"):
+        compress(bare, "magnitude:sparsity=1")
+
+
+def test_zero_rows_and_dead_inputs_are_pruned_sanely() -> None:
+    module = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    with torch.no_grad():
+        module[0].weight[2] = 0
+        module[0].bias[4] = -100.0  # never on
+    done = compress(spec_of(module, 8), "magnitude:sparsity=0.5")
+    assert all(bool(torch.isfinite(w.matrix).all()) for w in weights_of(done.spec).values())

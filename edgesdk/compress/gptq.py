@@ -131,9 +131,12 @@ def fixed(weight: Weight, stats: Stats | None, config: GptqConfig) -> Code:
     shape = problem.w.shape
     s, z = (problem.to_order(t.repeat_interleave(group or weight.cols, 1)[:, : weight.cols].reshape(shape)) for t in (scale, zero))
 
+    kept = None if weight.kept is None else problem.to_order(weight.kept.reshape(shape))
+
     def rounded(j: int, target: torch.Tensor) -> torch.Tensor:
         k = torch.clamp(torch.round(target / s[:, :, j] + z[:, :, j]), 0, levels - 1)
-        return (k - z[:, :, j]) * s[:, :, j]
+        values = (k - z[:, :, j]) * s[:, :, j]
+        return values if kept is None else values * kept[:, :, j]
 
     out = first_pass(problem, rounded)
     for _ in range(config.sweeps if stats is not None else 0):

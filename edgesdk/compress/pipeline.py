@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from edgesdk.compress.masks import mask_of
 from edgesdk.compress.registry import configured
 from edgesdk.compress.types import Config, ModelMethod, Stats, Step, Weight, WeightMethod
 from edgesdk.compress.weights import output_error, set_weight, stats_of, weights_of
@@ -139,9 +140,10 @@ class _Work:
                 f"{base.name} is a .tflite", "compress the PyTorch model, or quantize the file with `edgesdk plan` and `build`"
             )
         self.base, self.step = base, step
-        self.spec = replace(base, methods=copy.deepcopy(base.methods), codes=dict(base.codes))
+        self.spec = replace(base, methods=copy.deepcopy(base.methods), codes=dict(base.codes), reference=base.reference or base)
         self.float_bytes = sum(4 * w.matrix.numel() for w in weights_of(self.spec).values())
         self.original: dict[str, torch.Tensor] = {}
+        self.kept_weights: dict[str, torch.Tensor] = {}  # masks of pruned weights
         self.rows: dict[str, CodedWeight] = {}
         self.kept: dict[str, str] = {}
         self.edits: list[dict[str, Any]] = []
@@ -155,15 +157,21 @@ class _Work:
         done = found.apply(self.spec, settings, self.step)
         self.edits += done.edits
         self.notes += done.notes
+        if done.calibration is not None:
+            self.spec = replace(self.spec, calibration=done.calibration)
         self.spec.codes.update(done.codes)
         now = weights_of(self.spec)
+        self.kept_weights = {
+            n: m for n, m in self.kept_weights.items() if n in now and m.shape == now[n].matrix.shape and not bool(now[n].matrix[~m].any())
+        }
         for name, code in list(self.spec.codes.items()):
             if name not in now or not _same(now[name], code):
                 del self.spec.codes[name]
                 self.rows.pop(name, None)
-        self.original.clear()
+        if found.family != "recovery":  # that leaves every shape, and the weights it aims at
+            self.original.clear()
         for name in done.codes:
-            self._note(now[name], found.name, settings, None)
+            self._note(replace(now[name], original=self.original.get(name)), found.name, settings, None)
 
     def code(self, stage: Stage, found: WeightMethod, settings: Config) -> None:
         """A weight method: every weight it applies to gets a code."""
@@ -185,7 +193,7 @@ class _Work:
                 continue
             self.step(f"{found.name}: {name}", i / len(weights))
             before = self.original.setdefault(name, weight.matrix)
-            ready = replace(weight, coded=self.spec.codes.get(name), original=before)
+            ready = replace(weight, coded=self.spec.codes.get(name), original=before, kept=self.kept_weights.get(name))
             code = found.apply(ready, stats.get(name), settings)
             self.spec.codes[name] = code
             set_weight(self.spec, name, torch.from_numpy(decode(code)))
@@ -194,6 +202,9 @@ class _Work:
 
     def _note(self, weight: Weight, method: str, settings: Config, stats: Stats | None) -> None:
         code = self.spec.codes[weight.name]
+        mask = mask_of(code)
+        if mask is not None:
+            self.kept_weights[weight.name] = mask
         target = replace(weight, matrix=weight.original) if weight.original is not None else weight
         self.rows[weight.name] = CodedWeight(
             weight=weight.name, method=method, settings=settings.model_dump(mode="json"), bytes=len(pack(code)), float_bytes=4 * weight.matrix.numel(),

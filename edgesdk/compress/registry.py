@@ -15,6 +15,8 @@ from edgesdk.noun import describe
 METHODS = {
     "rtn": "edgesdk.compress.rtn",
     "structured": "edgesdk.compress.structured",
+    "magnitude": "edgesdk.compress.magnitude",
+    "ecoflap": "edgesdk.compress.ecoflap",
     "gptq": "edgesdk.compress.gptq",
     "any4": "edgesdk.compress.any4",
     "ternary": "edgesdk.compress.ternary",

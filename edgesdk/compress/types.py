@@ -40,6 +40,7 @@ class Weight:
     tied: tuple[str, ...] = ()
     coded: Code | None = None  # how an earlier stage stored it; `matrix` is then what that decodes to
     original: torch.Tensor | None = None  # the matrix before any stage coded it; None: `matrix` itself
+    kept: torch.Tensor | None = None  # bool [rows, cols]: what an earlier stage left when it pruned; the others are to stay 0
 
     @property
     def rows(self) -> int:
@@ -110,6 +111,7 @@ class Change:
     edits: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
     codes: dict[str, Code] = field(default_factory=dict)  # weights that are stored in a certain form from now on
+    calibration: Callable[[str], Sequence[tuple[Any, ...]]] | None = None  # other calibration inputs from now on
 
 
 Method = WeightMethod | ModelMethod
