@@ -1,0 +1,215 @@
+"""The training that recovery methods share: Adam on trainable codes and free parameters towards the uncompressed model's answers.
+
+Bounded by its number of steps, decided by its seed alone, and resumed where it was cut off (its state is kept in the cache while it runs).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from edgesdk.cache import cache_dir
+from edgesdk.compress.learned import Learned
+from edgesdk.compress.lessons import Data, Lessons, Loss
+from edgesdk.compress.types import Config, Step
+from edgesdk.compress.weights import holders, set_weight
+from edgesdk.errors import InputError
+from edgesdk.packed import Code, decode, pack
+
+if TYPE_CHECKING:
+    from edgesdk.model import ModelSpec
+
+SAVE_S = 20.0  # seconds between two saved states
+FLOOR = 0.02  # the least size a free parameter (a bias of zeros) is taken to have
+
+
+class TrainConfig(Config):
+    """What every training takes."""
+
+    steps: Annotated[int, Field(ge=1, le=100_000)] = 300
+    rate: Annotated[float, Field(gt=0, le=1)] = 0.01  # of a step, as a share of a weight's typical size
+    batch: Annotated[int, Field(ge=1, le=1024)] = 32
+    pool: Annotated[int, Field(ge=2, le=100_000)] = 512  # different inputs
+    data: Data = "auto"  # calibration inputs, with more of their kind; those alone; or none, the model's own
+    loss: Loss = "auto"  # "logits": also the divergence of distributions
+    activations: Literal[4, 8, 16] = 16  # bits of the inputs of coded weights while training (a range for each row); 16: as they are
+    cache: Literal[4, 8, 16] = 16  # bits of a sequence model's caches while training
+    seed: Annotated[int, Field(ge=0, le=2**31)] = 0
+
+
+def teacher_of(spec: ModelSpec) -> ModelSpec:
+    """The uncompressed model. Its own weights, where nothing else is known."""
+    return spec.reference or spec
+
+
+def lessons_of(spec: ModelSpec, config: TrainConfig) -> Lessons:
+    """Raises `InputError` where there is nothing to train on."""
+    return Lessons(
+        spec, teacher_of(spec), data=config.data, pool=config.pool, batch=config.batch, loss=config.loss, cache_bits=config.cache,
+        seed=config.seed,
+    )  # fmt: skip
+
+
+def why_no_training(spec: ModelSpec, config: TrainConfig) -> str | None:
+    if config.data != "self" and teacher_of(spec).calibration is None:
+        return 'it has no calibration data (language models can make their own: data="self")'
+    return None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The loss on held-out samples before and after, and the codes to keep (those from before where training did not help)."""
+
+    before: float
+    after: float
+    codes: dict[str, Code]
+
+    def note(self, name: str, steps: int) -> str:
+        done = f"{name}: loss on held-out inputs {self.before:.4g} → {self.after:.4g} in {steps} steps"
+        return done if self.after < self.before else f"{done}; what was there before is kept"
+
+
+class Training:
+    """`learned`: weight name → its trainable code; `free`: parameters of `spec` that are trained as they are.
+
+    `extra(step, values)` adds to the loss. With `ramp`, the weights go from float to coded over that share of the steps.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, lessons: Lessons, learned: Mapping[str, Learned], free: Sequence[torch.nn.Parameter], config: TrainConfig, *,
+        ramp: float = 0.0, extra: Any = None, more: Sequence[torch.Tensor] = (), name: str = "training",
+    ) -> None:  # fmt: skip
+        self.spec, self.lessons, self.learned, self.config, self.name = spec, lessons, learned, config, name
+        self.ramp, self.extra, self.free = ramp, extra, list(free)
+        self.places = {n: [(m, f"{p}.weight" if p else "weight", module) for m, p, module in uses] for n, uses in holders(spec).items()}
+        pairs = [x for made in learned.values() for x in made.parameters]
+        pairs += [(p, max(FLOOR, float(p.detach().square().mean().sqrt()))) for p in self.free]
+        pairs += [(p, max(FLOOR, float(p.detach().square().mean().sqrt()))) for p in more]
+        self.tensors = [t for t, _ in pairs]
+        self.sizes = [size for _, size in pairs]
+        if not pairs:
+            raise InputError(f"{name}: {spec.name} has nothing that can be trained", "see which weights the recipe left to it")
+
+    def values(self, mix: float) -> dict[str, dict[str, torch.Tensor]]:
+        """What every method's module computes with."""
+        answer: dict[str, dict[str, torch.Tensor]] = {}
+        for name, made in self.learned.items():
+            weight = made.weight(mix)
+            for method, path, module in self.places[name]:
+                answer.setdefault(method, {})[path] = weight.reshape(module.weight.shape)
+        return answer
+
+    def run(self, step: Step) -> Outcome:
+        """Train, keep the better of before and after, and put its weights into the modules. Raises `InputError` when the loss is not finite."""
+        start = {n: made.code() for n, made in self.learned.items()}
+        first = [t.detach().clone() for t in self.tensors]
+        wanted = [p.requires_grad for p in self.free]
+        with ExitStack() as undo, torch.enable_grad():
+            for p in self.free:
+                p.requires_grad_(True)
+            self._round_inputs(undo)
+            before = self.lessons.held_out(self.values(1.0))
+            self._steps(step)
+            after = self.lessons.held_out(self.values(1.0))
+        kept = not after < before
+        with torch.no_grad():
+            for t, old in zip(self.tensors, first, strict=True):
+                if kept:
+                    t.copy_(old)
+                t.grad = None
+        for p, flag in zip(self.free, wanted, strict=True):
+            p.requires_grad_(flag)
+        codes = start if kept else {n: made.code() for n, made in self.learned.items()}
+        for name, code in codes.items():
+            set_weight(self.spec, name, torch.from_numpy(decode(code)))
+        return Outcome(before, after, codes)
+
+    def _steps(self, step: Step) -> None:
+        steps, path = self.config.steps, cache_dir("training") / f"{self._key()}.pt"
+        optimiser = torch.optim.Adam(
+            [{"params": [t], "size": s} for t, s in zip(self.tensors, self.sizes, strict=True)], betas=(0.9, 0.98), eps=1e-12
+        )
+        done, saved = self._resumed(path, optimiser), time.monotonic()
+        for n in range(done, steps):
+            share = n / steps
+            rate = self.config.rate * min(1.0, 20 * (n + 1) / steps) * (0.5 + 0.5 * math.cos(math.pi * share)) + 1e-12
+            for group in optimiser.param_groups:
+                group["lr"] = rate * group["size"]
+            optimiser.zero_grad()
+            values = self.values(min(1.0, share / self.ramp) if self.ramp > 0 else 1.0)
+            loss = self.lessons.loss(n, values) if self.extra is None else self.extra(n, values)
+            if not bool(torch.isfinite(loss)):
+                raise InputError(f"{self.name}: the loss is not finite at step {n}", "take a smaller rate")
+            loss.backward()
+            optimiser.step()
+            if n % 10 == 0:
+                step(f"{self.name}: step {n} of {steps}, loss {float(loss.detach()):.3g}", share)
+            if time.monotonic() - saved > SAVE_S:
+                self._save(path, optimiser, n + 1)
+                saved = time.monotonic()
+        path.unlink(missing_ok=True)
+
+    def _round_inputs(self, undo: ExitStack) -> None:
+        bits = self.config.activations
+        if bits >= 16:
+            return
+        for name in self.learned:
+            for _, _, module in self.places[name]:
+                if not isinstance(module, torch.nn.Embedding):
+                    undo.callback(module.register_forward_pre_hook(lambda _, inputs: (rounded_rows(inputs[0], bits), *inputs[1:])).remove)
+
+    def _key(self) -> str:
+        total = hashlib.sha256(f"{torch.__version__} {self.name} {self.ramp} {self.config!r}".encode())
+        for t in self.tensors:
+            total.update(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for made in self.learned.values():
+            total.update(pack(made.code(), entropy=False))
+        total.update(self.lessons.teacher.spec.digest.encode())
+        return total.hexdigest()
+
+    def _save(self, path: Path, optimiser: torch.optim.Adam, done: int) -> None:
+        part = path.with_suffix(f".{time.monotonic_ns()}.part")
+        with contextlib.suppress(OSError):  # a full disk costs time, not the answer
+            torch.save({"done": done, "tensors": [t.detach() for t in self.tensors], "adam": optimiser.state_dict()}, part)
+            part.replace(path)
+
+    def _resumed(self, path: Path, optimiser: torch.optim.Adam) -> int:
+        """The steps that an interrupted run has done; its state is taken over."""
+        if not path.exists():
+            return 0
+        try:
+            state = torch.load(path, weights_only=True)
+            optimiser.load_state_dict(state["adam"])
+            with torch.no_grad():
+                for t, old in zip(self.tensors, state["tensors"], strict=True):
+                    t.copy_(old)
+            return int(state["done"])
+        except Exception:  # a damaged state: from the beginning
+            path.unlink(missing_ok=True)
+            optimiser.state.clear()
+            return 0
+
+
+def rounded_rows(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Activations as runtimes round them on the fly: a range with zero for each row of the last dimension. The gradient passes unchanged."""
+    low, high = x.detach().amin(-1, keepdim=True).clamp_max(0), x.detach().amax(-1, keepdim=True).clamp_min(0)
+    scale = (high - low).clamp_min(1e-12) / (2**bits - 1)
+    change: torch.Tensor = torch.round((x.detach() - low) / scale) * scale + low - x.detach()
+    return x + change
+
+
+def free_parameters(spec: ModelSpec, coded: Mapping[str, Any]) -> list[torch.nn.Parameter]:
+    """Float parameters of the model's modules that are not stored as codes, each once."""
+    held = {id(uses[0][2].weight) for name, uses in holders(spec).items() if name in coded}
+    found = {id(p): p for e in spec.methods.values() for p in e.module.parameters() if p.is_floating_point() and id(p) not in held}
+    return list(found.values())
