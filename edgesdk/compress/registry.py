@@ -20,6 +20,8 @@ METHODS = {
     "gptq": "edgesdk.compress.gptq",
     "any4": "edgesdk.compress.any4",
     "ternary": "edgesdk.compress.ternary",
+    "qat": "edgesdk.compress.qat",
+    "ternary-qat": "edgesdk.compress.ternary_qat",
     "svd": "edgesdk.compress.svd",
     "lord": "edgesdk.compress.lord",
     "welore": "edgesdk.compress.welore",
