@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgesdk.compress.pipeline import compress
+from edgesdk.compress.pipeline import compress, parse_stage
 from edgesdk.compress.registry import configured
 from edgesdk.compress.saved import load
 from edgesdk.compress.svd import even_rank, factor_code, space_of, spectrum_of
@@ -21,7 +22,7 @@ from edgesdk.errors import InputError
 from edgesdk.graph import trace
 from edgesdk.intake import load_model
 from edgesdk.model import Method, ModelSpec
-from edgesdk.packed import decode, pack, unpack
+from edgesdk.packed import Code, decode, pack, unpack
 from edgesdk.plan.harm import one_thread
 
 
@@ -303,3 +304,79 @@ def test_welore_without_data_takes_the_spectra_and_says_no_clearly() -> None:
         compress(base, "welore:size=0.005", evaluate=False)
     with pytest.raises(InputError, match="size"):
         compress(base, "welore:size=2", evaluate=False)
+
+
+# ---- eora
+
+
+def coded(stage: str, w: Weight, s: Stats | None) -> Weight:
+    """A weight as a later stage sees it once `stage` coded it."""
+    found = parse_stage(stage)
+    method, config = configured(found.method, found.settings)
+    code = method.apply(w, s, config)  # type: ignore[union-attr,call-arg,arg-type]
+    return dataclasses.replace(w, matrix=torch.from_numpy(decode(code)), coded=code, original=w.matrix)
+
+
+def two_of_four(w: Weight) -> Weight:
+    """The two smaller of every four columns cut."""
+    order = w.matrix.abs().reshape(w.rows, -1, 4).argsort(-1).argsort(-1)
+    mask = (order >= 2).reshape(w.rows, w.cols)
+    values = Code("dense", (1, int(mask.sum())), (), (w.matrix[mask][None].numpy(),))
+    code = Code("sparse", (w.rows, w.cols), (), (mask.to(torch.uint8).numpy(),), (values,))
+    return dataclasses.replace(w, matrix=w.matrix * mask, coded=code, original=w.matrix)
+
+
+def eora(w: Weight, s: Stats | None, **settings: Any) -> Code:
+    method, config = configured("eora", settings)
+    code: Code = method.apply(w, s, config)  # type: ignore[union-attr,call-arg,arg-type]
+    return code
+
+
+@pytest.mark.parametrize("earlier", ["rtn:bits=3", "rtn:bits=2,group=0", "2:4"])
+def test_eora_loses_less_than_plain_vectors_at_every_rank_and_nothing_at_full_rank(earlier: str) -> None:
+    s = stats(40)
+    w = two_of_four(weight()) if earlier == "2:4" else coded(earlier, weight(), s)
+    last = output_error(weight(), w.matrix, s)
+    for rank in (1, 2, 4, 8, 16, 24):
+        ours, plain = (output_error(weight(), torch.from_numpy(decode(eora(w, s, rank=rank, bits=16, data=d))), s) for d in (True, False))
+        assert ours <= plain * 1.001 + 1e-7 and ours < last
+        last = ours
+    assert last < 1e-6
+
+
+def test_eora_spends_its_bytes_where_they_count() -> None:
+    s, w = stats(80), coded("gptq:bits=3", weight(64, 80), stats(80))
+    before, errors = len(pack(w.coded)), []  # type: ignore[arg-type]
+    for extra in (0.25, 0.5, 1.0, 2.0):
+        code = eora(w, s, extra=extra)
+        assert code.kind == "sum" and code.parts[0] is w.coded
+        assert before < len(pack(code)) <= before + extra * 64 * 80 / 8 + 12
+        errors.append(output_error(weight(64, 80), torch.from_numpy(decode(code)), s))
+    assert errors == sorted(errors, reverse=True)
+    sixteen = output_error(weight(64, 80), torch.from_numpy(decode(eora(w, s, extra=1.0, bits=16))), s)
+    assert errors[2] < 0.8 * sixteen
+
+
+def test_eora_leaves_what_needs_nothing_and_says_no_clearly() -> None:
+    s, w = stats(40), weight()
+    exact = dataclasses.replace(w, coded=Code("dense", (24, 40), (), (w.matrix.numpy(),)), original=w.matrix)
+    assert eora(exact, s) is exact.coded
+    assert eora(coded("rtn:bits=2", w, s), s, extra=0.01).kind == "grid"  # not one rank is that small
+    with pytest.raises(InputError, match="no earlier stage coded w"):
+        eora(w, s)
+    with pytest.raises(InputError, match="one of rank and extra"):
+        configured("eora", {"rank": 3, "extra": 1})
+    assert "more than 24x40" in (configured("eora")[0].why_not(exact, configured("eora", {"rank": 30})[1]) or "")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="no earlier stage"):
+        compress("example:digits-cnn", "eora")
+
+
+def test_eora_after_a_quantizer() -> None:
+    plain = compress("example:digits-cnn", "rtn:bits=2,group=0")
+    made = compress("example:digits-cnn", ["rtn:bits=2,group=0", "eora:extra=0.5"])
+    assert plain.report.quality is not None and made.report.quality is not None
+    assert made.report.quality > plain.report.quality + 0.05 and made.report.bits < plain.report.bits + 0.51
+    assert made.spec.codes["hidden.weight"].kind == "sum" and made.spec.codes["depthwise.weight"].kind == "grid"
+    assert made.report.kept == {}
+    part = compress("example:digits-cnn", ["rtn@hidden:bits=2,group=0", "eora:extra=0.5"], evaluate=False)
+    assert set(part.spec.codes) == {"hidden.weight"} and part.report.kept["stem.weight"] == "eora: no earlier stage coded it"

@@ -175,13 +175,13 @@ class _Work:
 
     def code(self, stage: Stage, found: WeightMethod, settings: Config) -> None:
         """A weight method: every weight it applies to gets a code."""
-        weights = {n: w for n, w in weights_of(self.spec).items() if re.search(stage.only, n)}
+        weights = {n: self._seen(w) for n, w in weights_of(self.spec).items() if re.search(stage.only, n)}
         if not weights:
             raise InputError(
                 f"{stage.method}@{stage.only}: no weight of {self.spec.name} has such a name", "`edgesdk compress --list` names them"
             )
         refused = {n: found.why_not(w, settings) for n, w in weights.items()}
-        self.kept |= {n: f"{found.name}: {reason}" for n, reason in refused.items() if reason}
+        self.kept |= {n: f"{found.name}: {reason}" for n, reason in refused.items() if reason and n not in self.rows}
         if all(refused.values()):
             name, reason = next(iter(refused.items()))
             raise InputError(
@@ -192,13 +192,17 @@ class _Work:
             if refused[name] or (found.needs and name not in stats and weight.op != "embedding"):
                 continue
             self.step(f"{found.name}: {name}", i / len(weights))
-            before = self.original.setdefault(name, weight.matrix)
-            ready = replace(weight, coded=self.spec.codes.get(name), original=before, kept=self.kept_weights.get(name))
-            code = found.apply(ready, stats.get(name), settings)
+            self.original.setdefault(name, weight.matrix)
+            code = found.apply(weight, stats.get(name), settings)
             self.spec.codes[name] = code
             set_weight(self.spec, name, torch.from_numpy(decode(code)))
             self.kept.pop(name, None)
-            self._note(ready, found.name, settings, stats.get(name))
+            self._note(weight, found.name, settings, stats.get(name))
+
+    def _seen(self, weight: Weight) -> Weight:
+        """A weight with what earlier stages did to it."""
+        original = self.original.get(weight.name, weight.matrix)
+        return replace(weight, coded=self.spec.codes.get(weight.name), original=original, kept=self.kept_weights.get(weight.name))
 
     def _note(self, weight: Weight, method: str, settings: Config, stats: Stats | None) -> None:
         code = self.spec.codes[weight.name]

@@ -25,6 +25,7 @@ METHODS = {
     "svd": "edgesdk.compress.svd",
     "lord": "edgesdk.compress.lord",
     "welore": "edgesdk.compress.welore",
+    "eora": "edgesdk.compress.eora",
 }
 """Name → the module whose `METHOD` it is. Nothing is imported before a method is asked for."""
 
