@@ -147,7 +147,41 @@ def test_any4_weights_by_the_inputs() -> None:
     assert coded("any4", weight, stats, bits=3, feedback=False)[1] < output_error(weight, torch.from_numpy(decode(plain)), stats)
 
 
-METHODS = ["any4:bits=3", "any4:bits=2,group=7"]
+# ---- squeezellm
+
+
+def test_squeezellm_weights_by_sensitivity() -> None:
+    """Heavy tails: the k-means weighted by Fisher information has a lower weighted error than the unweighted one and than a uniform grid."""
+    weight, stats = made(16, 256, tails=True)
+    fisher = torch.rand(16, 256, generator=torch.Generator().manual_seed(5)) ** 6
+    known = Stats(stats.count, stats.gram, stats.mean, stats.absmax, fisher)
+
+    def objective(code: Code) -> float:
+        return float((fisher.numpy() * (decode(code) - weight.matrix.numpy()) ** 2).sum())
+
+    dense = {"bits": 3, "feedback": False, "outliers": 0, "sensitive": 0}
+    weighted, plain = (coded("squeezellm", weight, s, **dense)[0] for s in (known, None))
+    uniform = coded("rtn", weight, None, bits=3, group=0, symmetric=False)[0]
+    assert weighted.kind == "table"
+    assert objective(weighted) < 0.9 * objective(plain) < 0.7 * objective(uniform)
+
+
+def test_squeezellm_outliers_pay() -> None:
+    """At no more stored bytes than a finer table, dense and sparse is nearer to heavy-tailed weights; what is apart is kept as it is."""
+    weight, stats = made(64, 512, tails=True)
+    split, whole = coded("squeezellm", weight, stats, bits=3, outliers=0.01), coded("any4", weight, stats, bits=4, group=64)
+    assert split[2] < whole[2]
+    plain = coded("squeezellm", weight, stats, bits=3, outliers=0, sensitive=0)
+    assert split[1] < 0.6 * plain[1]
+    dense, sparse = split[0].parts
+    assert (dense.kind, sparse.kind) == ("table", "sparse")
+    apart = sparse.arrays[0].astype(bool)
+    assert apart.sum() == int(0.01 * 64 * 512) + int(0.0005 * 64 * 512)
+    still = coded("squeezellm", weight, stats, bits=3, outliers=0.01, feedback=False)[0]
+    assert np.allclose(decode(still)[apart], weight.matrix.numpy()[apart], atol=2e-3)
+
+
+METHODS = ["any4:bits=3", "any4:bits=2,group=7", "squeezellm:bits=3", "squeezellm:bits=2,group=7,outliers=0.02"]
 
 
 @pytest.mark.parametrize("recipe", METHODS)
@@ -169,7 +203,7 @@ def test_zero_and_constant_rows_stay_sane(recipe: str) -> None:
     weight.matrix[3], weight.matrix[4] = 0, 0.25
     dead = Stats(0, torch.zeros_like(stats.gram), stats.mean, stats.absmax, torch.zeros_like(weight.matrix))
     name, _, settings = recipe.partition(":")
-    given = {k: int(v) for k, v in (item.split("=") for item in settings.split(",") if item)}
+    given = {k: float(v) for k, v in (item.split("=") for item in settings.split(",") if item)}
     for known in (stats, dead):
         code = coded(name, weight, known, **given)[0]
         assert np.abs(decode(code)[3]).max() < 0.05
@@ -185,6 +219,6 @@ def test_bad_input_is_refused(mixed: ModelSpec, recipe: str) -> None:
 
 
 def test_unknown_and_senseless_settings_are_refused(mixed: ModelSpec) -> None:
-    for recipe in ("any4:bits=5", "any4:bits=1", "any4:depth=3", "any4:table=column"):
-        with pytest.raises(InputError, match="any4"):
+    for recipe in ("any4:bits=5", "any4:bits=1", "any4:depth=3", "any4:table=column", "squeezellm:outliers=0.5"):
+        with pytest.raises(InputError, match=recipe.partition(":")[0]):
             compress(mixed, recipe)

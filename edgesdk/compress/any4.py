@@ -25,12 +25,15 @@ class Any4Config(Config):
 
 
 class Scalar:
-    """A weight on its way to a table code: `codes` [groups, rows, cols], `table` [1, k] or [rows of all groups, k], `scale` [groups, rows, n]."""
+    """A weight on its way to a table code: `codes` [groups, rows, cols], `table` [1, k] or [rows of all groups, k], `scale` [groups, rows, n].
+    Where `free` [groups, rows, cols] is true, the weight is stored beside the table, as `loose`, and takes any value of float16."""
 
-    def __init__(self, w: torch.Tensor, h: torch.Tensor, table: torch.Tensor, scale: torch.Tensor, width: int) -> None:
+    def __init__(self, w: torch.Tensor, h: torch.Tensor, scale: torch.Tensor, width: int, free: torch.Tensor | None = None) -> None:
         self.w, self.h, self.width = w, h, width
         self.codes = torch.zeros(w.shape, dtype=torch.int64)
-        self.set(table, scale)
+        self.free = torch.zeros(w.shape, dtype=torch.bool) if free is None else free
+        self.loose = w.where(self.free, torch.zeros(())).to(torch.float16).float()
+        self.set(torch.zeros(1, 1), scale)
 
     def set(self, table: torch.Tensor, scale: torch.Tensor) -> None:
         """New values; `entries` is the table of every row [groups, rows, k], `wide` the scale of every column."""
@@ -40,14 +43,19 @@ class Scalar:
         self.wide = scale.repeat_interleave(self.width, 2)[:, :, :cols]
 
     def values(self) -> torch.Tensor:
-        return torch.gather(self.entries, 2, self.codes) * self.wide
+        return self.loose.where(self.free, torch.gather(self.entries, 2, self.codes) * self.wide)
 
     def pick(self, start: int, target: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        """The nearest value of one column; notes its index."""
+        """The nearest value of one column; notes its index, or the value where it is free."""
         s = self.wide[:, :, start : start + 1]
         code = (target / s - self.entries).abs().argmin(-1, keepdim=True)
+        free = self.free[:, :, start : start + 1]
         self.codes[:, :, start] = code[:, :, 0]
-        return torch.gather(self.entries, 2, code) * s
+        self.loose[:, :, start : start + 1] = target.clamp(-65504, 65504).to(torch.float16).float().where(free, torch.zeros(()))
+        return self.loose[:, :, start : start + 1].where(free, torch.gather(self.entries, 2, code) * s)
+
+    def kept(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.codes.clone(), self.loose.clone(), self.table, self.scale
 
     def nearest(self) -> None:
         ready = self.w / self.wide
@@ -57,14 +65,14 @@ class Scalar:
 
     def refit(self) -> None:
         """Table and scales to their least-squares places, for the codes as they are."""
-        k = self.table.shape[1]
-        basis = torch.stack([(self.codes == i) * self.wide for i in range(k)])
+        k, w, wide = self.table.shape[1], self.w - self.loose, self.wide.masked_fill(self.free, 0)
+        basis = torch.stack([(self.codes == i) * wide for i in range(k)])
         shared = self.table.shape[0] == 1 and self.w.shape[0] * self.w.shape[1] > 1
         now = self.table[0].double() if shared else self.entries.double()
-        self.set(refit(basis, self.w, self.h, now).reshape(-1, k).to(torch.float16).float(), self.scale)
-        plain, column = torch.gather(self.entries, 2, self.codes), torch.arange(self.w.shape[2]) // self.width
+        self.set(refit(basis, w, self.h, now).reshape(-1, k).to(torch.float16).float(), self.scale)
+        plain, column = torch.gather(self.entries, 2, self.codes).masked_fill(self.free, 0), torch.arange(self.w.shape[2]) // self.width
         basis = torch.stack([plain * (column == g) for g in range(self.scale.shape[2])])
-        new = refit(basis, self.w, self.h, self.scale.double()).float()
+        new = refit(basis, w, self.h, self.scale.double()).float()
         self.set(self.table, torch.where(new > 1e-6, new, self.scale).clamp(6e-8, 65504).to(torch.float16).float())
 
 
@@ -85,28 +93,23 @@ def own_table(weight: Weight, config: Any4Config) -> bool:
     return config.table == "row" or (config.table == "auto" and weight.cols >= TABLE_LEAST * 2**config.bits)
 
 
-def fit(weight: Weight, stats: Stats | None, config: Any4Config) -> Scalar:
+def fit(state: Scalar, importance: torch.Tensor, config: Any4Config, own: bool) -> None:
     """The best table code found: k-means, then `rounds` of error feedback, new tables and scales; the round of least error is kept."""
-    w, h = grouped(weight), damped(weight, stats)
-    width = config.group or weight.cols
-    scale = group_scale(w, width)
-    state = Scalar(w, h, torch.zeros(1, 1), scale, width)
-    importance = state.wide**2 * h.diagonal(dim1=1, dim2=2)[:, None].float()
-    state.set(first_table(w / state.wide, importance, 2**config.bits, own_table(weight, config)), scale)
+    w, h = state.w, state.h
+    state.set(first_table(w / state.wide, importance, 2**config.bits, own), state.scale)
     if not config.feedback:
         state.nearest()
-        return state
+        return
     feedback(w, h, state.pick)
-    best = (loss(w, state.values(), h), state.codes.clone(), state.table, state.scale)
+    best, least = state.kept(), loss(w, state.values(), h)
     for _ in range(config.rounds):
         state.refit()
         refine(w, state.values(), h, state.pick)
         now = loss(w, state.values(), h)
-        if now < best[0]:
-            best = (now, state.codes.clone(), state.table, state.scale)
-    state.codes = best[1]
-    state.set(best[2], best[3])
-    return state
+        if now < least:
+            best, least = state.kept(), now
+    state.codes, state.loose, table, scale = best
+    state.set(table, scale)
 
 
 class Any4:
@@ -131,11 +134,20 @@ class Any4:
         return [Any4Config(bits=b, group=g) for b in (2, 3, 4) for g in (0, 32) if g < weight.cols]
 
     def apply(self, weight: Weight, stats: Stats | None, config: Any4Config) -> Code:
-        state = fit(weight, stats, config)
-        scale = state.scale.reshape(weight.rows, -1).to(torch.float16).numpy()
-        codes = state.codes.reshape(weight.rows, weight.cols).to(torch.uint8).numpy()
-        group = config.group if groups_of(weight.cols, config.group) > 1 else 0
-        return Code("table", tuple(weight.matrix.shape), (config.bits, group), (codes, state.table.to(torch.float16).numpy(), scale))
+        w, h = grouped(weight), damped(weight, stats)
+        width = config.group or weight.cols
+        state = Scalar(w, h, group_scale(w, width), width)
+        importance = state.wide**2 * h.diagonal(dim1=1, dim2=2)[:, None].float()
+        fit(state, importance, config, own_table(weight, config))
+        return to_code(weight, state, config.bits)
+
+
+def to_code(weight: Weight, state: Scalar, bits: int) -> Code:
+    """The table code, without what is stored beside it."""
+    scale = state.scale.reshape(weight.rows, -1).to(torch.float16).numpy()
+    codes = state.codes.reshape(weight.rows, weight.cols).to(torch.uint8).numpy()
+    group = state.width if groups_of(weight.cols, state.width) > 1 else 0
+    return Code("table", tuple(weight.matrix.shape), (bits, group), (codes, state.table.to(torch.float16).numpy(), scale))
 
 
 METHOD = Any4()

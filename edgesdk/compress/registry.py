@@ -19,6 +19,7 @@ METHODS = {
     "ecoflap": "edgesdk.compress.ecoflap",
     "gptq": "edgesdk.compress.gptq",
     "any4": "edgesdk.compress.any4",
+    "squeezellm": "edgesdk.compress.squeezellm",
     "ternary": "edgesdk.compress.ternary",
     "qat": "edgesdk.compress.qat",
     "ternary-qat": "edgesdk.compress.ternary_qat",
