@@ -21,6 +21,7 @@ METHODS = {
     "any4": "edgesdk.compress.any4",
     "squeezellm": "edgesdk.compress.squeezellm",
     "ternary": "edgesdk.compress.ternary",
+    "lora": "edgesdk.compress.lora",
     "qat": "edgesdk.compress.qat",
     "ternary-qat": "edgesdk.compress.ternary_qat",
     "svd": "edgesdk.compress.svd",
