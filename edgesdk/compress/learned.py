@@ -97,12 +97,21 @@ class _Scale:
         return self.now().detach().numpy().astype(dtype)
 
 
+def _levels(q: Any, zero: Any, bits: int) -> tuple[float, float]:
+    """The least and the greatest integer that a grid uses: training adds no level (entropy-coded sizes and runtimes' formats depend on them)."""
+    if not q.size:
+        return 0.0, 0.0
+    if not zero.size:
+        return min(1.0, float(q.min())), 2.0**bits - 1
+    return min(0.0, float(q.min())), max(float(q.max()), 2.0 if bits == 2 else 1.0)
+
+
 def _grid(code: Code, original: torch.Tensor | None, how: str) -> Learned:
     (bits, group), (q, stored, zero) = code.numbers, code.arrays
     cols = code.shape[1]
     scale = _Scale(stored, cols, group, how == "kept")
     z = torch.from_numpy(spread(zero.astype(np.float32), cols, group)) if zero.size else torch.tensor(float(1 << (bits - 1)))
-    low, high = (float(q.min()), float(q.max())) if q.size else (0.0, 0.0)
+    low, high = _levels(q, zero, bits)
     before = torch.from_numpy(q.astype(np.float32))
     start = before - z
     if original is not None:
@@ -110,7 +119,9 @@ def _grid(code: Code, original: torch.Tensor | None, how: str) -> Learned:
         inside = torch.minimum(torch.maximum(place, before - 0.49), before + 0.49)
         far = ((before == low) & (place < low)) | ((before == high) & (place > high))
         start = torch.where(far, torch.minimum(torch.maximum(place, before - 1), before + 1), inside) - z
-    latent, size = _variable(start * scale.spread().detach())
+    steps = scale.spread().detach()
+    usual = float((start * steps).square().mean().sqrt())
+    latent, size = _variable(start * steps, usual or 0.05 * (high - low) * float(steps.abs().mean()))
 
     def digits(s: torch.Tensor) -> torch.Tensor:
         t = torch.clamp(latent / s + z, low, high)

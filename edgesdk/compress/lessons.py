@@ -46,12 +46,16 @@ class Lessons:
 
     def __init__(
         self, student: ModelSpec, teacher: ModelSpec, *, data: Data = "auto", pool: int = 512, batch: int = 16, loss: Loss = "auto", mix: bool = True,
-        cache_bits: int = 16, seed: int = 0,
+        cache_bits: int = 16, whole: bool = True, seed: int = 0,
     ) -> None:  # fmt: skip
         self.student, self.teacher = Calls(student), Calls(teacher)
         self.batch, self.mix, self.seed, self.cache_bits = batch, mix, seed, cache_bits
-        chain = chain_of(teacher)
-        self.soft = loss == "logits" or (loss == "auto" and (chain is not None or teacher.quality_name in ("accuracy", "exact match")))
+        chain = chain_of(teacher) if whole else None
+        self.chain = chain if chain is None or set(student.methods) == set(teacher.methods) else chain_of(student)
+        if chain is not None and self.chain is None:
+            raise InputError(f"{student.name} answers no sequences as {teacher.name} does", "give a student with prefill and decode")
+        sequence = teacher.layout != "plain"
+        self.soft = loss == "logits" or (loss == "auto" and (sequence or teacher.quality_name == "accuracy"))
         rows = self._rows(teacher, chain, data, pool)
         self.sets = [Set(m, inputs, chain) for m, found in rows.items() for inputs in stacked(found)]
         order = torch.Generator().manual_seed(seed)
@@ -109,16 +113,17 @@ class Lessons:
         return losses / max(1, total)
 
     def _gap(self, chosen: Set, inputs: Sequence[torch.Tensor], index: torch.Tensor, values: Values | None) -> torch.Tensor:
-        if chosen.chain is not None and chosen.answers is not None:
+        if self.chain is not None and chosen.answers is not None:
             a = chosen.answers
             steps = int(a.valid[index].sum(1).max())
             wanted = Answers(a.tokens[index, :steps], a.logits[index, :steps], a.valid[index, :steps])
-            got = chosen.chain.answer(self.student, inputs, values, wanted, _keeper(self.cache_bits))
+            got = self.chain.answer(self.student, inputs, values, wanted, _keeper(self.cache_bits))
             return gap(got.logits[wanted.valid], wanted.logits[wanted.valid], self.soft)
         with torch.no_grad():
             right = [o for o in self.teacher(chosen.method, inputs) if o.is_floating_point()]
         out = [o for o in self.student(chosen.method, inputs, values) if o.is_floating_point()]
-        return torch.stack([gap(o, r, self.soft and i == 0) for i, (o, r) in enumerate(zip(out, right, strict=True))]).sum()
+        soft = self.soft and chosen.method != "encode"
+        return torch.stack([gap(o, r, soft and i == 0) for i, (o, r) in enumerate(zip(out, right, strict=True))]).sum()
 
 
 def chunks(start: int, end: int, size: int) -> list[torch.Tensor]:

@@ -44,6 +44,7 @@ class TrainConfig(Config):
     loss: Loss = "auto"  # "logits": also the divergence of distributions
     activations: Literal[4, 8, 16] = 16  # bits of the inputs of coded weights while training (a range for each row); 16: as they are
     cache: Literal[4, 8, 16] = 16  # bits of a sequence model's caches while training
+    whole: bool = True  # a sequence model is run from its source to its last token; false: each method for itself, on the teacher's inputs
     seed: Annotated[int, Field(ge=0, le=2**31)] = 0
 
 
@@ -56,7 +57,7 @@ def lessons_of(spec: ModelSpec, config: TrainConfig) -> Lessons:
     """Raises `InputError` where there is nothing to train on."""
     return Lessons(
         spec, teacher_of(spec), data=config.data, pool=config.pool, batch=config.batch, loss=config.loss, cache_bits=config.cache,
-        seed=config.seed,
+        whole=config.whole, seed=config.seed,
     )  # fmt: skip
 
 
