@@ -12,13 +12,16 @@ from torch import nn
 from edgesdk.compress import compress
 from edgesdk.compress.dependency import trace
 from edgesdk.compress.magnitude import cubic
-from edgesdk.compress.masks import error_of, fit_kept, largest, sparsest
+from edgesdk.compress.masks import error_of, fit_kept, largest, prunable, sparse_code, sparsest
+from edgesdk.compress.nm import NmConfig, Trained
 from edgesdk.compress.shrink import copy_of, cuttable, edits_of, mask, outputs
 from edgesdk.compress.surgery import apply_edits
 from edgesdk.compress.weights import weights_of
 from edgesdk.errors import InputError
 from edgesdk.model import Method, ModelSpec
 from edgesdk.packed import decode, pack, unpack
+
+torch.set_num_threads(1)
 
 
 def spec_of(module: nn.Module, *shape: int, count: int = 24, calibration: bool = True, rank: int = 0) -> ModelSpec:
@@ -251,3 +254,77 @@ def test_zero_rows_and_dead_inputs_are_pruned_sanely() -> None:
         module[0].bias[4] = -100.0  # never on
     done = compress(spec_of(module, 8), "magnitude:sparsity=0.5")
     assert all(bool(torch.isfinite(w.matrix).all()) for w in weights_of(done.spec).values())
+
+
+# ---- n of every m
+
+
+def holds(matrix: torch.Tensor, n: int, m: int) -> bool:
+    groups = nn.functional.pad(matrix, (0, -matrix.shape[1] % m)).reshape(-1, m)
+    return int((groups != 0).sum(1).max()) <= n
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 8), (1, 16), (3, 5)])
+def test_every_group_keeps_n_of_m_and_its_pattern_is_stored_in_fewer_bytes(n: int, m: int) -> None:
+    spec = spec_of(seeded(Residual), 3, 8, 8)  # rows of 27, 108, 9, 12 and 10
+    done = compress(spec, f"nm:n={n},m={m}")
+    held = weights_of(done.spec)
+    assert done.spec.codes
+    for name, code in done.spec.codes.items():
+        assert holds(held[name].matrix, n, m)
+        assert np.array_equal(decode(unpack(pack(code))), held[name].matrix.numpy())
+        mask = held[name].matrix != 0
+        assert len(pack(code)) <= len(pack(sparse_code(held[name].matrix, mask)))
+    assert any(c.kind == "sparse" and len(c.parts) == 2 for c in done.spec.codes.values()) == (m <= 8)
+    later = compress(spec, [f"nm:n={n},m={m}", "gptq:bits=4"])
+    assert all(holds(weights_of(later.spec)[name].matrix, n, m) for name in done.spec.codes)
+
+
+def test_shares_by_layer_keep_the_mean_and_bad_patterns_are_refused() -> None:
+    spec = spec_of(seeded(Transformer), 6, 16)
+    done = compress(spec, "nm:n=2,m=8,allocation=ecoflap,fit=false")
+    held = [w.matrix for w in weights_of(done.spec).values()]
+    assert sum(int((w != 0).sum()) for w in held) <= sum(w.numel() for w in held) / 4
+    assert len({round(float((w != 0).float().mean()) * 8) for w in held}) > 1
+    with pytest.raises(InputError, match="less than m"):
+        compress(spec, "nm:n=4,m=4")
+    with pytest.raises(InputError, match="no row is as long"):
+        compress(spec, "nm:n=1,m=64")
+
+
+def distilled(seed: int, **settings: Any) -> tuple[float, Trained]:
+    """The error of a small network's outputs after training under masks, over their variance, on inputs it was not trained on."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    spec = spec_of(net, 16, count=64)
+    teacher, weights = copy_of(spec), prunable(spec)
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    trained = Trained(spec, weights, {}, dict.fromkeys(weights, settings["n"]), NmConfig(inputs=False, fit=False, rate=3e-3, **settings))
+    masks = trained.run(lambda text, share: None, teacher)
+    assert all(
+        holds(weights_of(spec)[n].matrix, settings["n"], settings["m"]) and bool((weights_of(spec)[n].matrix[~m] == 0).all())
+        for n, m in masks.items()
+    )
+    x = torch.randn(500, 16)
+    with torch.no_grad():
+        wanted, got = (s.methods["forward"].module(x) for s in (teacher, spec))
+    return float((got - wanted).square().mean() / wanted.var()), trained
+
+
+@pytest.mark.parametrize("m", [8, 16])
+def test_decaying_gradients_beat_masks_that_are_closed_from_the_start(m: int) -> None:
+    flow, closed = (sum(distilled(seed, n=1, m=m, steps=240, recipe=r)[0] for seed in range(3)) for r in ("flow", "fixed"))
+    assert flow < closed
+
+
+def test_adaptive_masks_change_then_settle_and_beat_fixed_ones() -> None:
+    errors = {"adaptive": 0.0, "fixed": 0.0}
+    for seed in range(3):
+        for recipe in errors:
+            error, trained = distilled(seed, n=2, m=4, steps=240, recipe=recipe)
+            errors[recipe] += error
+            if recipe == "adaptive":
+                third = len(trained.changed) // 3
+                assert sum(trained.changed) > 0 and sum(trained.changed[-third:]) <= sum(trained.changed[:third])
+    assert errors["adaptive"] < errors["fixed"]

@@ -113,7 +113,7 @@ def gradual(
     sizes = {n: input_sizes(w, moments.get(n) if config.inputs else None) for n, w in weights.items()}
     held = {n: uses[0][2].weight for n, uses in holders(spec).items() if n in weights}
     masks: dict[str, torch.Tensor] = {n: torch.ones_like(w.matrix, dtype=torch.bool) for n, w in weights.items()}
-    tuner = Tuner(spec, copy_of(spec), steps=config.steps, rate=config.rate)
+    tuner = Tuner(spec, spec.reference or copy_of(spec), steps=config.steps, rate=config.rate)
     last = round(config.ramp * config.steps)
     if not last:  # all at once, then training
         masks = one_shot(spec, weights, moments, counts, config, step)

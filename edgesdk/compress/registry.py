@@ -13,21 +13,26 @@ from edgesdk.errors import InputError, UnknownName
 from edgesdk.noun import describe
 
 METHODS = {
+    "auto": "edgesdk.compress.auto",
     "rtn": "edgesdk.compress.rtn",
     "structured": "edgesdk.compress.structured",
     "magnitude": "edgesdk.compress.magnitude",
     "ecoflap": "edgesdk.compress.ecoflap",
+    "nm": "edgesdk.compress.nm",
     "gptq": "edgesdk.compress.gptq",
     "any4": "edgesdk.compress.any4",
     "squeezellm": "edgesdk.compress.squeezellm",
+    "vptq": "edgesdk.compress.vptq",
     "ternary": "edgesdk.compress.ternary",
-    "lora": "edgesdk.compress.lora",
-    "qat": "edgesdk.compress.qat",
     "ternary-qat": "edgesdk.compress.ternary_qat",
+    "lora": "edgesdk.compress.lora",
+    "distill": "edgesdk.compress.distill",
+    "qat": "edgesdk.compress.qat",
     "svd": "edgesdk.compress.svd",
     "lord": "edgesdk.compress.lord",
     "welore": "edgesdk.compress.welore",
     "eora": "edgesdk.compress.eora",
+    "lqlora": "edgesdk.compress.lqlora",
 }
 """Name → the module whose `METHOD` it is. Nothing is imported before a method is asked for."""
 
