@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,13 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from edgesdk.compress.pipeline import compress, parse_stage
+from edgesdk.compress import lqlora
+from edgesdk.compress.pipeline import Stage, compress, parse_stage
 from edgesdk.compress.registry import configured
 from edgesdk.compress.saved import load
 from edgesdk.compress.svd import even_rank, factor_code, space_of, spectrum_of
 from edgesdk.compress.types import Stats, Weight
 from edgesdk.compress.weights import output_error, weights_of
-from edgesdk.errors import InputError
+from edgesdk.errors import DoesNotFit, InputError
 from edgesdk.graph import trace
 from edgesdk.intake import load_model
 from edgesdk.model import Method, ModelSpec
@@ -380,3 +382,86 @@ def test_eora_after_a_quantizer() -> None:
     assert made.report.kept == {}
     part = compress("example:digits-cnn", ["rtn@hidden:bits=2,group=0", "eora:extra=0.5"], evaluate=False)
     assert set(part.spec.codes) == {"hidden.weight"} and part.report.kept["stem.weight"] == "eora: no earlier stage coded it"
+
+
+# ---- lqlora
+
+
+def with_few_strong_directions(rows: int = 48, cols: int = 64, rank: int = 3) -> Weight:
+    g = torch.Generator().manual_seed(3)
+    strong = torch.randn(rows, rank, generator=g) @ torch.randn(rank, cols, generator=g) * 2
+    return dataclasses.replace(weight(rows, cols), matrix=strong + 0.3 * weight(rows, cols).matrix)
+
+
+@pytest.mark.parametrize("rows", [None, torch.linspace(0.01, 4, 48)])
+def test_turns_of_integers_and_low_rank_only_lower_the_error(rows: torch.Tensor | None) -> None:
+    task = lqlora.Task(with_few_strong_directions(), stats(64), rows)
+    code, errors = task.split(lqlora.Setting(4, 0, 3), 4)
+    assert len(errors) > 1 and errors == sorted(errors, reverse=True) and code.kind == "sum"
+    assert task.error(torch.from_numpy(decode(code))) == pytest.approx(errors[-1])
+    plain = [task.split(lqlora.Setting(levels, 0, 0), 8) for levels in (6, 8)]
+    equal = [e[-1] for c, e in plain if len(pack(c)) <= 1.02 * len(pack(code))]
+    assert errors[-1] < 0.6 * min(equal)
+
+
+def test_integer_program_is_brute_force() -> None:
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        loss, use = rng.random((5, 4)) ** 3, rng.integers(1, 30, (5, 4)).astype(float)
+        loss[2, 3] = np.inf
+        limit = float(rng.integers(25, 80))
+        every = list(itertools.product(range(4), repeat=5))
+        sums = [sum(loss[u, i] for u, i in enumerate(p)) for p in every if sum(use[u, i] for u, i in enumerate(p)) <= limit]
+        if not sums or min(sums) == np.inf:
+            with pytest.raises(DoesNotFit, match="smallest options need"):
+                lqlora.program(loss, use, limit)
+            continue
+        picked = lqlora.program(loss, use, limit)
+        assert sum(use[u, i] for u, i in enumerate(picked)) <= limit
+        assert sum(loss[u, i] for u, i in enumerate(picked)) == pytest.approx(min(sums), rel=1e-4)
+
+
+def strong_layers() -> ModelSpec:
+    """Layers with few strong directions, and one without."""
+    module = nn.Sequential(nn.Linear(40, 48), nn.ReLU(), nn.Linear(48, 64, bias=False), nn.Linear(64, 48, bias=False))
+    with torch.no_grad():
+        module[3].weight.copy_(with_few_strong_directions().matrix)
+    return spec_of(module, torch.zeros(2, 40))
+
+
+@pytest.mark.parametrize("bits", [2.5, 4.0])
+def test_lqlora_meets_its_bytes_by_an_own_choice_for_each(bits: float) -> None:
+    made = compress(strong_layers(), Stage(method="lqlora", settings={"bits": bits, "rounds": 1, "low_rank": [0.3, 1.2]}), evaluate=False)
+    assert 0.85 * bits < made.report.bits <= bits
+    assert made.report.weight_bytes == sum(len(pack(c)) for c in made.spec.codes.values())
+    assert len({n.partition(": ")[2] for n in made.report.notes[1:]}) > 1
+    assert bits < 4 or made.spec.codes["3.weight"].kind == "sum"
+
+
+class Words(nn.Module):
+    """An embedding whose entries are mostly unseen, and a convolution in groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.embed, self.mix, self.out = nn.Embedding(50, 12), nn.Conv1d(12, 18, 3, groups=3), nn.Linear(18, 7)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.out(torch.relu(self.mix(self.embed(ids).transpose(1, 2)).transpose(1, 2)))
+        return y
+
+
+def test_lqlora_takes_embeddings_and_groups_and_says_no_clearly() -> None:
+    base = spec_of(Words(), torch.arange(9)[None])
+    made = compress(base, "lqlora:bits=6", evaluate=False)
+    assert set(made.spec.codes) == {"mix.weight", "out.weight", "embed.weight"} and made.report.bits <= 6
+    embed = weights_of(made.spec)["embed.weight"].matrix - weights_of(base)["embed.weight"].matrix
+    assert float(embed[9:].norm() / weights_of(base)["embed.weight"].matrix[9:].norm()) < 0.5  # unseen entries are kept as well
+    again = compress(base, "lqlora:bits=6", evaluate=False)
+    assert again.spec.digest == made.spec.digest
+    with pytest.raises(InputError, match="too few"):
+        compress(base, "lqlora:bits=1", evaluate=False)
+    with pytest.raises(InputError, match="no calibration data"):
+        compress(spec_of(nn.Sequential(nn.Linear(30, 30)), torch.zeros(1, 30), calibrated=False), "lqlora")
+    with pytest.raises(InputError, match="no weight has such a name"):
+        compress(base, "lqlora:only=nothing")

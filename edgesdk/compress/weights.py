@@ -162,7 +162,7 @@ def stats_of(spec: ModelSpec, *, gradients: bool = False, most: int = 64, step: 
                 step(f"statistics of {method}", i / len(spec.methods))
             for sample in samples(spec, method, most):
                 entry.module(*sample)
-    fisher = _fisher(spec, most) if gradients else {}
+    fisher = fisher_of(spec, most) if gradients else {}
     return {
         name: Stats(
             s.count, s.gram / max(1, s.count), (s.mean / max(1, s.count * len(s.gram))).float(), s.absmax.float(), fisher.get(name)
@@ -171,7 +171,7 @@ def stats_of(spec: ModelSpec, *, gradients: bool = False, most: int = 64, step: 
     }  # fmt: skip
 
 
-def _fisher(spec: ModelSpec, most: int) -> dict[str, torch.Tensor]:
+def fisher_of(spec: ModelSpec, most: int = 64) -> dict[str, torch.Tensor]:
     """Mean squared gradient of random projections of a method's float outputs: the diagonal of JᵀJ, in expectation."""
     import torch
 
