@@ -192,7 +192,7 @@ def test_every_shipped_row_is_known_and_has_a_source() -> None:
 
 
 def test_the_conformal_quantile_covers() -> None:
-    from edgesdk.predict.fit import quantile
+    from edgesdk.predict.check import quantile
 
     errors = [i / 100 for i in range(1, 100)]
     assert quantile(errors, 0.8) == pytest.approx(0.80)

@@ -17,6 +17,14 @@ Rows = Annotated[
 Validate = Annotated[
     bool, typer.Option("--validate", help="Also fit again with whole devices and whole models left out, and print the errors reached.")
 ]
+Anchors = Annotated[
+    int,
+    typer.Option(
+        "--anchors",
+        min=0,
+        help="Also leave each device out but for 0, 1, 3, … K of its rows, and print the errors on the others; implies --validate.",
+    ),
+]
 
 
 def _percent(x: float | None) -> str:
@@ -54,17 +62,17 @@ def _summary_table(title: str, groups: dict[str, Any]) -> None:
     console().print(table)
 
 
-def predictions(rows: Rows, as_json: Json = False, check: Validate = False) -> None:
+def predictions(rows: Rows, as_json: Json = False, check: Validate = False, anchors: Anchors = 0) -> None:
     """Predict published latencies without touching a device, and tell how far off the predictions are."""
     from edgesdk import predict
 
     items = predict.predict_rows(rows)
     summary = predict.summarise(items)
     validation = None
-    if check:
+    if check or anchors:
         with progress("validate") as step:
             step("fitting with devices and models left out", 0.0)
-            validation = predict.validate(rows)
+            validation = predict.validate(rows, anchors)
     shipped = predict.fitted()
     if as_json:
         emit_json({

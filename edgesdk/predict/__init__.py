@@ -57,26 +57,31 @@ def fitted() -> dict[str, Any]:
     return data
 
 
-def half_width(case: Case) -> float:
-    """Half of the log interval for a case: wider when its device, its model or its runtime was in no fitted row."""
+def half_width(case: Case, spread: float) -> float:
+    """Half of the log interval of a case from its log spread: wider when its device, its model or its runtime was in no fitted row."""
     shipped = fitted()
-    params = shipped["parameters"].get(case.engine, {})
-    widths = shipped["half_widths"].get(case.engine)
-    if widths is None:
+    seen = shipped["parameters"].get(case.engine)
+    if seen is None:
         return log(3.0)
-    new_device = f"device:{case.device}" not in params
     new_model = case.model not in shipped["seen"].get(case.engine, ())
-    if f"variant:{case.variant}" not in params:
-        return float(widths["variant"])
-    return float(widths["both" if new_device and new_model else "device" if new_device else "model" if new_model else "known"])
+    reach = max(shipped["conformal"][by].get(case.engine, shipped["conformal"][by]["*"]) for by in _new(case, seen, new_model))
+    return float(reach * spread)
+
+
+def _new(case: Case, seen: dict[str, float], new_model: bool) -> tuple[str, ...]:
+    """What the fit has not seen of a case; a case that it has seen whole is treated as a known model on a known device can err."""
+    new_device = f"device:{case.device}" not in seen
+    if f"variant:{case.variant}" not in seen or new_device == new_model:
+        return ("device", "model")
+    return ("device",) if new_device else ("model",)
 
 
 def _in_unit(row: Row, seconds: float) -> float:
     return 1 / seconds if row.rate else seconds * row.value / row.seconds
 
 
-def _answer(row: Row, case: Case, log_seconds: float) -> Prediction:
-    half = half_width(case)
+def _answer(row: Row, case: Case, log_seconds: float, spread: float) -> Prediction:
+    half = half_width(case, spread)
     ends = sorted((_in_unit(row, exp(log_seconds - half)), _in_unit(row, exp(log_seconds + half))))
     value = _in_unit(row, exp(log_seconds))
     error = abs(value - row.value) / row.value
@@ -101,8 +106,8 @@ def predict_rows(path: str | os.PathLike[str]) -> list[Prediction]:
     rows = read_rows(path)
     cases = [case_of(row) for row in rows]
     known = [c for c in cases if not isinstance(c, str)]
-    values = iter(log_predictions(fitted()["parameters"], known))
-    return [Prediction(**_head(r), why=c) if isinstance(c, str) else _answer(r, c, next(values)) for r, c in zip(rows, cases, strict=True)]
+    values = iter(log_predictions(fitted()["parameters"], fitted()["left"], known))
+    return [Prediction(**_head(r), why=c) if isinstance(c, str) else _answer(r, c, *next(values)) for r, c in zip(rows, cases, strict=True)]
 
 
 def _group(items: Sequence[Prediction]) -> dict[str, Any]:
@@ -127,16 +132,17 @@ def summarise(items: Sequence[Prediction]) -> dict[str, Any]:
     return {"all": _group(items), "device": by(lambda p: p.device), "runtime": by(lambda p: p.runtime), "source": by(lambda p: p.source)}
 
 
-def validate(path: str | os.PathLike[str]) -> dict[str, Any]:
+def validate(path: str | os.PathLike[str], anchors: int = 0) -> dict[str, Any]:
     """Errors on the rows of `path` when whole devices, and whole models, were left out of the fit.
 
-    Every fold is fitted on the rest of these rows and on the shipped rows. An interval of a fold comes from the residuals of the
-    other folds, so its coverage is honest. Raises `InputError` as `predict_rows` does.
+    With `anchors`, also when all but 0, 1, 3, … `anchors` rows of a device were. Every fold is fitted on the rest of these rows and
+    on the shipped rows. An interval of a fold comes from the residuals of the other folds, so its coverage is honest.
+    Raises `InputError` as `predict_rows` does.
     """
-    from edgesdk.predict.fit import check_left_out
+    from edgesdk.predict.check import check_left_out
     from edgesdk.predict.rows import read_rows
 
-    return check_left_out(read_rows(path))
+    return check_left_out(read_rows(path), anchors)
 
 
 def efficiency_for(device: DeviceProfile, runtime: str) -> Efficiency:

@@ -90,8 +90,8 @@ def inverted(n: Net, rows: Sequence[tuple[float, int, int, int, int]], se: float
         for i in range(reps):
             cin, stride = n.c, s if i == 0 else 1
             if t != 1:
-                n.conv(round(cin * t), 1).elem(1, act_free)
-            n.dw(k, stride).elem(1, act_free)
+                n.conv(round(cin * t), 1).act(act_free)
+            n.dw(k, stride).act(act_free)
             if se:
                 n.se(max(1, int(cin * se)))
             n.conv(c, 1)
@@ -124,19 +124,19 @@ V3_SMALL = (
 
 def mobilenet_v3(small: bool = False, size: int = 224) -> Net:
     """MobileNet v3 (arXiv 1905.02244): kernel, expanded, out, squeeze, stride, hard-swish."""
-    n = Net(3, size, size).conv(16, 3, 2).elem()
+    n = Net(3, size, size).conv(16, 3, 2).act()
     for k, wide, out, squeeze, s, swish in V3_SMALL if small else V3_LARGE:
         cin = n.c
         if wide != cin:
-            n.conv(wide, 1).elem(1, swish)
-        n.dw(k, s).elem(1, swish)
+            n.conv(wide, 1).act(swish)
+        n.dw(k, s).act(swish)
         if squeeze:
             n.se(_round8(wide / 4))
         n.conv(out, 1)
         if s == 1 and cin == out:
             n.elem(2)
-    n.conv(576 if small else 960, 1).elem().gap()
-    return n.fc(1024 if small else 1280).elem().fc(1000)
+    n.conv(576 if small else 960, 1).act().gap()
+    return n.fc(1024 if small else 1280).act().fc(1000)
 
 
 def mnasnet(size: int = 224, alpha: float = 1.0) -> Net:
@@ -158,11 +158,11 @@ def proxylessnas(size: int = 224) -> Net:
 
 def efficientnet(width: float = 1.0, depth: float = 1.0, size: int = 224, lite: bool = False) -> Net:
     """EfficientNet (arXiv 1905.11946); `lite` has neither squeeze-and-excite nor swish."""
-    n = Net(3, size, size).conv(32 if lite else _round8(32 * width), 3, 2).elem(1, 0 if lite else 1)
+    n = Net(3, size, size).conv(32 if lite else _round8(32 * width), 3, 2).act(0 if lite else 1)
     rows = ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5), (6, 192, 4, 2, 5), (6, 320, 1, 1, 3))
     scaled = [(float(t), _round8(c * width), ceil(r * depth), s, k) for t, c, r, s, k in rows]
     inverted(n, scaled, se=0.0 if lite else 0.25, act_free=0 if lite else 1)
-    return n.conv(1280 if lite else _round8(1280 * width), 1).elem(1, 0 if lite else 1).gap().fc(1000)
+    return n.conv(1280 if lite else _round8(1280 * width), 1).act(0 if lite else 1).gap().fc(1000)
 
 
 def efficientnet_v2(kind: str = "s", size: int = 384) -> Net:
@@ -172,17 +172,17 @@ def efficientnet_v2(kind: str = "s", size: int = 384) -> Net:
         "b0": ((4, 96, 3, 2, 3), (6, 112, 5, 1, 3), (6, 192, 8, 2, 3)),
         "s": ((4, 128, 6, 2, 3), (6, 160, 9, 1, 3), (6, 256, 15, 2, 3)),
     }[kind]
-    n = Net(3, size, size).conv(32 if kind == "b0" else 24, 3, 2).elem()
+    n = Net(3, size, size).conv(32 if kind == "b0" else 24, 3, 2).act()
     for t, c, reps, s in fused:
         for i in range(reps):
             cin, stride = n.c, s if i == 0 else 1
-            n.conv(cin * t if t > 1 else c, 3, stride).elem()
+            n.conv(cin * t if t > 1 else c, 3, stride).act()
             if t > 1:
                 n.conv(c, 1)
             if stride == 1 and cin == c:
                 n.elem(2)
     inverted(n, [(float(t), c, r, s, k) for t, c, r, s, k in rest], se=0.25, act_free=1)
-    return n.conv(1280, 1).elem().gap().fc(1000)
+    return n.conv(1280, 1).act().gap().fc(1000)
 
 
 def shufflenet_v1(size: int = 224, groups: int = 3) -> Net:
@@ -303,9 +303,9 @@ def convnext(depths: Sequence[int], dims: Sequence[int], size: int = 224) -> Net
     """ConvNeXt (arXiv 2201.03545)."""
     n = Net(3, size, size)
     for i, (reps, d) in enumerate(zip(depths, dims, strict=True)):
-        n.conv(d, 4 if i == 0 else 2, 4 if i == 0 else 2).elem()
+        n.conv(d, 4 if i == 0 else 2, 4 if i == 0 else 2).act()
         for _ in range(reps):
-            n.dw(7).elem().conv(4 * d, 1).elem().conv(d, 1).elem(2)
+            n.dw(7).act().conv(4 * d, 1).act().conv(d, 1).elem(2)
     return n.gap().fc(1000)
 
 

@@ -17,62 +17,62 @@ def _ch(c: float, width: float, top: int) -> int:
 
 
 def _bottleneck(n: Net, c: int, mid: int, act: int) -> Net:
-    return n.conv(mid, 3).elem(1, act).conv(c, 3).elem(1, act).elem(2)
+    return n.conv(mid, 3).act(act).conv(c, 3).act(act).elem(2)
 
 
 def _c2f(n: Net, out: int, reps: int, act: int) -> Net:
     """YOLOv8's block."""
     half = out // 2
-    n.conv(out, 1).elem(1, act).to(half)
+    n.conv(out, 1).act(act).to(half)
     for _ in range(reps):
         _bottleneck(n, half, half, act)
-    return n.to((2 + reps) * half).conv(out, 1).elem(1, act)
+    return n.to((2 + reps) * half).conv(out, 1).act(act)
 
 
 def _c3k2(n: Net, out: int, reps: int, c3k: bool, e: float, act: int) -> Net:
     """YOLO11's block."""
     half = int(out * e)
-    n.conv(2 * half, 1).elem(1, act).to(half)
+    n.conv(2 * half, 1).act(act).to(half)
     for _ in range(reps):
         if c3k:
             inner = half // 2
-            n.branch().conv(inner, 1).elem(1, act)
-            n.conv(inner, 1).elem(1, act)
+            n.branch().conv(inner, 1).act(act)
+            n.conv(inner, 1).act(act)
             for _ in range(2):
                 _bottleneck(n, inner, inner, act)
-            n.to(2 * inner).conv(half, 1).elem(1, act)
+            n.to(2 * inner).conv(half, 1).act(act)
         else:
             _bottleneck(n, half, half // 2, act)
-    return n.to((2 + reps) * half).conv(out, 1).elem(1, act)
+    return n.to((2 + reps) * half).conv(out, 1).act(act)
 
 
 def _c3(n: Net, out: int, reps: int, act: int) -> Net:
     """YOLOv5's block (also YOLOX's)."""
     half = out // 2
-    n.branch().conv(half, 1).elem(1, act)
-    n.conv(half, 1).elem(1, act)
+    n.branch().conv(half, 1).act(act)
+    n.conv(half, 1).act(act)
     for _ in range(reps):
-        n.conv(half, 1).elem(1, act).conv(half, 3).elem(1, act).elem(2)
-    return n.to(out).conv(out, 1).elem(1, act)
+        n.conv(half, 1).act(act).conv(half, 3).act(act).elem(2)
+    return n.to(out).conv(out, 1).act(act)
 
 
 def _sppf(n: Net, out: int, act: int) -> Net:
     half = n.c // 2
-    n.conv(half, 1).elem(1, act).pool(5, 1).pool(5, 1).pool(5, 1).to(4 * half)
-    return n.conv(out, 1).elem(1, act)
+    n.conv(half, 1).act(act).pool(5, 1).pool(5, 1).pool(5, 1).to(4 * half)
+    return n.conv(out, 1).act(act)
 
 
 def _psa(n: Net, reps: int, act: int) -> Net:
     """YOLO11's attention block over the coarsest map."""
     c, t = n.c, n.h * n.w
     half = c // 2
-    n.conv(c, 1).elem(1, act).to(half)
+    n.conv(c, 1).act(act).to(half)
     heads = max(1, half // 64)
     for _ in range(reps):
         n.branch().conv(2 * half, 1)
         n.bmm(heads, t, 32, t).plain(float(heads * t * t), 2).bmm(heads, t, t, 64)
-        n.dw(3).conv(half, 1).elem(2).conv(2 * half, 1).elem(1, act).conv(half, 1).elem(2)
-    return n.to(c).conv(c, 1).elem(1, act)
+        n.dw(3).conv(half, 1).elem(2).conv(2 * half, 1).act(act).conv(half, 1).elem(2)
+    return n.to(c).conv(c, 1).act(act)
 
 
 def _head(n: Net, levels: list[Net], classes: int, act: int, light: bool) -> Net:
@@ -80,12 +80,12 @@ def _head(n: Net, levels: list[Net], classes: int, act: int, light: bool) -> Net
     c2, c3 = max(16, levels[0].c // 4, 64), max(levels[0].c, min(classes, 100))
     anchors = 0
     for level in levels:
-        level.branch().conv(c2, 3).elem(1, act).conv(c2, 3).elem(1, act).conv(64, 1)
+        level.branch().conv(c2, 3).act(act).conv(c2, 3).act(act).conv(64, 1)
         b = level.branch()
         if light:
-            b.dw(3).elem(1, act).conv(c3, 1).elem(1, act).dw(3).elem(1, act).conv(c3, 1).elem(1, act)
+            b.dw(3).act(act).conv(c3, 1).act(act).dw(3).act(act).conv(c3, 1).act(act)
         else:
-            b.conv(c3, 3).elem(1, act).conv(c3, 3).elem(1, act)
+            b.conv(c3, 3).act(act).conv(c3, 3).act(act)
         b.conv(classes, 1)
         anchors += level.h * level.w
     n.plain(64.0 * anchors, 2).plain(float(anchors * (classes + 4)), 2).plain(float(anchors * (classes + 4)), 2)
@@ -106,12 +106,12 @@ def yolov8(size: int = 640, kind: str = "n", classes: int = 80, act: int = 1, el
     def block(n: Net, c: int, k: int, deep: bool, e: float = 0.5) -> Net:
         return _c3k2(n, ch(c), reps(2), big or deep, e, act) if eleven else _c2f(n, ch(c), reps(k), act)
 
-    n = Net(3, size, size).conv(ch(64), 3, 2).elem(1, act).conv(ch(128), 3, 2).elem(1, act)
-    block(n, 256 if eleven else 128, 3, False, 0.25).conv(ch(256), 3, 2).elem(1, act)
+    n = Net(3, size, size).conv(ch(64), 3, 2).act(act).conv(ch(128), 3, 2).act(act)
+    block(n, 256 if eleven else 128, 3, False, 0.25).conv(ch(256), 3, 2).act(act)
     p3 = block(n, 512 if eleven else 256, 6, False, 0.25).branch()
-    n.conv(ch(512), 3, 2).elem(1, act)
+    n.conv(ch(512), 3, 2).act(act)
     p4 = block(n, 512, 6, True).branch()
-    n.conv(ch(1024), 3, 2).elem(1, act)
+    n.conv(ch(1024), 3, 2).act(act)
     _sppf(block(n, 1024, 3, True), ch(1024), act)
     if eleven:
         _psa(n, reps(2), act)
@@ -120,9 +120,9 @@ def yolov8(size: int = 640, kind: str = "n", classes: int = 80, act: int = 1, el
     u4 = block(n, 512, 3, False).branch()
     n.up().to(n.c + p3.c)
     l3 = block(n, 256, 3, False).branch()
-    n.conv(ch(256), 3, 2).elem(1, act).to(n.c + u4.c)
+    n.conv(ch(256), 3, 2).act(act).to(n.c + u4.c)
     l4 = block(n, 512, 3, False).branch()
-    n.conv(ch(512), 3, 2).elem(1, act).to(n.c + p5.c)
+    n.conv(ch(512), 3, 2).act(act).to(n.c + p5.c)
     l5 = block(n, 1024, 3, True).branch()
     return _head(n, [l3, l4, l5], classes, act, eleven)
 
@@ -139,29 +139,29 @@ def yolov5(size: int = 640, kind: str = "s", classes: int = 80, act: int = 1, x:
 
     n = Net(3, size, size)
     n = Net(12, size // 2, size // 2, n.layers).conv(ch(64), 3) if x else n.conv(ch(64), 6, 2)
-    c3(n.elem(1, act).conv(ch(128), 3, 2).elem(1, act), 128, 3).conv(ch(256), 3, 2).elem(1, act)
+    c3(n.act(act).conv(ch(128), 3, 2).act(act), 128, 3).conv(ch(256), 3, 2).act(act)
     p3 = c3(n, 256, 9 if x else 6).branch()
-    p4 = c3(n.conv(ch(512), 3, 2).elem(1, act), 512, 9).branch()
-    _sppf(c3(n.conv(ch(1024), 3, 2).elem(1, act), 1024, 3), ch(1024), act).conv(ch(512), 1).elem(1, act)
+    p4 = c3(n.conv(ch(512), 3, 2).act(act), 512, 9).branch()
+    _sppf(c3(n.conv(ch(1024), 3, 2).act(act), 1024, 3), ch(1024), act).conv(ch(512), 1).act(act)
     a5 = n.branch()
     n.up().to(n.c + p4.c)
-    a4 = c3(n, 512, 3).conv(ch(256), 1).elem(1, act).branch()
+    a4 = c3(n, 512, 3).conv(ch(256), 1).act(act).branch()
     n.up().to(n.c + p3.c)
     levels = [c3(n, 256, 3).branch()]
-    n.conv(ch(256), 3, 2).elem(1, act).to(n.c + a4.c)
+    n.conv(ch(256), 3, 2).act(act).to(n.c + a4.c)
     levels.append(c3(n, 512, 3).branch())
-    n.conv(ch(512), 3, 2).elem(1, act).to(n.c + a5.c)
+    n.conv(ch(512), 3, 2).act(act).to(n.c + a5.c)
     levels.append(c3(n, 1024, 3).branch())
     for level in levels:
         b = level.branch()
         if not x:
-            b.conv(3 * (classes + 5), 1).elem(1, 3)
+            b.conv(3 * (classes + 5), 1).act(3)
             continue
-        b.conv(ch(256), 1).elem(1, act)
+        b.conv(ch(256), 1).act(act)
         for _ in range(2):
-            b.branch().conv(ch(256), 3).elem(1, act).conv(ch(256), 3).elem(1, act)
+            b.branch().conv(ch(256), 3).act(act).conv(ch(256), 3).act(act)
         b.branch().conv(classes, 1)
-        b.conv(5, 1).elem()
+        b.conv(5, 1).act()
     return n
 
 
@@ -211,37 +211,40 @@ def mobilenet_ssd(size: int = 300) -> Net:
 
 
 def squeezenet_ssd(size: int = 300) -> Net:
-    """SqueezeNet SSD, 21 classes, with 3×3 heads."""
+    """SqueezeNet SSD, 21 classes, 3×3 heads on six scales (ncnn's benchmark/models/squeezenet_ssd_int8.param)."""
     n = cnn.squeezenet_body(Net(3, size, size))
-    heads = [n.branch()]
-    n.pool().conv(128, 1).conv(512, 3)
-    heads.append(n.branch())
-    for mid, out in ((128, 256), (128, 256), (64, 128)):
+    heads = [(Net(256, n.h * 2, n.w * 2, n.layers).elem(), 4), (n.branch(), 6)]  # the first scale is the fifth block's
+    for _ in range(2):
+        n.pool(3, 2).conv(96, 1)
+        n.branch().conv(384, 1)
+        heads.append((n.conv(384, 3).to(768).branch(), 6))
+    for mid, out, boxes in ((128, 256, 6), (64, 128, 4)):
         n.conv(mid, 1).conv(out, 3, 2)
-        heads.append(n.branch())
-    for h in heads:
-        h.branch().conv(6 * 4, 3)
-        h.branch().conv(6 * 21, 3)
-    return n.plain(40000.0, 2)
+        heads.append((n.branch(), boxes))
+    for h, boxes in heads:
+        h.branch().conv(boxes * 4, 3).elem()
+        h.branch().conv(boxes * 21, 3).elem()
+    return n.plain(8030.0 * 21).plain(8030.0 * 25, 2, "elem")
 
 
 def mobilenet_yolo(size: int = 416) -> Net:
-    """MobileNet v1 YOLO (Caffe): a detection head of 3×3 and 1×1 convolutions on two scales."""
+    """MobileNet v1 YOLO, two scales (ncnn's benchmark/models/mobilenet_yolo.param)."""
     n = Net(3, size, size).conv(32, 3, 2)
     for c, s in ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5):
         n.dw(3, s).conv(c, 1)
     side = n.branch()
     n.dw(3, 2).conv(1024, 1).dw().conv(1024, 1)
-    n.branch().dw().conv(1024, 1).conv(75, 1)
-    n.conv(256, 1).up().to(256)
-    side.conv(256, 1).elem(2).conv(512, 3).conv(512, 1).conv(75, 1)
+    n.branch().conv(125, 1)
+    side.dw(4).elem(2).dw().conv(1024, 1).conv(125, 1)
     return n
 
 
 def mobilenetv2_yolov3(size: int = 352) -> Net:
-    n = cnn.mobilenet_v2(size, top=False)
-    n.branch().dw().conv(576, 1).dw().conv(576, 1).conv(75, 1)
-    n.conv(128, 1).up().to(384).conv(192, 1).dw().conv(384, 1).dw().conv(384, 1).conv(75, 1)
+    """MobileNet v2 YOLOv3, two scales (ncnn's benchmark/models/mobilenetv2_yolov3.param)."""
+    n = cnn.mobilenet_v2(size, top=False).conv(1280, 1).dw().conv(576, 1)
+    n.branch().conv(75, 1)
+    n.up().pool(2, 1)
+    n.dw().conv(576, 1).elem(2).dw().conv(576, 1).conv(75, 1)
     return n
 
 

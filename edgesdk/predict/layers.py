@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Op = Literal["conv", "conv3", "gconv", "pw", "dw", "fc", "bmm", "elem"]
+Op = Literal["conv", "conv3", "gconv", "pw", "dw", "fc", "bmm", "act", "elem"]
 """conv: k×k convolution; conv3: 3×3 stride 1 (Winograd applies); gconv: grouped; pw: 1×1 or a matmul with weights over many
-positions; dw: depthwise or nearly so; fc: a matmul over one position; bmm: activation × activation; elem: the rest."""
-OPS: tuple[Op, ...] = ("conv", "conv3", "gconv", "pw", "dw", "fc", "bmm", "elem")
+positions; dw: depthwise or nearly so; fc: a matmul over one position; bmm: activation × activation; act: swish, GELU, softmax,
+layer norm and their like, which take an exponential or a reduction an element; elem: the rest (add, pool, copy)."""
+OPS: tuple[Op, ...] = ("conv", "conv3", "gconv", "pw", "dw", "fc", "bmm", "act", "elem")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,11 @@ class Net:
         self.layers.extend(Layer("elem", 0.0, 0.0, inputs * self.size, self.size, self.c) for _ in range(times))
         return self
 
+    def act(self, times: int = 1) -> Net:
+        """`times` activations that are not fused into the operator before (swish, GELU) or norms over channels."""
+        self.layers.extend(Layer("act", 0.0, 0.0, self.size, self.size, self.c) for _ in range(times))
+        return self
+
     def gap(self) -> Net:
         """Global average pooling."""
         self.layers.append(Layer("elem", 0.0, 0.0, self.size, float(self.c), self.c))
@@ -125,7 +131,7 @@ class Net:
         self.layers.append(Layer("bmm", float(batch * m * k * n), 0.0, float(batch * (m * k + k * n)), float(batch * m * n), n))
         return self
 
-    def plain(self, elements: float, inputs: int = 1) -> Net:
-        """An element-wise operator over `elements`."""
-        self.layers.append(Layer("elem", 0.0, 0.0, inputs * elements, elements, 0))
+    def plain(self, elements: float, inputs: int = 1, op: Op = "act") -> Net:
+        """An operator over `elements`: a softmax, norm or activation, or with "elem" an addition or a copy."""
+        self.layers.append(Layer(op, 0.0, 0.0, inputs * elements, elements, 0))
         return self

@@ -20,6 +20,7 @@ class Machine:
     cores: tuple[tuple[float, float, float, float], ...]
     bandwidth: float
     one_core: float
+    core: str = "?"  # the kind of the fastest core
     gpu: dict[str, float] = field(default_factory=dict)
     npu: dict[str, float] = field(default_factory=dict)
 
@@ -37,7 +38,9 @@ class Machine:
 def _machine(entry: dict[str, Any], cores: dict[str, list[float]]) -> Machine:
     each = [(*(m * ghz * 1e9 for m in cores[core]), ghz * 1e9) for core, count, ghz in entry["cpu"] for _ in range(count)]
     peaks = {k: {d: v * 0.5e12 for d, v in entry.get(k, {}).items()} for k in ("gpu", "npu")}
-    return Machine(entry["name"], tuple(each), entry["bandwidth"] * 1e9, entry["one_core"] * 1e9, peaks["gpu"], peaks["npu"])
+    return Machine(
+        entry["name"], tuple(each), entry["bandwidth"] * 1e9, entry["one_core"] * 1e9, entry["cpu"][0][0], peaks["gpu"], peaks["npu"]
+    )
 
 
 @cache
@@ -73,9 +76,11 @@ def _from_profile(text: str) -> Machine | None:
             return None
         peaks = {k: {d: v / 2 for u in p.units if u.kind == k for d, v in u.peak_ops_per_s.items()} for k in ("gpu", "npu")}
         bw = p.memory.bandwidth_bytes_per_s
+        fastest = max((u for u in p.units if u.kind == "cpu"), key=lambda u: u.clock_hz)
+        core = str(fastest.core or "?").lower().removeprefix("cortex-")
         cores.sort(key=lambda c: -c[2])
         gpu, npu = ({str(d): v for d, v in peaks[k].items()} for k in ("gpu", "npu"))
-        return Machine(p.name, tuple(cores), bw, p.memory.one_thread_bytes_per_s or bw / 3, gpu, npu)
+        return Machine(p.name, tuple(cores), bw, p.memory.one_thread_bytes_per_s or bw / 3, core, gpu, npu)
     return None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-from edgesdk.predict import sequence
+from edgesdk.predict import cnn, sequence
 from edgesdk.predict.cnn import CLASSIFIERS
 from edgesdk.predict.detect import FIXED, detector
 from edgesdk.predict.layers import Net
@@ -42,10 +42,17 @@ _PREFIX = {
 }  # fmt: skip
 
 
+# Qualcomm's AI Hub takes torchvision's networks at 224 × 224 (qai_hub_models/models/*/info.yaml)
+_HUB: dict[str, Callable[[int | None], Net]] = {
+    "googlenet": lambda s: cnn.googlenet(s or 224, bn=True), "inceptionv3": lambda s: cnn.inception_v3(s or 224),
+    "squeezenet": lambda s: cnn.squeezenet(s or 224), "alexnet": lambda s: cnn.alexnet(s or 224, grouped=False),
+}  # fmt: skip
+
+
 @cache
-def cnn_or_transformer(name: str) -> Net | None:
-    """The layer table of a single-pass model, or None."""
-    return _resolve(name)[1]
+def cnn_or_transformer(name: str, hub: bool = False) -> Net | None:
+    """The layer table of a single-pass model, or None. `hub`: as Qualcomm's AI Hub measures it."""
+    return _resolve(name, hub)[1]
 
 
 @cache
@@ -54,7 +61,7 @@ def canonical(name: str) -> str:
     return _resolve(name)[0]
 
 
-def _resolve(name: str) -> tuple[str, Net | None]:
+def _resolve(name: str, hub: bool = False) -> tuple[str, Net | None]:
     text = name.lower()
     size = None
     if m := re.search(r"(?:[\s@(x]|^|_)(\d{3,4})(?:\s*x\s*\d{3,4})?\)?\s*$", text):
@@ -74,6 +81,8 @@ def _resolve(name: str) -> tuple[str, Net | None]:
     key = _ALIASES.get(key, key)
     if key in _TRANSFORMERS:
         return key, _TRANSFORMERS[key]()
+    if hub and key in _HUB:
+        return key, _HUB[key](size)
     if key in CLASSIFIERS:
         return key, CLASSIFIERS[key](size)
     key = (

@@ -7,6 +7,8 @@ from math import exp, log
 from edgesdk.device import DeviceProfile
 from edgesdk.efficiency import Efficiency, OpRate
 from edgesdk.errors import UnknownName
+from edgesdk.predict.effects import SPREAD
+from edgesdk.predict.fit import NOISE
 
 # runtime of a profile → (engine, variant) of the fit
 _ENGINES = {
@@ -23,6 +25,7 @@ _OPS = {
     "norm": "elem", "softmax": "elem", "activation": "elem", "elementwise": "elem", "pool": "elem", "*": "elem",
 }  # fmt: skip
 
+DEVICE_SPREAD = (NOISE**2 + SPREAD["device"] ** 2 + SPREAD["silicon"] ** 2) ** 0.5  # of a device that no row names
 TYPICAL_CHANNELS = 128  # the fitted efficiency falls with few channels; the planner's rows have no channel count
 
 
@@ -40,8 +43,8 @@ def efficiency(device: DeviceProfile, runtime: str) -> Efficiency:
     engine, variant = _ENGINES[runtime]
     shipped = fitted()
     p = shipped["parameters"].get(engine) or {k: v[0] for k, v in prior(engine).items()}
-    width = shipped["half_widths"].get(engine, {}).get("device", log(3.0))
-    sd = width / 1.2816  # an interval claims 80%
+    reach = shipped["conformal"]["device"]
+    sd = reach.get(engine, reach["*"]) * DEVICE_SPREAD / 1.2816  # an interval claims 80%
     machine = find_machine(device.name.replace("-", " ")) or find_machine(device.title)
     whole = p.get(f"variant:{variant}", 0.0) + (p.get(f"device:{machine.name}", 0.0) if machine else 0.0)
     rows = [row for op, mine in _OPS.items() for precision in ("fp32", "int8", "*") for row in [_rate(p, op, mine, precision, whole, sd)]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -119,8 +120,8 @@ def _cpu(machine: Machine, kind: str, threads: int) -> tuple[float, float, float
 
 
 @cache
-def _net(model: str) -> tuple[Layer, ...] | None:
-    net = names.cnn_or_transformer(model)
+def _net(model: str, hub: bool) -> tuple[Layer, ...] | None:
+    net = names.cnn_or_transformer(model, hub)
     return tuple(net.layers) if net else None
 
 
@@ -132,7 +133,8 @@ def case_of(row: Row) -> Case | str:
     prec = names.precision(row.precision, row.model)
     quantized = prec.kind in ("int8", "int4", "w8a16")
     has_gpu = bool(machine.gpu)
-    net = None if row.rate else _net(row.model)
+    hub = bool(machine.npu) and bool(re.search("ai-?hub", f"{row.source} {row.runtime}".lower().replace(" ", "-")))
+    net = None if row.rate else _net(row.model, hub)
     attention = sum(layer.op == "bmm" for layer in net or ()) >= 8
     rt = names.runtime(row.runtime, row.device, row.note, quantized, bool(machine.npu), has_gpu, machine.name in OLD_NPU, attention)
     if rt is None:
@@ -184,4 +186,4 @@ def _case(
     ab = 4.0 if wide else (1.0 if kind == "int8" and not llm else 2.0)
     per = float(PROMPT) if llm and ("prompt" in row.unit or "prefill" in row.unit) else 1.0
     engine = f"llm-{rt.engine}" if llm else rt.engine
-    return Case(engine, rt.variant, kind, machine.name, model, layers, peak, band, spread, clock, wb, ab, per)
+    return Case(engine, rt.variant, kind, machine.name, model, layers, peak, band, spread, clock, wb, ab, per, machine.core)

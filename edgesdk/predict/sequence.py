@@ -33,16 +33,16 @@ def vit(size: int = 224, patch: int = 16, d: int = 768, depth: int = 12, heads: 
 
 
 def swin(dims: int = 96, depths: tuple[int, ...] = (2, 2, 6, 2), size: int = 224, window: int = 7) -> Net:
-    """Swin (arXiv 2103.14030); its window shuffles are data movement, counted as element-wise."""
+    """Swin (arXiv 2103.14030); its window shuffles are copies."""
     n = Net(3, size, size).conv(dims, 4, 4)
     d, t = dims, n.h * n.w
     for i, reps in enumerate(depths):
         w2 = window * window
         for _ in range(reps):
             heads = d // 32
-            n.plain(float(t * d), 2).plain(float(t * d)).plain(float(t * d)).matmul(t, d, 3 * d)
+            n.plain(float(t * d), 2).plain(float(t * d), 1, "elem").plain(float(t * d), 1, "elem").matmul(t, d, 3 * d)
             n.bmm(heads * t // w2, w2, 32, w2).plain(float(heads * t * w2), 2).plain(float(heads * t * w2)).bmm(heads * t // w2, w2, w2, 32)
-            n.matmul(t, d, d).plain(float(t * d)).plain(float(t * d)).plain(float(t * d), 3)
+            n.matmul(t, d, d).plain(float(t * d), 1, "elem").plain(float(t * d), 1, "elem").plain(float(t * d), 3)
             n.matmul(t, d, 4 * d).plain(float(t * 4 * d)).matmul(t, 4 * d, d).plain(float(t * d), 2)
         if i < len(depths) - 1:
             t //= 4
@@ -58,17 +58,18 @@ def bert(tokens: int = 128, d: int = 768, depth: int = 12, ffn: int = 3072, head
 
 
 def mobilebert(tokens: int = 384, vocab: int = 30522) -> Net:
-    """MobileBERT (arXiv 2004.02984): 24 bottleneck blocks of 128 with four feed-forward networks each."""
+    """MobileBERT (arXiv 2004.02984): 24 bottleneck blocks of 128 with four feed-forward networks each;
+    its norms are a multiplication and an addition, its activations ReLU."""
     n = Net(512, 1, tokens)
     for _ in range(24):
-        n.matmul(tokens, 512, 128).plain(tokens * 128.0).matmul(tokens, 512, 128).plain(tokens * 128.0)
+        n.matmul(tokens, 512, 128).plain(tokens * 128.0, 1, "elem").matmul(tokens, 512, 128).plain(tokens * 128.0, 1, "elem")
         n.matmul(tokens, 128, 128).matmul(tokens, 128, 128).matmul(tokens, 512, 128)
         n.bmm(4, tokens, 32, tokens).plain(4.0 * tokens * tokens, 2).bmm(4, tokens, tokens, 32).matmul(tokens, 128, 128).plain(
-            tokens * 128.0, 2
+            tokens * 128.0, 2, "elem"
         )
         for _ in range(4):
-            n.matmul(tokens, 128, 512).plain(tokens * 512.0).matmul(tokens, 512, 128).plain(tokens * 128.0, 2)
-        n.matmul(tokens, 128, 512).plain(tokens * 512.0, 2)
+            n.matmul(tokens, 128, 512).plain(tokens * 512.0, 1, "elem").matmul(tokens, 512, 128).plain(tokens * 128.0, 2, "elem")
+        n.matmul(tokens, 128, 512).plain(tokens * 512.0, 2, "elem")
     return n.matmul(tokens, 512, vocab) if vocab else n
 
 

@@ -21,11 +21,13 @@ def main() -> int:
         sys.stdout.write(f"{path} is not there: give a CSV of published rows\n")
         return 2
     shipped = predict.summarise(predict.predict_rows(path))["all"]
-    for name, group in {"all rows, shipped parameters": shipped, **predict.validate(path)}.items():
+    for name, group in {"all rows, shipped parameters": shipped, **predict.validate(path, 5)}.items():
         median, near, inside = group["median_error"], group["within_25_percent"], group["inside_interval"]
         if median is not None:
             head = f"{name:42s} rows {group['rows']:4d}  median error {median:6.1%}"
-            sys.stdout.write(f"{head}  within 25% {near:5.0%}  inside the interval {inside:5.0%}\n")
+            sys.stdout.write(
+                f"{head}  within 25% {near:5.0%}  inside the interval " + ("    –" if inside is None else f"{inside:5.0%}") + "\n"
+            )
     return 0
 
 
