@@ -11,6 +11,7 @@ from torch import nn
 
 from edgesdk.compress import compress
 from edgesdk.compress.dependency import trace
+from edgesdk.compress.ecoflap import felt
 from edgesdk.compress.magnitude import cubic
 from edgesdk.compress.masks import error_of, fit_kept, largest, prunable, sparse_code, sparsest
 from edgesdk.compress.nm import NmConfig, Trained
@@ -328,3 +329,99 @@ def test_adaptive_masks_change_then_settle_and_beat_fixed_ones() -> None:
                 third = len(trained.changed) // 3
                 assert sum(trained.changed) > 0 and sum(trained.changed[-third:]) <= sum(trained.changed[:third])
     assert errors["adaptive"] < errors["fixed"]
+
+
+# ---- neurons and heads from unlabeled inputs
+
+
+class Planted(nn.Module):
+    """Half of the neurons, and one of four heads, are copies or sums of the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.up, self.down = Attention(16, 4), nn.Linear(16, 24), nn.Linear(24, 5)
+        with torch.no_grad():
+            self.up.weight[12:] = 2.0 * self.up.weight[:12]  # relu(2x) = 2 relu(x)
+            self.up.bias[12:] = 2.0 * self.up.bias[:12]
+            for layer in (self.attention.q, self.attention.k, self.attention.v):
+                layer.weight[12:], layer.bias[12:] = layer.weight[:4], layer.bias[:4]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.relu(self.up(x + self.attention(x))))
+
+
+def test_redundant_neurons_and_heads_go_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*args: Any, **named: Any) -> None:
+        raise AssertionError("a gradient or an optimiser was used")
+
+    monkeypatch.setattr(torch.Tensor, "backward", forbidden)
+    monkeypatch.setattr(torch.autograd, "grad", forbidden)
+    monkeypatch.setattr(torch.optim.Optimizer, "__init__", forbidden)
+    spec = spec_of(seeded(Planted), 6, 16)
+    attention, neurons = 4 * 4 * (3 * 16 + 16) // 4 + 3 * 4, 12 * (16 + 1 + 5)
+    total = sum(p.numel() for p in spec.methods["forward"].module.parameters())
+    done = compress(spec, f"neurons:ratio={(attention + neurons) / total - 1e-6},damp=1e-9")
+    module = done.spec.methods["forward"].module
+    assert module.up.out_features == 12 and module.attention.heads == 3 and module.attention.q.out_features == 12
+    fresh = torch.randn(3, 6, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(module(fresh), spec.methods["forward"].module(fresh), atol=2e-4, rtol=1e-3)
+
+
+def test_correction_and_rank_beat_cutting_by_size() -> None:
+    spec = spec_of(seeded(Transformer, 16, 64), 6, 16, rank=6)
+    wanted = outputs(spec)[0]
+
+    def error(recipe: str) -> float:
+        return float((outputs(compress(spec, recipe).spec)[0] - wanted).square().mean() / wanted.var())
+
+    best = error("neurons:ratio=0.3")
+    assert best < 0.5 * error("neurons:ratio=0.3,correct=false")
+    assert best < 0.5 * error("structured:ratio=0.3,importance=magnitude,refit=false")
+    assert error("neurons:ratio=0.3,rank=leverage") < error("structured:ratio=0.3,importance=magnitude,refit=false")
+    with pytest.raises(InputError, match="no calibration data"):
+        compress(spec_of(seeded(Concat), 3, 8, 8, calibration=False), "neurons:ratio=0.3")
+
+
+# ---- shares by forward passes
+
+
+class Branches(nn.Module):
+    """One branch matters a hundred times more than the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(12, 20), nn.Linear(12, 20), nn.Linear(40, 6)
+        with torch.no_grad():
+            self.head.weight[:, 20:] *= 0.05
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.cat([torch.relu(self.a(x)), torch.relu(self.b(x))], -1))
+
+
+def test_forward_scores_follow_true_gradients_and_beat_even_shares() -> None:
+    spec = spec_of(seeded(Branches), 12)
+    weights = prunable(spec)
+    shaken = felt(spec, weights, draws=8)
+    module, x = spec.methods["forward"].module, torch.cat([s[0] for s in spec.calibration("forward")[:8]])  # type: ignore[index, misc]
+    out, true = module(x), {}
+    scale = float(out.std(unbiased=False))
+    for name in weights:
+        held = module.get_submodule(name.removesuffix(".weight")).weight
+        jacobian = torch.autograd.functional.jacobian(
+            lambda w, name=name: torch.func.functional_call(module, {name: w}, (x,)) / scale, held.detach()
+        )
+        true[name] = float(jacobian.square().sum() / out.numel() / held.numel())
+    for name in weights:
+        assert 0.6 * true[name] < shaken[name] < 1.6 * true[name]
+    errors = {}
+    for sparsity in (0.6, 0.7):
+        for recipe in (f"ecoflap:sparsity={sparsity},local=inputs", f"magnitude:sparsity={sparsity},allocation=even,fit=false"):
+            done = compress(spec, recipe)
+            held = [w.matrix for w in weights_of(done.spec).values()]
+            assert sum(int((w != 0).sum()) for w in held) == round((1 - sparsity) * sum(w.numel() for w in held))
+            xs = torch.cat([s[0] for s in spec.calibration("forward")])  # type: ignore[misc]
+            with torch.no_grad():
+                errors[recipe] = float((done.spec.methods["forward"].module(xs) - module(xs)).square().mean())
+        ours, even = list(errors.values())[-2:]
+        assert ours < even

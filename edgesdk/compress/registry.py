@@ -19,6 +19,7 @@ METHODS = {
     "magnitude": "edgesdk.compress.magnitude",
     "ecoflap": "edgesdk.compress.ecoflap",
     "nm": "edgesdk.compress.nm",
+    "neurons": "edgesdk.compress.neurons",
     "gptq": "edgesdk.compress.gptq",
     "any4": "edgesdk.compress.any4",
     "squeezellm": "edgesdk.compress.squeezellm",

@@ -85,8 +85,9 @@ class Structured:
                 raise InputError(
                     f"{spec.name} has no channels, neurons or heads that can be cut out", "use magnitude or nm, which keep all shapes"
                 )
+            step("weighing units", 0.3)
             made, notes = cut(
-                spec, teacher, found, families, ratio, rows, importance=config.importance, macs=config.of == "macs", multiple=config.multiple,
+                spec, teacher, found, orders_of(spec, families, config.importance), ratio, rows, macs=config.of == "macs", multiple=config.multiple,
                 fit=config.refit and spec.calibration is not None, step=step,
             )  # fmt: skip
             edits += made
@@ -104,12 +105,10 @@ def elements(spec: ModelSpec, found: Trace) -> tuple[int, int]:
 
 
 def cut(
-    spec: ModelSpec, teacher: ModelSpec, found: Trace, families: list[Family], ratio: float, rows: Rows, *, importance: str, macs: bool, multiple: int,
-    fit: bool, step: Step,
+    spec: ModelSpec, teacher: ModelSpec, found: Trace, orders: list[Order], ratio: float, rows: Rows, *, macs: bool, multiple: int, fit: bool, step: Step,
+    share: float = 1e-3,
 ) -> tuple[list[Edit], list[str]]:  # fmt: skip
-    """Choose, cut in place, refit to the teacher; the edits, and a note for each family that lost units."""
-    step("weighing units", 0.3)
-    orders = orders_of(spec, families, importance)
+    """Choose, cut in place, refit to the teacher (damped by `share`); the edits, and a note for each family that lost units."""
     taken = share_out(spec, found, orders, ratio, macs, multiple)
     if not any(taken):
         raise InputError(f"ratio = {ratio}: no unit is small enough to be cut", "ask for more, or for a multiple of 1")
@@ -128,7 +127,7 @@ def cut(
     apply_edits(spec, edits)
     note_rows(rows, edits)
     if fit:
-        refit(spec, teacher, sorted(readers), rows, step=step)
+        refit(spec, teacher, sorted(readers), rows, share=share, step=step)
     return edits, notes
 
 
