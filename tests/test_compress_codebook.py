@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from edgesdk.compress import compress
-from edgesdk.compress.kmeans import damped, feedback, line_kmeans, loss, refine
+from edgesdk.compress.kmeans import damped, feedback, line_kmeans, loss, nearest, refine, vector_kmeans
 from edgesdk.compress.registry import configured
 from edgesdk.compress.types import Stats, Weight
 from edgesdk.compress.weights import output_error, weights_of
@@ -136,8 +136,9 @@ def test_any4_beats_a_uniform_grid(bits: int) -> None:
 
 
 def test_any4_has_a_table_a_row_where_rows_are_long() -> None:
-    long, short = coded("any4", *made(8, 256), bits=4)[0], coded("any4", *made(8, 64), bits=4)[0]
-    assert (long.arrays[1].shape, short.arrays[1].shape) == ((8, 16), (1, 16))
+    long, short = coded("any4", *made(8, 512), bits=2)[0], coded("any4", *made(8, 64), bits=4)[0]
+    assert (long.arrays[1].shape, short.arrays[1].shape) == ((8, 4), (1, 16))
+    assert (long.arrays[2].size, short.arrays[2].size) == (0, 8)
     assert len(pack(short, entropy=False)) <= 8 * 64 // 2 + 8 * 2 + 32 + 32  # indices, scales, one table, heads
 
 
@@ -181,7 +182,68 @@ def test_squeezellm_outliers_pay() -> None:
     assert np.allclose(decode(still)[apart], weight.matrix.numpy()[apart], atol=2e-3)
 
 
-METHODS = ["any4:bits=3", "any4:bits=2,group=7", "squeezellm:bits=3", "squeezellm:bits=2,group=7,outliers=0.02"]
+# ---- vptq
+
+
+def test_vptq_is_second_order() -> None:
+    """Correlated inputs: below plain k-means of vectors and below scalars of 2 bits, at equal bits of the indices."""
+    weight, stats = made(64, 258)
+    plain = coded("vptq", weight, stats, length=3, feedback=False, weighted=False)
+    weighted, fed = coded("vptq", weight, stats, length=3, feedback=False), coded("vptq", weight, stats, length=3)
+    scalar = coded("any4", weight, stats, bits=2)
+    assert fed[1] < 0.7 * weighted[1] < 0.7 * plain[1]
+    assert fed[1] < 0.9 * scalar[1]
+    assert fed[2] < scalar[2] + 0.15  # the codebook of 64 vectors
+    assert fed[2] < 2 + 8 * 3 * 64 / (64 * 258) + 16 / 258 + 0.03
+
+
+def test_vptq_residual_and_outlier_codebooks_lower_the_error() -> None:
+    weight, stats = made(64, 256, spread=2.0)
+    one = coded("vptq", weight, stats, bits=2, length=2)
+    two, apart = (
+        coded("vptq", weight, stats, bits=2, length=2, residual=2),
+        coded("vptq", weight, stats, bits=2, length=2, outliers=0.1, outlier_bits=3),
+    )
+    assert two[1] < 0.5 * one[1]
+    assert two[2] < one[2] + 1.05
+    assert apart[1] < 0.8 * one[1]
+    assert apart[2] < one[2] + 0.35
+    assert (two[0].parts[0].kind, apart[0].kind, apart[0].parts[0].parts[0].kind) == ("sum", "pick", "stack")
+
+
+def test_vptq_products_by_lookup() -> None:
+    """What a kernel does: the products of every vector of the codebook with every piece of the input, looked up and added."""
+    weight, stats = made(24, 62)
+    code = coded("vptq", weight, stats, bits=1.5, length=4)[0]
+    row, vector = code.arrays[0].astype(np.float32), code.parts[0]
+    (length, _), (q, codebook, scale) = vector.numbers, vector.arrays
+    x = np.random.default_rng(0).standard_normal(62).astype(np.float32)
+    pieces = np.concatenate([x, np.zeros(-62 % length, np.float32)]).reshape(-1, length)
+    products = pieces @ codebook.astype(np.float32).T  # [blocks, k]
+    y = row * scale.astype(np.float32)[0, 0] * products[np.arange(len(pieces))[None], q].sum(1)
+    assert np.allclose(y, decode(code) @ x, rtol=1e-4, atol=1e-5)
+
+
+def test_vptq_chooses_a_length_that_pays() -> None:
+    lengths = [coded("vptq", *made(rows, 64))[0].parts[0].numbers[0] for rows in (8, 64, 512)]
+    assert lengths == sorted(lengths)
+    assert lengths[0] <= 2 < lengths[2]
+
+
+def test_kmeans_of_vectors() -> None:
+    g = torch.Generator().manual_seed(0)
+    centres = torch.randn(8, 3, generator=g) * 10
+    points = (centres[torch.arange(400) % 8] + 0.01 * torch.randn(400, 3, generator=g)).contiguous()
+    found = vector_kmeans(points, torch.ones(400), 8)
+    assert float(nearest(centres, found)[1].max()) < 0.01
+    assert torch.isfinite(vector_kmeans(points[:3], torch.zeros(3), 8)).all()
+    assert torch.equal(vector_kmeans(points, torch.ones(400), 5), vector_kmeans(points, torch.ones(400), 5))
+
+
+METHODS = [
+    "any4:bits=3", "any4:bits=2,group=7", "squeezellm:bits=3", "squeezellm:bits=2,group=7,outliers=0.02",
+    "vptq:bits=2", "vptq:bits=1.5,length=2,residual=2,outliers=0.3,outlier_bits=2",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("recipe", METHODS)
@@ -219,6 +281,6 @@ def test_bad_input_is_refused(mixed: ModelSpec, recipe: str) -> None:
 
 
 def test_unknown_and_senseless_settings_are_refused(mixed: ModelSpec) -> None:
-    for recipe in ("any4:bits=5", "any4:bits=1", "any4:depth=3", "any4:table=column", "squeezellm:outliers=0.5"):
+    for recipe in ("any4:bits=5", "any4:bits=1", "any4:depth=3", "any4:table=column", "squeezellm:outliers=0.5", "vptq:bits=9"):
         with pytest.raises(InputError, match=recipe.partition(":")[0]):
             compress(mixed, recipe)

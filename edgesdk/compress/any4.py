@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from edgesdk.compress.kmeans import damped, feedback, grouped, line_kmeans, loss, refine, refit
+from edgesdk.compress.kmeans import damped, feedback, grouped, line_kmeans, loss, refine, refit, short
 from edgesdk.compress.types import Config, Family, Need, Stats, Weight
 from edgesdk.packed import Code, groups_of
 
-TABLE_LEAST = 16  # columns an entry of a row's own table must serve before it pays
+TABLE_LEAST = 128  # columns an entry of a row's own table must serve before it pays
 
 
 class Any4Config(Config):
     bits: Annotated[int, Field(ge=2, le=4)] = 4
     group: Annotated[int, Field(ge=0)] = 0  # columns that share a scale; 0: a whole row
-    table: Literal["auto", "row", "weight"] = "auto"  # whose table; auto: a row's own where it serves 16 columns an entry
+    table: Literal["auto", "row", "weight"] = "auto"  # whose table; auto: a row's own where it serves 128 columns an entry
     feedback: bool = True  # correct the rounding error as it is made (GPTQ) and in further rounds; false: nearest values only
     rounds: Annotated[int, Field(ge=0, le=20)] = 4  # of refitting the table and the scales, and choosing every index again
 
@@ -28,12 +28,14 @@ class Scalar:
     """A weight on its way to a table code: `codes` [groups, rows, cols], `table` [1, k] or [rows of all groups, k], `scale` [groups, rows, n].
     Where `free` [groups, rows, cols] is true, the weight is stored beside the table, as `loose`, and takes any value of float16."""
 
-    def __init__(self, w: torch.Tensor, h: torch.Tensor, scale: torch.Tensor, width: int, free: torch.Tensor | None = None) -> None:
-        self.w, self.h, self.width = w, h, width
+    def __init__(self, w: torch.Tensor, h: torch.Tensor, width: int, own: bool, free: torch.Tensor | None = None) -> None:
+        self.w, self.h, self.width, self.own = w, h, width, own
         self.codes = torch.zeros(w.shape, dtype=torch.int64)
         self.free = torch.zeros(w.shape, dtype=torch.bool) if free is None else free
         self.loose = w.where(self.free, torch.zeros(())).to(torch.float16).float()
-        self.set(torch.zeros(1, 1), scale)
+        self.scaled = not own or width < w.shape[2]  # a table of a row's own needs no scale
+        scale = group_scale(w.masked_fill(self.free, 0), width)
+        self.set(torch.zeros(1, 1), scale if self.scaled else torch.ones_like(scale))
 
     def set(self, table: torch.Tensor, scale: torch.Tensor) -> None:
         """New values; `entries` is the table of every row [groups, rows, k], `wide` the scale of every column."""
@@ -70,16 +72,18 @@ class Scalar:
         shared = self.table.shape[0] == 1 and self.w.shape[0] * self.w.shape[1] > 1
         now = self.table[0].double() if shared else self.entries.double()
         self.set(refit(basis, w, self.h, now).reshape(-1, k).to(torch.float16).float(), self.scale)
+        if not self.scaled:
+            return
         plain, column = torch.gather(self.entries, 2, self.codes).masked_fill(self.free, 0), torch.arange(self.w.shape[2]) // self.width
         basis = torch.stack([plain * (column == g) for g in range(self.scale.shape[2])])
         new = refit(basis, w, self.h, self.scale.double()).float()
-        self.set(self.table, torch.where(new > 1e-6, new, self.scale).clamp(6e-8, 65504).to(torch.float16).float())
+        self.set(self.table, short(torch.where(new > 1e-6, new, self.scale)))
 
 
 def group_scale(w: torch.Tensor, width: int) -> torch.Tensor:
-    """The largest weight of every group of `width` columns: [groups, rows, groups of columns], as float16 holds it."""
+    """The largest weight of every group of `width` columns: [groups, rows, groups of columns], as it is stored."""
     padded = torch.nn.functional.pad(w, (0, -w.shape[2] % width)).reshape(*w.shape[:2], -1, width)
-    return padded.abs().amax(-1).clamp(6e-8, 65504).to(torch.float16).float()
+    return short(padded.abs().amax(-1))
 
 
 def first_table(w: torch.Tensor, importance: torch.Tensor, k: int, own: bool) -> torch.Tensor:
@@ -93,10 +97,10 @@ def own_table(weight: Weight, config: Any4Config) -> bool:
     return config.table == "row" or (config.table == "auto" and weight.cols >= TABLE_LEAST * 2**config.bits)
 
 
-def fit(state: Scalar, importance: torch.Tensor, config: Any4Config, own: bool) -> None:
+def fit(state: Scalar, importance: torch.Tensor, config: Any4Config) -> None:
     """The best table code found: k-means, then `rounds` of error feedback, new tables and scales; the round of least error is kept."""
     w, h = state.w, state.h
-    state.set(first_table(w / state.wide, importance, 2**config.bits, own), state.scale)
+    state.set(first_table(w / state.wide, importance, 2**config.bits, state.own), state.scale)
     if not config.feedback:
         state.nearest()
         return
@@ -116,7 +120,7 @@ class Any4:
     """Any4 (any4: Learned 4-bit Numeric Representation for LLMs): w ≈ table[index] · scale. The table is the k-means of the scaled weights,
     each weighted by scale² · H_jj (H: mean x·xᵀ of the inputs); exact, by dynamic programming. Beyond the paper: indices are chosen with
     error feedback and coordinate descent under the whole H, tables and scales refitted by least squares, and where rows are short
-    (a table of 16 float16 values costs 256 bits) all rows share one table."""
+    (a table of 16 float16 values costs 256 bits) all rows share one table and differ by a scale."""
 
     level: ClassVar[Literal["weight"]] = "weight"
     name: ClassVar[str] = "any4"
@@ -135,16 +139,15 @@ class Any4:
 
     def apply(self, weight: Weight, stats: Stats | None, config: Any4Config) -> Code:
         w, h = grouped(weight), damped(weight, stats)
-        width = config.group or weight.cols
-        state = Scalar(w, h, group_scale(w, width), width)
+        state = Scalar(w, h, config.group or weight.cols, own_table(weight, config))
         importance = state.wide**2 * h.diagonal(dim1=1, dim2=2)[:, None].float()
-        fit(state, importance, config, own_table(weight, config))
+        fit(state, importance, config)
         return to_code(weight, state, config.bits)
 
 
 def to_code(weight: Weight, state: Scalar, bits: int) -> Code:
     """The table code, without what is stored beside it."""
-    scale = state.scale.reshape(weight.rows, -1).to(torch.float16).numpy()
+    scale = state.scale.reshape(weight.rows, -1).to(torch.float16).numpy() if state.scaled else np.zeros(0, np.float16)
     codes = state.codes.reshape(weight.rows, weight.cols).to(torch.uint8).numpy()
     group = state.width if groups_of(weight.cols, state.width) > 1 else 0
     return Code("table", tuple(weight.matrix.shape), (bits, group), (codes, state.table.to(torch.float16).numpy(), scale))

@@ -166,7 +166,48 @@ def refit(basis: torch.Tensor, w: torch.Tensor, h: torch.Tensor, now: torch.Tens
     return now + moved
 
 
+def short(scale: torch.Tensor, bits: int = 4) -> torch.Tensor:
+    """Scales within float16's range, of `bits` significant bits: the low byte is then nearly always the same and takes little in an entropy code."""
+    mantissa, exponent = torch.frexp(scale.clamp(1e-6, 6e4))
+    return torch.ldexp((mantissa * 2**bits).round() / 2**bits, exponent)
+
+
 def loss(w: torch.Tensor, q: torch.Tensor, h: torch.Tensor) -> float:
     """tr(E·H·Eᵀ) of E = w - q."""
     e = (w - q).to(torch.float64)
     return float(((e @ h) * e).sum())
+
+
+def vector_kmeans(points: torch.Tensor, weights: torch.Tensor, k: int, rounds: int = 15) -> torch.Tensor:
+    """k centres [k, length] of points [n, length], each counted with its weight [n]: seeded by k-means++ (always the same), then Lloyd's
+    rounds; a centre that no point is nearest to moves to the point that pays most."""
+    generator = torch.Generator().manual_seed(0)
+    w = weights.clamp_min(1e-6 * float(weights.mean()) or 1e-20)
+    centres = points[torch.multinomial(w, 1, generator=generator)]
+    away = ((points - centres) ** 2).sum(1)
+    while len(centres) < k:  # several at a time: a sixteenth of what there is
+        cost = (w * away).clamp_min(1e-30)
+        count = min(k - len(centres), max(1, len(centres) // 16), len(points))
+        new = points[torch.multinomial(cost, count, generator=generator)]
+        centres = torch.cat([centres, new])
+        away = torch.minimum(away, nearest(points, new)[1])
+    for _ in range(rounds):
+        which, away = nearest(points, centres)
+        total = torch.zeros(k).index_add_(0, which, w)
+        sums = torch.zeros_like(centres).index_add_(0, which, w[:, None] * points)
+        centres = sums / total.clamp_min(1e-30)[:, None]
+        empty = torch.nonzero(total == 0).flatten()
+        if len(empty):
+            centres[empty] = points[(w * away).topk(min(len(empty), len(points))).indices].repeat(-(-len(empty) // len(points)), 1)[
+                : len(empty)
+            ]
+    return centres
+
+
+def nearest(points: torch.Tensor, centres: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of every point [..., n, length] the nearest centre [..., k, length] and the squared distance."""
+    half = (centres**2).sum(-1)[..., None, :] / 2
+    size = max(1, (1 << 22) // centres.shape[-2])
+    found = [(half - p @ centres.transpose(-1, -2)).min(-1) for p in torch.split(points, size, -2)]
+    away = 2 * torch.cat([f.values for f in found], -1) + (points**2).sum(-1)
+    return torch.cat([f.indices for f in found], -1), away.clamp_min(0)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from edgesdk.compress.any4 import Any4Config, Scalar, fit, group_scale, own_table, to_code
+from edgesdk.compress.any4 import Any4Config, Scalar, fit, own_table, to_code
 from edgesdk.compress.kmeans import damped, grouped
 from edgesdk.compress.types import Family, Need, Stats, Weight
 from edgesdk.packed import Code, decode
@@ -44,11 +44,10 @@ class SqueezeLlm:
 
     def apply(self, weight: Weight, stats: Stats | None, config: SqueezeConfig) -> Code:
         w, h = grouped(weight), damped(weight, stats)
-        width = config.group or weight.cols
         fisher = fisher_of(weight, stats, h, config)
         free = apart(weight.matrix, fisher.reshape(weight.matrix.shape), config).reshape(w.shape)
-        state = Scalar(w, h, group_scale(w.masked_fill(free, 0), width), width, free)
-        fit(state, (state.wide**2 * fisher).masked_fill(free, 0), config, own_table(weight, config))
+        state = Scalar(w, h, config.group or weight.cols, own_table(weight, config), free)
+        fit(state, (state.wide**2 * fisher).masked_fill(free, 0), config)
         return with_sparse(weight, state, config)
 
 
