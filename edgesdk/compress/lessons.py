@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Data = Literal["auto", "calibration", "self"]
 Loss = Literal["auto", "logits", "values"]
+MIXED = 0.9  # share of the samples that become mixtures
 HELD = 8  # one in so many samples is only for measuring
 
 
@@ -96,21 +97,33 @@ class Lessons:
         chosen, index, generator = self.drawn(step)
         inputs = [x[index] for x in chosen.inputs]
         if self.mix and chosen.chain is None and all(x.is_floating_point() for x in inputs) and len(index) > 1:
-            share = torch.rand(len(index), generator=generator).clamp_min(0.5)
-            share = torch.where(torch.rand(len(index), generator=generator) < 0.5, share, 1.0)  # half of the samples stay as they are
+            share = torch.rand(len(index), generator=generator)
+            share = torch.where(torch.rand(len(index), generator=generator) < MIXED, share, 1.0)
             other = torch.randperm(len(index), generator=generator)
             inputs = [_mixed(x, x[other], share) for x in inputs]
         return self._gap(chosen, inputs, index, values)
 
     def held_out(self, values: Values | None = None) -> float:
-        """The mean loss on the samples that are never trained on (on all, where there are too few)."""
+        """The mean loss on the samples that are never trained on (on all, where there are too few). Earlier stages may have been fitted to every
+        calibration input: of float inputs, mixtures of two are taken, which are new to all."""
         losses, total = 0.0, 0
         with torch.no_grad():
             for s in self.sets:
-                for part in chunks(s.count - s.held if s.held else 0, s.count, self.batch):
-                    losses += len(part) * float(self._gap(s, [x[part] for x in s.inputs], part, values))
+                index, inputs = self._held(s)
+                for part in chunks(0, len(index), self.batch):
+                    losses += len(part) * float(self._gap(s, [x[part] for x in inputs], index[part], values))
                     total += len(part)
         return losses / max(1, total)
+
+    def _held(self, s: Set) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        index = torch.arange(s.count - s.held if s.held > 1 else 0, s.count)
+        inputs = [x[index] for x in s.inputs]
+        if s.chain is not None or not all(x.is_floating_point() for x in inputs) or len(index) < 2:
+            return index, inputs
+        shifts = range(1, min(len(index), 1 + max(1, 64 // len(index))))
+        share = torch.linspace(0.5, 0.9, len(index))
+        mixed = [torch.cat([_mixed(x, x.roll(k, 0), share.roll(k, 0)) for k in shifts]) for x in inputs]
+        return index.repeat(len(shifts)), mixed
 
     def _gap(self, chosen: Set, inputs: Sequence[torch.Tensor], index: torch.Tensor, values: Values | None) -> torch.Tensor:
         if self.chain is not None and chosen.answers is not None:
