@@ -20,6 +20,7 @@ METHODS = {
     "ecoflap": "edgesdk.compress.ecoflap",
     "nm": "edgesdk.compress.nm",
     "neurons": "edgesdk.compress.neurons",
+    "synthetic": "edgesdk.compress.synthetic",
     "gptq": "edgesdk.compress.gptq",
     "any4": "edgesdk.compress.any4",
     "squeezellm": "edgesdk.compress.squeezellm",
