@@ -9,18 +9,19 @@ Entropy coding is range asymmetric numeral systems (rANS: Duda 2013, arXiv:1311.
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import struct
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 PROB_BITS = 14
 LOW = 1 << 16  # rANS states stay in [2^16, 2^32)
-CHUNK = 1 << 20
+CHUNK = 1 << 22
 KINDS = ("dense", "grid", "table", "vector", "sparse", "lowrank", "sum", "scaled", "hadamard", "pick", "stack", "base")
 DTYPES = ("uint8", "uint16", "uint32", "int8", "float16", "float32")
 PIECES = {"float32": 4, "float16": 2, "int8": 1, "int8-row": 1, "int4": 0.5, "scales": 2}  # how a program holds a weight → bytes an element
@@ -227,29 +228,31 @@ def rans_decode(data: bytes, count: int) -> Any:
     freq = np.array(pairs[n:], np.int64)
     if n == 0 or freq.sum() != 1 << PROB_BITS:
         raise PackedError("the table of an entropy-coded array is damaged")
-    slot = np.repeat(np.arange(n), freq)
-    f, c = freq.astype(np.uint64), np.concatenate([[0], np.cumsum(freq)[:-1]]).astype(np.uint64)
+    cum = np.concatenate([[0], np.cumsum(freq)[:-1]])
+    f = np.repeat(freq, freq).astype(np.uint32)  # of every slot
+    b = (np.arange(1 << PROB_BITS) - np.repeat(cum, freq)).astype(np.uint32)
     lanes = _lanes(count)
     steps = -(-count // lanes)
     if len(data) < at + 4 * lanes or (len(data) - at) % 2:
         raise PackedError("an entropy-coded array is cut off")
-    x = np.frombuffer(data, "<u4", lanes, at).astype(np.uint64)
-    words = np.concatenate([np.frombuffer(data, "<u2", -1, at + 4 * lanes), np.zeros(lanes, np.uint16)]).astype(np.uint64)
-    out, read = np.empty((steps, lanes), np.int64), 0
-    mask, up, down = np.uint64((1 << PROB_BITS) - 1), np.uint64(PROB_BITS), np.uint64(16)
+    x = np.frombuffer(data, "<u4", lanes, at).astype(np.uint32)
+    words = np.concatenate([np.frombuffer(data, "<u2", -1, at + 4 * lanes), np.zeros(lanes, np.uint16)]).astype(np.uint32)
+    slots, part, read = np.empty((steps, lanes), np.uint16), np.empty(lanes, np.uint32), 0
+    mask, up, down = np.uint32((1 << PROB_BITS) - 1), np.uint32(PROB_BITS), np.uint32(16)
     for t in range(steps):
         low = x & mask
-        i = slot[low.astype(np.int64)]
-        out[t] = i
-        x = f[i] * (x >> up) + low - c[i]
-        short = x < LOW
-        k = int(np.count_nonzero(short))
+        slots[t] = low
+        x >>= up
+        x *= f.take(low, out=part, mode="clip")
+        x += b.take(low, out=part, mode="clip")
+        short = np.flatnonzero(x < LOW)
+        k = len(short)
         if k:
             x[short] = (x[short] << down) | words[read : read + k]
             read += k
-    if read > len(words) - lanes or not bool(np.all(x == LOW)):
+    if read != len(words) - lanes or not bool(np.all(x == LOW)):
         raise PackedError("an entropy-coded array is damaged")
-    return symbols[out.ravel()[:count]].astype(np.uint16)
+    return np.repeat(symbols, freq).astype(np.uint16)[slots.ravel()[:count]]
 
 
 # ---- entropy coding of matrices
@@ -288,24 +291,63 @@ class Model:
         none = total - 2 * side.sum(-1)
         return np.concatenate([side[..., ::-1], none[..., None], side], -1)
 
+    @property
+    def bits(self) -> Any:
+        """What an index costs by its |k|, sign and all: float64 [contexts, banks, most+1]."""
+        return PROB_BITS - np.log2(self.freq[..., self.most :])
+
     def contexts(self) -> Any:
         return self.row.astype(np.intp)[:, None] + self.col[None]
 
 
-def _classes(k: Any, step: float) -> tuple[Any, Any]:
-    """Classes of rows and columns: log2 of their mean |k|, row and column effects apart, in steps."""
-    size = np.abs(k).astype(np.float64) + 0.02
-    mean, rows, cols = size.mean(), np.zeros(k.shape[0]), np.zeros(k.shape[1])
+def _effects(k: Any) -> tuple[Any, Any]:
+    """log2 of how large the indices of every row and column are, row and column effects apart."""
+    size = np.abs(k).astype(np.float32) + np.float32(0.02)
+    mean, rows, cols = size.mean(), np.zeros(k.shape[0], np.float32), np.zeros(k.shape[1], np.float32)
     for _ in range(5):
-        rows = np.log2((size / 2 ** cols[None]).mean(1) / mean)
-        cols = np.log2((size / 2 ** rows[:, None]).mean(0) / mean)
-    both = [np.clip(np.round(v / step), -12, 12).astype(np.int64) if step else np.zeros(len(v), np.int64) for v in (rows, cols)]
+        rows = np.log2(size @ 2**-cols / (mean * k.shape[1]))
+        cols = np.log2(2**-rows @ size / (mean * k.shape[0]))
+    return rows, cols
+
+
+def _classes(effects: tuple[Any, Any], steps: tuple[float, float]) -> tuple[Any, Any]:
+    """Classes of rows and columns: their effects in steps; a step of 0: one class."""
+    both = [
+        np.clip(np.round(v / step), -12, 12).astype(np.int64) if step else np.zeros(len(v), np.int64) for v, step in zip(effects, steps)
+    ]
     return (both[0] - both[0].min()).astype(np.uint8), (both[1] - both[1].min()).astype(np.uint8)
 
 
-def model_of(k: Any, bank: Any = None, step: float = 0.5) -> Model:
-    """The distributions that suit indices k [rows, cols]; `bank` [rows, cols]: 0 or 1, which of two distributions of its context."""
-    row, col = _classes(k, step)
+LOG_EXPS = np.log(np.maximum(np.array(EXPS, np.float64), 1e-3) / (1 << 30))
+
+
+def _likely(hist: Any, first: Any, fall: Any) -> tuple[Any, Any]:
+    """Of pairs (first ratio, fall) the likeliest one for each row of counts [n, most] of |k| = 1, 2, …"""
+    n = np.arange(hist.shape[1])
+    logp = np.maximum(n * LOG_EXPS[first][:, None] + (n * (n - 1) / 2) * LOG_EXPS[fall][:, None], -60.0)
+    logp -= np.log(np.exp(logp).sum(1, keepdims=True))
+    best = np.argmax(hist @ logp.T, 1)
+    return first[best], fall[best]
+
+
+def _shapes(hist: Any) -> tuple[Any, Any]:
+    """The same among all pairs: a coarse search, then a fine one around each."""
+    first, fall = (v.ravel() for v in np.meshgrid(np.arange(0, len(EXPS), 4), np.arange(16, len(EXPS), 4), indexing="ij"))
+    first, fall = _likely(hist, first, fall)
+    near = np.arange(-3, 4)
+    for a, b in sorted(set(zip(first.tolist(), fall.tolist()))):
+        here = (first == a) & (fall == b)
+        pairs = (v.ravel() for v in np.meshgrid(np.clip(a + near, 0, len(EXPS) - 1), np.clip(b + near, 16, len(EXPS) - 1), indexing="ij"))
+        first[here], fall[here] = _likely(hist[here], *pairs)
+    return first, fall
+
+
+def model_of(
+    k: Any, bank: Any = None, steps: tuple[float, float] = (0.5, 0.5), effects: tuple[Any, Any] | None = None
+) -> tuple[Model, float]:
+    """The distributions that suit indices k [rows, cols], and the bits they need; `bank` [rows, cols]: 0 or 1, which of two distributions of
+    its context; `steps`: how fine the classes of rows and columns are, in octaves (0: one class)."""
+    row, col = _classes(effects or _effects(k), steps)
     most, banks = int(np.abs(k).max()), 1 if bank is None else 2
     where = (row.astype(np.int64)[:, None] + col[None]) * banks + (0 if bank is None else bank)
     count = (int(row.max()) + int(col.max()) + 1) * banks
@@ -314,15 +356,9 @@ def model_of(k: Any, bank: Any = None, step: float = 0.5) -> Model:
     total = hist.sum(1)
     shapes[:, 0] = np.clip(256 * (hist[:, 0] + 0.3) / (total + 0.6), 0, 255)
     if most > 1:
-        grid = np.arange(len(EXPS))
-        first, fall = (v.ravel() for v in np.meshgrid(grid, grid[16:], indexing="ij"))
-        logs = np.log(np.maximum(np.array(EXPS, np.float64), 1e-3) / (1 << 30))
-        n = np.arange(most)
-        logp = np.maximum(n * logs[first][:, None] + (n * (n - 1) / 2) * logs[fall][:, None], -60.0)
-        logp -= np.log(np.exp(logp).sum(1, keepdims=True))
-        best = np.argmax(hist[:, 1:] @ logp.T, 1)
-        shapes[:, 1], shapes[:, 2] = first[best], fall[best]
-    return Model(row, col, most, shapes.reshape(-1, banks, 3))
+        shapes[:, 1], shapes[:, 2] = _shapes(hist[:, 1:])
+    model = Model(row, col, most, shapes.reshape(-1, banks, 3))
+    return model, float((hist * model.bits.reshape(count, most + 1)).sum())
 
 
 def to_trellis(v: Any) -> tuple[Any, Any] | None:
@@ -338,16 +374,40 @@ def to_trellis(v: Any) -> tuple[Any, Any] | None:
     return k, bank
 
 
-def _pack_matrix(q: Any) -> bytes | None:
-    """rANS with the distributions of a `Model`: whether it is a trellis, the value that stands for 0, the model, the words. None where it does not apply."""
+CLASS_STEPS = ((0.5, 0.5), (1.0, 1.0), (0.0, 0.0), (0.0, 0.5), (0.5, 0.0))
+
+
+def best_model(q: Any) -> tuple[int, Any, Any, Model, float] | None:
+    """What writes q [rows, cols] in the fewest bytes: the value that stands for 0, indices, banks (None: no trellis), the model, and about
+    how many bytes it takes. None where matrices are not coded."""
     if q.ndim != 2 or q.size < 128 or q.max() == q.min() or int(q.max()) - int(q.min()) > 4000:
         return None
-    ways: list[bytes] = []
+    best: tuple[int, Any, Any, Model, float] | None = None
     for middle in {1 << (int(q.max()).bit_length() - 1), int(np.bincount(q.ravel()).argmax())}:
         v = q.astype(np.int64) - middle
         turned = to_trellis(v)
-        ways += [_coded_matrix(k, bank, middle, step) for step in (0.5, 1.0, 0.0) for k, bank in ((v, None), turned or (v, None))]
-    return min(ways, key=len)
+        k, bank = turned or (v, None)
+        effects = _effects(k)
+        for steps in CLASS_STEPS if int(np.abs(k).max()) < 100 else CLASS_STEPS[1:3]:
+            model, bits = model_of(k, bank, steps, effects)
+            size = len(_model_bytes(model, 0, bank)) + bits / 8 + 2 * _per_step(q.size, q.shape[1])
+            if best is None or size < best[4]:
+                best = middle, k, bank, model, size
+    return best
+
+
+def _pack_matrix(q: Any) -> bytes | None:
+    """rANS with the distributions of a `Model`: whether it is a trellis, the value that stands for 0, the model, the words. None where it does not apply."""
+    found = best_model(q)
+    return None if found is None else _coded_matrix(*found[:4])
+
+
+def _model_bytes(model: Model, middle: int, bank: Any) -> bytes:
+    used = np.unique(np.unique(model.row.astype(np.int64))[:, None] + np.unique(model.col))
+    shapes = np.stack([model.shapes[used].reshape(-1, 3)[:, i] for i in range(3)])
+    head = varint(0 if bank is None else 1) + varint(middle) + varint(model.most)
+    head += b"".join(_pack_array(a, True) for a in (model.row, model.col)) + varint(len(used)) + b"".join(varint(int(n)) for n in used)
+    return head + shapes.tobytes()
 
 
 def _per_step(count: int, cols: int) -> int:
@@ -355,8 +415,7 @@ def _per_step(count: int, cols: int) -> int:
     return min(_lanes(count), cols)
 
 
-def _coded_matrix(k: Any, bank: Any, middle: int, step: float) -> bytes:
-    model = model_of(k, bank, step)
+def _coded_matrix(middle: int, k: Any, bank: Any, model: Model) -> bytes:
     freq = model.freq
     at = model.contexts(), np.zeros_like(k) if bank is None else bank, k + model.most
     f, c = (a[at].astype(np.uint64) for a in (freq, np.cumsum(freq, -1) - freq))
@@ -371,11 +430,7 @@ def _coded_matrix(k: Any, bank: Any, middle: int, step: float) -> bytes:
             words.append((part[full] & np.uint64(0xFFFF)).astype("<u2"))
             part[full] >>= np.uint64(16)
             part[:] = ((part // fi) << np.uint64(PROB_BITS)) + part % fi + ci
-    used = np.unique(at[0])
-    shapes = np.stack([model.shapes[used].reshape(-1, 3)[:, i] for i in range(3)])
-    head = varint(0 if bank is None else 1) + varint(middle) + varint(model.most)
-    head += b"".join(_pack_array(a, True) for a in (model.row, model.col)) + varint(len(used)) + b"".join(varint(int(n)) for n in used)
-    return head + shapes.tobytes() + x.astype("<u4").tobytes() + np.concatenate(words[::-1]).tobytes()
+    return _model_bytes(model, middle, bank) + x.astype("<u4").tobytes() + np.concatenate(words[::-1]).tobytes()
 
 
 def _unpack_matrix(data: bytes, rows: int, cols: int) -> Any:
@@ -519,6 +574,8 @@ def _pack_array(a: Any, entropy: bool) -> bytes:
             ways += [(3, coded)] if coded is not None else []
             modelled = _pack_matrix(a)
             ways += [(5, modelled)] if modelled is not None else []
+            if a.dtype == np.uint16 and a.size > 64:
+                ways.append((4, pack_bytes(raw, 2)))
     elif entropy and a.size > 64:
         ways.append((4, pack_bytes(raw, a.dtype.itemsize)))
     way, payload = min(ways, key=lambda w: len(w[1]))
@@ -594,61 +651,115 @@ def _unpack_code(data: bytes, at: int, depth: int) -> tuple[Code, int]:
 
 
 def pack_bytes(raw: bytes, width: int = 1) -> bytes:
-    """Any bytes, losslessly: each chunk by the best of raw, zlib, and rANS of every one of `width` byte planes (exponents of floats repeat)."""
-    out = [varint(len(raw))]
-    for start in range(0, len(raw), CHUNK):
-        chunk = raw[start : start + CHUNK]
+    """Any bytes, losslessly. `width`: of the numbers that they are, 1 where they are none."""
+    return b"".join(pack_chunks(io.BytesIO(raw).read, len(raw), width))
+
+
+def pack_chunks(read: Callable[[int], bytes], total: int, width: int = 1) -> Iterator[bytes]:
+    """What `pack_bytes` gives, piece by piece: `read(n)` is asked for the `total` bytes in chunks of 4 MiB. Each is stored by the best of raw,
+    zlib, and rANS of every byte plane: of bytes, of numbers, of numbers turned left by a bit (which puts the whole exponent of a float32 or
+    bfloat16 into one plane, and the sign beside the mantissa; ZipNN, arXiv:2411.05239, DFloat11, arXiv:2504.11651)."""
+    yield varint(total)
+    done = 0
+    while done < total:
+        chunk = read(min(CHUNK, total - done))
+        if not chunk:
+            raise PackedError("the bytes to pack end too early")
+        done += len(chunk)
         ways = [b"\0" + chunk, b"\1" + zlib.compress(chunk, 9)]
-        for planes in {1, width}:
+        splits = {}
+        for planes in sorted({1, width}):
             if planes <= 8 and len(chunk) % planes == 0 and len(chunk) >= 64 * planes:
-                split = np.frombuffer(chunk, np.uint8).reshape(-1, planes).T
-                coded = [rans_encode(p) or b"" for p in split]
-                body = b"".join(
-                    varint(len(c) if c and len(c) < p.size else 0) + (c if c and len(c) < p.size else p.tobytes())
-                    for c, p in zip(coded, split)
-                )
-                ways.append(bytes([1 + planes]) + body)
+                splits[1 + planes] = np.frombuffer(chunk, np.uint8).reshape(-1, planes).T
+                if planes in (2, 4):
+                    turned = _turned(np.frombuffer(chunk, f"<u{planes}"), 1)
+                    splits[16 + planes] = turned.view(np.uint8).reshape(-1, planes).T
+        if splits:
+            way = min(splits, key=lambda w: sum(min(_entropy(p), 8.0) * p.size for p in splits[w]))
+            ways.append(bytes([way]) + _pack_planes(splits[way]))
         best = min(ways, key=len)
-        out += [varint(len(best)), best]
+        yield varint(len(best)) + best
+
+
+def _turned(numbers: Any, left: int) -> Any:
+    """Unsigned numbers with their bits turned left, little-endian."""
+    bits = 8 * numbers.dtype.itemsize
+    return ((numbers << left) | (numbers >> (bits - left))).astype(numbers.dtype)
+
+
+def _entropy(plane: Any) -> float:
+    """Bits a byte."""
+    counts = np.bincount(plane)
+    share = counts[counts > 0] / plane.size
+    return float(-(share * np.log2(share)).sum())
+
+
+def _pack_planes(planes: Any) -> bytes:
+    """Each plane after its coded length; 0: as it is."""
+    out = []
+    for plane in planes:
+        coded = rans_encode(plane) if _entropy(plane) < 7.98 else None
+        out.append(varint(len(coded)) + coded if coded is not None and len(coded) < plane.size else varint(0) + plane.tobytes())
     return b"".join(out)
 
 
 def unpack_bytes(data: bytes) -> bytes:
     """Raises `PackedError`."""
-    total, at = read_varint(data, 0)
-    out = bytearray()
-    while len(out) < total:
-        length, at = read_varint(data, at)
-        body, at = data[at : at + length], at + length
+    return b"".join(unpack_chunks(io.BytesIO(data).read))
+
+
+def unpack_chunks(read: Callable[[int], bytes]) -> Iterator[bytes]:
+    """What was packed, in chunks of at most 4 MiB; `read(n)` gives the packed bytes. Needs memory for a few chunks. Raises `PackedError`."""
+    total, done = _read_number(read), 0
+    while done < total:
+        length, size = _read_number(read), min(CHUNK, total - done)
+        body = read(length) if length <= 2 * CHUNK else b""
         if len(body) < length or not body:
             raise PackedError("packed bytes end too early")
-        size = min(CHUNK, total - len(out))
         if body[0] == 0:
-            out += body[1:]
+            chunk = body[1:]
         elif body[0] == 1:
             try:
-                opened = zlib.decompressobj()
-                out += opened.decompress(body[1:], size)
+                chunk = zlib.decompressobj().decompress(body[1:], size)
             except zlib.error as error:
                 raise PackedError(f"packed bytes are damaged: {error}") from None
+        elif body[0] > 16:
+            width = body[0] - 16
+            if width not in (2, 4):
+                raise PackedError("packed bytes are of another kind")
+            chunk = _turned(np.frombuffer(_unpack_planes(body[1:], width, size), f"<u{width}"), 8 * width - 1).tobytes()
         else:
-            out += _unpack_planes(body[1:], body[0] - 1, size)
-    if len(out) != total:
-        raise PackedError("packed bytes have the wrong length")
-    return bytes(out)
+            chunk = _unpack_planes(body[1:], body[0] - 1, size)
+        if len(chunk) != size:
+            raise PackedError("packed bytes have the wrong length")
+        done += size
+        yield chunk
+
+
+def _read_number(read: Callable[[int], bytes]) -> int:
+    """A varint from a stream."""
+    n = shift = 0
+    while True:
+        byte = read(1)
+        if not byte or shift > 63:
+            raise PackedError("packed bytes end too early")
+        n |= (byte[0] & 127) << shift
+        if byte[0] < 128:
+            return n
+        shift += 7
 
 
 def _unpack_planes(body: bytes, planes: int, size: int) -> bytes:
-    rows, at = np.empty((planes, size // planes), np.uint8), 0
+    rows, at = np.empty((size // planes, planes), np.uint8), 0
     for i in range(planes):
         length, at = read_varint(body, at)
-        taken = length or rows.shape[1]
+        taken = length or len(rows)
         part = body[at : at + taken]
         if len(part) < taken:
             raise PackedError("packed bytes end too early")
-        rows[i] = rans_decode(part, rows.shape[1]) if length else np.frombuffer(part, np.uint8)
+        rows[:, i] = rans_decode(part, len(rows)) if length else np.frombuffer(part, np.uint8)
         at += taken
-    return rows.T.tobytes()
+    return rows.tobytes()
 
 
 @dataclass(frozen=True)
@@ -736,54 +847,102 @@ def is_packed(data: bytes) -> bool:
 
 def expand_program(data: bytes) -> bytes:
     """The program, byte for byte. Raises `PackedError` when anything is damaged."""
-    if not is_packed(data) or len(data) < 48:
+    out = io.BytesIO()
+    expand_to(io.BytesIO(data).read, out)
+    return out.getvalue()
+
+
+def expand_to(read: Callable[[int], bytes], target: Any) -> None:
+    """Write the program to `target`, a binary file open for reading and writing, from a stream that `read(n)` reads.
+
+    Needs memory for the codes as they are packed, one weight and a few chunks. Raises `PackedError`; `target` then holds nothing of use.
+    """
+    head = read(48)
+    if not is_packed(head) or len(head) < 48:
         raise PackedError("this is no packed program")
     try:
-        return _expand(data)
-    except (ValueError, IndexError, OverflowError, MemoryError) as error:
+        size = _expand(read, target, struct.unpack_from("<Q", head, 40)[0])
+        target.seek(0)
+        total = hashlib.sha256()
+        for chunk in iter(lambda: target.read(CHUNK), b""):
+            total.update(chunk)
+    except (ValueError, IndexError, OverflowError, MemoryError, TypeError) as error:
         raise PackedError(f"a packed program is damaged: {error}") from None
-
-
-def _expand(data: bytes) -> bytes:
-    digest, (size,) = data[8:40], struct.unpack_from("<Q", data, 40)
-    count, at = read_varint(data, 48)
-    codes, pieces = [], []
-    for _ in range(count):
-        length, at = read_varint(data, at)
-        codes.append(unpack(data[at : at + length]))
-        at += length
-    count, at = read_varint(data, at)
-    for _ in range(count):
-        piece, at = _read_piece(data, at, codes)
-        pieces.append(piece)
-    rest, out, taken = unpack_bytes(data[at:]), bytearray(), 0
-    for piece in pieces:
-        gap = piece.offset - len(out)
-        if gap < 0:
-            raise PackedError("the weights of a packed program overlap")
-        before = sum(p.size for p in pieces if p.offset < piece.scales)  # of the bytes that `rest` leaves out
-        out += rest[taken : taken + gap] + piece.content(_scales(rest, piece, piece.scales - before))
-        taken += gap
-    out += rest[taken:]
-    if len(out) != size or hashlib.sha256(out).digest() != digest:
+    if size != struct.unpack_from("<Q", head, 40)[0] or total.digest() != head[8:40]:
         raise PackedError("a packed program expands to other bytes than it was made of")
-    return bytes(out)
 
 
-def _read_piece(data: bytes, at: int, codes: list[Code]) -> tuple[Piece, int]:
-    offset, at = read_varint(data, at)
-    number, at = read_varint(data, at)
-    if at + 2 > len(data) or data[at] >= len(PIECES) or number >= len(codes):
+def _expand(read: Callable[[int], bytes], target: Any, size: int) -> int:
+    """The bytes that were written, of the `size` that were promised."""
+    codes = []
+    for _ in range(_read_number(read)):
+        length = _read_number(read)
+        codes.append(read(length))
+        if len(codes[-1]) < length:
+            raise PackedError("a packed program ends too early")
+    pieces, offset = [], 0
+    for _ in range(_read_number(read)):
+        piece, number = _read_piece(read, len(codes))
+        if piece.offset < offset or piece.offset + piece.size > size:
+            raise PackedError("the weights of a packed program overlap, or lie behind its end")
+        pieces.append((piece, number))
+        offset = piece.offset + piece.size
+    rest = _Rest(unpack_chunks(read))
+    offset, late, last = 0, [], (-1, EMPTY)
+    for piece, number in pieces:
+        rest.copy(target, piece.offset - offset)
+        if piece.dtype == "int8-row":  # its scales may come after it
+            late.append((piece, number))
+            target.write(bytes(piece.size))
+        else:
+            last = last if last[0] == number else (number, unpack(codes[number]))
+            target.write(replace(piece, code=last[1]).content())
+        offset = piece.offset + piece.size
+    offset += rest.copy(target, None)
+    for piece, number in late:
+        target.seek(piece.scales)
+        scales = np.frombuffer(target.read(4 * piece.shape[0]), "<f4", piece.shape[0])
+        target.seek(piece.offset)
+        target.write(replace(piece, code=unpack(codes[number])).content(scales))
+    return offset
+
+
+EMPTY = Code("base", ())
+
+
+class _Rest:
+    """The bytes between the weights, from chunks."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self.chunks, self.have = chunks, memoryview(b"")
+
+    def copy(self, target: Any, count: int | None) -> int:
+        """Write the next `count` bytes, or all that are left."""
+        done = 0
+        while count is None or done < count:
+            if not self.have:
+                self.have = memoryview(next(self.chunks, b""))
+                if not self.have:
+                    break
+            taken = self.have[: None if count is None else count - done]
+            target.write(taken)
+            self.have = self.have[len(taken) :]
+            done += len(taken)
+        if count is not None and done < count:
+            raise PackedError("a packed program ends too early")
+        return done
+
+
+def _read_piece(read: Callable[[int], bytes], codes: int) -> tuple[Piece, int]:
+    """A piece without its code, and the number of that."""
+    offset, number, head = _read_number(read), _read_number(read), read(2)
+    if len(head) < 2 or head[0] >= len(PIECES) or number >= codes:
         raise PackedError("a packed program ends too early")
-    dtype, ndim, at = list(PIECES)[data[at]], data[at + 1], at + 2
-    values = []
-    for _ in range(2 * ndim + 2):
-        n, at = read_varint(data, at)
-        values.append(n)
+    dtype, ndim = list(PIECES)[head[0]], head[1]
+    values = [_read_number(read) for _ in range(2 * ndim + 2)]
     position, patches = 0, []
     for _ in range(values[-1]):
-        n, at = read_varint(data, at)
-        position += n
-        patches.append((position, data[at]))
-        at += 1
-    return Piece(offset, codes[number], tuple(values[:ndim]), tuple(values[ndim : 2 * ndim]), dtype, values[-2], tuple(patches)), at
+        position += _read_number(read)
+        patches.append((position, read(1)[0]))
+    shape, axes = tuple(values[:ndim]), tuple(values[ndim : 2 * ndim])
+    return Piece(offset, EMPTY, shape, axes, dtype, values[-2], tuple(patches)), number

@@ -98,17 +98,19 @@ def test_gptq_takes_a_model_with_every_kind_of_weight() -> None:
     assert all(better[w.weight] <= w.error for w in nearest.report.weights)
 
 
-@pytest.mark.parametrize("name", ["gptq"])
-def test_zero_rows_dead_inputs_and_one_column_are_sane(name: str) -> None:
+@pytest.mark.parametrize("name, settings", [("gptq", {"bits": 4}), ("gptq", {"rate": 4})])
+def test_zero_rows_dead_inputs_and_one_column_are_sane(name: str, settings: dict[str, object]) -> None:
     weight, stats = layer(6, 9)
     matrix = weight.matrix.clone()
     matrix[2] = 0
     gram = stats.gram.clone()
     gram[:, 4] = gram[:, :, 4] = 0
-    code, _, _ = coded(name, Weight("w", "linear", (6, 9), matrix), Stats(9, gram, stats.mean, stats.absmax), bits=4)
+    code, _, _ = coded(name, Weight("w", "linear", (6, 9), matrix), Stats(9, gram, stats.mean, stats.absmax), **settings)
     assert np.abs(decode(code)[2]).max() < 1e-5
-    coded(name, Weight("w", "linear", (6, 1), matrix[:, :1].clone()), Stats(9, gram[:, :1, :1], stats.mean[:1], stats.absmax[:1]), bits=4)
-    coded(name, Weight("w", "linear", (6, 9), torch.zeros(6, 9)), stats, bits=4)
+    coded(
+        name, Weight("w", "linear", (6, 1), matrix[:, :1].clone()), Stats(9, gram[:, :1, :1], stats.mean[:1], stats.absmax[:1]), **settings
+    )
+    coded(name, Weight("w", "linear", (6, 9), torch.zeros(6, 9)), stats, **settings)
 
 
 def test_missing_or_foreign_statistics_are_said() -> None:
@@ -121,3 +123,34 @@ def test_missing_or_foreign_statistics_are_said() -> None:
     with pytest.raises(InputError, match="bits"):
         configured("gptq", {"bits": 11})
     assert stats_of(spec)["linear.weight"].count == 48
+
+
+# ---- gptq to a rate
+
+
+@pytest.mark.parametrize("bits", [2.3, 3])
+def test_at_equal_stored_bytes_rate_beats_grids_and_nearest(bits: float) -> None:
+    weight, stats = layer(96, 128)
+    plain = [coded("gptq", weight, stats, bits=b, group=g) for b, g in ((bits, 0), (bits - 0.25, 64))]
+    for _, error, size in plain:
+        _, better, stored = coded("gptq", weight, stats, rate=8 * size / weight.matrix.numel())
+        assert 0.97 * size < stored <= size * 1.002 and better < 0.8 * error
+
+
+def test_the_trellis_pays() -> None:
+    weight, stats = layer(96, 128)
+    plain, trellis = (coded("gptq", weight, stats, rate=2.5, trellis=t)[1] for t in (False, True))
+    assert trellis < 0.96 * plain
+
+
+def test_rate_keeps_zeros_where_pruned_and_takes_embeddings_and_grouped_convolutions() -> None:
+    weight, stats = layer(40, 64)
+    kept = torch.rand(weight.matrix.shape, generator=torch.Generator().manual_seed(1)) > 0.5
+    pruned = Weight("w", "linear", weight.shape, weight.matrix * kept, kept=kept)
+    code, _, _ = coded("gptq", pruned, stats, rate=2)
+    assert not decode(code)[~kept.numpy()].any()
+    made = compress(small(), "gptq:rate=4")  # type: ignore[operator]
+    large = [w for w in made.report.weights if w.float_bytes > 4 * 2000]
+    assert large and all(0.97 * 4 < 8 * w.bytes / (w.float_bytes / 4) <= 4 for w in large)
+    again = compress(small(), "gptq:rate=4")  # type: ignore[operator]
+    assert again.report.compressed_digest == made.report.compressed_digest

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from edgesdk.packed import (
+    TRELLIS,
     Code,
     PackedError,
     Piece,
@@ -20,6 +21,7 @@ from edgesdk.packed import (
     rans_decode,
     rans_encode,
     rotate,
+    to_trellis,
     unpack,
     unpack_bytes,
 )  # fmt: skip
@@ -137,3 +139,32 @@ def test_damage_is_refused_and_nothing_else_is_raised() -> None:
             assert expand_program(bytes(damaged)) == program
     with pytest.raises(PackedError):
         unpack(pack(code) + b"x")
+
+
+@pytest.mark.parametrize("rows, cols", [(1, 130), (130, 1), (16, 8), (97, 131)])
+@pytest.mark.parametrize("spread", [0.4, 3.0, 300.0])
+def test_matrices_of_unequal_rows_and_columns_round_trip_in_few_bytes(rows: int, cols: int, spread: float) -> None:
+    rng = np.random.default_rng(rows)
+    v = np.rint(rng.standard_normal((rows, cols)) * spread * np.exp(0.8 * rng.standard_normal(cols)))
+    q = (v - v.min()).astype(np.uint16)
+    code = Code("grid", q.shape, (13, 0), (q, NONE, NONE))
+    assert np.array_equal(unpack(pack(code)).arrays[0], q)
+    if rows * cols > 10_000 and spread < 100:
+        assert len(pack(code)) < 0.97 * len(rans_encode(q.ravel()) or b"")
+
+
+def test_a_trellis_is_seen_and_a_damaged_one_refused() -> None:
+    rng = np.random.default_rng(0)
+    k = np.rint(rng.standard_normal((80, 40)) * 2).astype(np.int64)
+    v, state, following = np.empty_like(k), np.zeros(40, np.intp), np.array(TRELLIS)
+    for i in range(80):
+        v[i] = 2 * k[i] - (state >> 1) * np.sign(k[i])
+        state = following[state, k[i] & 1]
+    found = to_trellis(v)
+    assert found is not None and np.array_equal(found[0], k)
+    code = Code("grid", v.shape, (8, 0), ((v + 128).astype(np.uint8), NONE, NONE))
+    data = pack(code)
+    assert np.array_equal(unpack(data).arrays[0], code.arrays[0]) and len(data) * 8 / v.size < np.log2(np.abs(v).max() * 2 + 1) - 1
+    for at in range(20, len(data), 97):
+        with contextlib.suppress(PackedError):
+            unpack(data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :])

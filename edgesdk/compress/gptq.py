@@ -5,6 +5,7 @@ With H the mean of x·xᵀ over calibration inputs, the squared output error of 
 Rounding column j by r then costs (r / U_jj)² when every later column k moves by -r · U_jk / U_jj.
 Kept of the original: damping, the order by H's diagonal. Changed: scales are searched by the error weighted with H's diagonal and do not
 move while columns are rounded (so the order may cross groups), further sweeps revisit every column, levels need not be a power of two.
+With `rate` the grids have no bounds and no groups: points are chosen by error and stored bits (see `rate`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from edgesdk.compress.rate import best_at
 from edgesdk.compress.types import Config, Family, Need, Stats, Weight
 from edgesdk.errors import InputError
 from edgesdk.packed import Code, groups_of
@@ -32,6 +34,8 @@ class GptqConfig(Config):
     damp: Annotated[float, Field(gt=0, le=1)] = 0.01  # added to H's diagonal, as a share of its mean
     search: bool = True  # scales by weighted error; else by the largest weight
     sweeps: Annotated[int, Field(ge=0, le=20)] = 2  # visits of every column after the first
+    rate: Annotated[float, Field(ge=0, le=12)] = 0.0  # stored bits a weight, everything counted, in place of bits and group; 0: a grid
+    trellis: bool = True  # with rate: points of a trellis
 
 
 class Problem:
@@ -115,10 +119,14 @@ class Gptq:
         return None
 
     def options(self, weight: Weight) -> Sequence[GptqConfig]:
-        return [GptqConfig(bits=b, group=g) for b in (2, 2.5, 3, 4, 8) for g in (0, 32) if g < weight.cols]
+        grids = [GptqConfig(bits=b, group=g) for b in (2, 2.5, 3, 4, 8) for g in (0, 32) if g < weight.cols]
+        return grids + [GptqConfig(rate=r) for r in (1.5, 2, 2.5, 3, 4, 6)]
 
     def apply(self, weight: Weight, stats: Stats | None, config: GptqConfig) -> Code:
-        return fixed(weight, stats, config)
+        if not config.rate:
+            return fixed(weight, stats, config)
+        problem = Problem(weight, None if stats is None else stats.gram, config.damp, config.order)
+        return best_at(problem, config.rate, trellis=config.trellis, sweeps=min(config.sweeps, 1) if stats else 0, kept=weight.kept).code
 
 
 def fixed(weight: Weight, stats: Stats | None, config: GptqConfig) -> Code:
