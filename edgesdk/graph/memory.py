@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgesdk.graph.arena import Held, greedy_by_size
 from edgesdk.plan.types import MemoryAnswer
 
 if TYPE_CHECKING:
     from edgesdk.device import DeviceProfile
-    from edgesdk.graph.types import MethodGraph, ModelGraph, Unit
+    from edgesdk.graph.memory_plan import RuntimePlan
+    from edgesdk.graph.types import MethodGraph, ModelGraph, TensorInfo, Unit
 
 _WIDTH = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.0, "uint8": 1.0, "int16": 2.0, "int4": 0.5, "int32": 4.0, "int64": 8.0}
 GROUP = 32
@@ -19,28 +21,40 @@ GROUP = 32
 def weight_bytes(unit: Unit, precision: str, runtime: str) -> int:
     """Stored bytes of a unit's weight, scales, zero points and bias.
 
-    int8: one byte, and a float32 scale a channel (LiteRT's flatbuffer adds an int64 zero point a channel); int4-g32: half a byte, and a
-    float32 scale for each 32 along the reduction (ExecuTorch keeps a float32 a group in its program).
+    int8: one byte, and a float32 scale a channel (LiteRT's flatbuffer adds an int64 zero point a channel; XNNPACK's static int8 stores
+    the bias' scale, too); int4-g32: half a byte, and a bfloat16 scale for each 32 along the reduction.
     """
     n, bias = unit.weight_elements, unit.bias_elements * 4
     if n == 0:
         return bias
+    executorch = runtime.startswith("executorch")
     if precision in ("int8-static", "int8-dynamic", "int8-weight-only"):
-        scales = unit.rows * (4 if runtime.startswith("executorch") else 12)
-        return n + scales + bias
+        scales = unit.rows * (4 if executorch else 12)
+        return n + scales + bias * (2 if executorch and precision == "int8-static" else 1)
     if precision == "int4-g32":
-        return -(-n // 2) + -(-unit.cols // GROUP) * unit.rows * 4 + bias
+        return unit.rows * -(-unit.cols // 2) + -(-unit.cols // GROUP) * unit.rows * 2 + bias
     if precision == "fp16":
         return n * 2 + bias
     return int(n * _WIDTH.get(unit.weight_dtype, 4.0)) + bias
 
 
-def _align(n: int) -> int:
-    return -(-n // 16) * 16
+def stored_weights(graph: ModelGraph, precisions: Mapping[tuple[str, str], str], runtime: str) -> int:
+    """Bytes of all weights of a graph, each once, as `weight_bytes` counts them."""
+    total, seen = 0, set()
+    for method in graph.methods:
+        for unit in method.units:
+            if unit.weight and unit.weight not in seen:
+                seen.add(unit.weight)
+                total += weight_bytes(unit, precisions.get((method.name, unit.name), "fp32"), runtime)
+    return total
 
 
-def _bytes(method: MethodGraph, names: tuple[str, ...]) -> int:
-    return sum(_align(int(t.elements * _WIDTH.get(t.dtype, 4.0))) for t in method.inputs if t.name in names)
+def _size(tensor: TensorInfo, alignment: int) -> int:
+    return -(-int(tensor.elements * _WIDTH.get(tensor.dtype, 4.0)) // alignment) * alignment
+
+
+def _bytes(method: MethodGraph, names: tuple[str, ...], alignment: int) -> int:
+    return sum(_size(t, alignment) for t in method.inputs if t.name in names)
 
 
 def runtime_bytes(device: DeviceProfile, runtime: str) -> int | None:
@@ -48,43 +62,102 @@ def runtime_bytes(device: DeviceProfile, runtime: str) -> int | None:
     return next((r.overhead_bytes for r in device.runtimes if r.name == runtime), None)
 
 
-def memory_answer(graph: ModelGraph, precisions: Mapping[tuple[str, str], str], runtime: str, device: DeviceProfile) -> MemoryAnswer:
-    """What must fit, before lowering. `precisions`: (method, unit) → precision. Methods run one after another: activations are the largest method's,
-    inputs and outputs of all methods stay allocated."""
-    weights, seen = 0, set()
-    for method in graph.methods:
-        for unit in method.units:
-            if unit.weight and unit.weight not in seen:
-                seen.add(unit.weight)
-                weights += weight_bytes(unit, precisions.get((method.name, unit.name), "fp32"), runtime)
-    cache = max((_bytes(m, m.cache_inputs) for m in graph.methods), default=0)
-    cross = max((_bytes(m, m.cross_cache_inputs) for m in graph.methods), default=0)
-    io = 0
-    for m in graph.methods:
-        plain = tuple(t.name for t in m.inputs if t.name not in m.cache_inputs + m.cross_cache_inputs)
-        io += _bytes(m, plain) + sum(_align(int(t.elements * _WIDTH.get(t.dtype, 4.0))) for t in m.outputs)
-    activations = max(m.peak_activation_bytes for m in graph.methods)
+XNNPACK_PADDING = 64
+"""Bytes that ExecuTorch adds to each method's buffer when it has an XNNPACK delegate, which reads past the end (exir/memory_planning.py)."""
+
+_DELEGATED = ("linear", "conv2d", "depthwise_conv2d", "activation", "pool", "reshape")
+
+
+def _all_delegated(method: MethodGraph) -> bool:
+    """Whether XNNPACK surely takes every operator of a method as one: plain networks of layers, clamps, pools and sums of tensors."""
+
+    def takes(unit: Unit) -> bool:
+        called = unit.name.split("#")[0].rsplit(".", 1)[-1]
+        if unit.op == "activation":
+            return called.startswith(("relu", "hardtanh"))
+        if unit.op == "pool":
+            return called.startswith(("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"))
+        if unit.op == "reshape":
+            return called.startswith(("view", "reshape", "flatten"))
+        return unit.op in _DELEGATED[:3] or (unit.op == "elementwise" and called.startswith("add") and not unit.weight)
+
+    return all(takes(u) for u in method.units)
+
+
+def planned_bytes(method: MethodGraph, runtime: str, kinds: frozenset[str]) -> tuple[int, bool]:
+    """What the runtime sets aside for a method whose weights have the precisions `kinds`, and whether that is exact.
+
+    Inputs, outputs and, where it is not surely all one delegate, every tensor alive between them at once (at least what lies between
+    delegates, except for a few small tensors that an exporter may add).
+    """
+    ends, whole = (*method.inputs, *method.outputs), _all_delegated(method)
+    if runtime.startswith("executorch"):
+        io = sum(_size(t, 16) for t in ends)
+        if whole and runtime == "executorch":
+            return io + XNNPACK_PADDING, True
+        return io + method.peak_activation_bytes, False
+    static = kinds == {"int8-static"}  # then a flatbuffer's inputs and outputs are int8, too
+    hybrid = kinds & {"int8-dynamic", "int8-weight-only"} and any(u.op == "depthwise_conv2d" for u in method.units)
+    sizes = [Held(t.elements if static else _size(t, 1), 0, 1) for t in ends]
+    size = greedy_by_size(sizes)[0]
+    sure = whole and not hybrid and (static or "int8-static" not in kinds)
+    return (size, True) if sure else (size + method.peak_activation_bytes, False)
+
+
+def _kinds(method: MethodGraph, precisions: Mapping[tuple[str, str], str]) -> frozenset[str]:
+    return frozenset(precisions.get((method.name, u.name), "fp32") for u in method.units if u.weight_elements)
+
+
+def memory_answer(
+    graph: ModelGraph, precisions: Mapping[tuple[str, str], str], runtime: str, device: DeviceProfile, ahead: RuntimePlan | None = None
+) -> MemoryAnswer:
+    """What must fit, before lowering. `precisions`: (method, unit) → precision; `ahead`: the runtime's own plan where it is known already.
+
+    Every method keeps its own inputs, outputs, caches and activations (each is loaded once and stays). What is inside a delegate is in no
+    runtime's plan: `delegate_bytes` is the most that the methods have alive at a time, as an estimate.
+    """
+    weights = stored_weights(graph, precisions, runtime) + (ahead.constants_bytes if ahead else 0)
+    guesses = {m.name: planned_bytes(m, runtime, _kinds(m, precisions)) for m in graph.methods}
+    planned = sum(ahead.planned.values()) if ahead else sum(size for size, _ in guesses.values())
+    exact = ahead is not None or all(sure for _, sure in guesses.values())
     own = runtime_bytes(device, runtime)
     missing = () if own is not None else (f"the runtime itself (not measured on {device.name})",)
+    if not exact:
+        missing = ("activations between delegates: an estimate by liveness until the program is built", *missing)
+    inside = sum(m.peak_activation_bytes for m in graph.methods)
+    fields = _split(graph, planned, 16 if runtime.startswith("executorch") else 64)
     return MemoryAnswer(
-        weights_bytes=weights, activations_bytes=activations, cache_bytes=cache, cross_cache_bytes=cross, io_bytes=io, runtime_bytes=own,
-        peak_bytes=weights + activations + cache + cross + io + (own or 0), not_counted=graph.not_counted + missing,
+        weights_bytes=weights, **fields, runtime_bytes=own, delegate_bytes=inside, peak_bytes=weights + planned + inside + (own or 0),
+        from_runtime=ahead is not None, not_counted=graph.not_counted + missing,
     )  # fmt: skip
 
 
-def with_runtime_plan(answer: MemoryAnswer, program: Path, plan: Mapping[str, int]) -> MemoryAnswer:
-    """The answer with the lowered program's own numbers: `plan` holds `program` and `planned:<method>:<i>` in bytes (see `lower.executorch.memory_plan`).
+def _split(graph: ModelGraph, planned: int, alignment: int) -> dict[str, int]:
+    """A runtime's planned bytes as caches, cross caches, inputs and outputs, and the rest: activations. Their sum is `planned`, even where
+    the runtime lets an output take a dead input's place."""
+    left, fields = planned, {}
+    for name in ("cache", "cross_cache"):
+        want = sum(_bytes(m, getattr(m, f"{name}_inputs"), alignment) for m in graph.methods)
+        fields[f"{name}_bytes"] = min(want, left)
+        left -= fields[f"{name}_bytes"]
+    held = [t for m in graph.methods for t in m.inputs if t.name not in m.cache_inputs + m.cross_cache_inputs]
+    io = min(left, sum(_size(t, alignment) for t in (*held, *(t for m in graph.methods for t in m.outputs))))
+    return {**fields, "io_bytes": io, "activations_bytes": left - io}
 
-    The program file is mapped as it is, so its size stands for the weights; planned buffers hold activations, inputs and outputs together.
+
+def with_runtime_plan(answer: MemoryAnswer, program: Path, plan: Mapping[str, int], graph: ModelGraph | None = None) -> MemoryAnswer:
+    """The answer with the lowered program's own numbers: `plan` holds `program` and `planned:<method>:<i>` in bytes (see `lower.executorch.memory_plan`,
+    `lower.litert.memory_plan`).
+
+    The program file is mapped as it is, so its size stands for the weights; planned buffers hold activations, inputs and outputs together:
+    with the `graph` they are told apart.
     """
     planned = sum(v for k, v in plan.items() if k.startswith("planned:"))
     size = plan.get("program", program.stat().st_size if program.exists() else answer.weights_bytes)
-    fields = {
-        "weights_bytes": size,
-        "activations_bytes": planned,
-        "io_bytes": 0,
-        "cache_bytes": 0,
-        "cross_cache_bytes": 0,
-        "from_runtime": True,
-    }
-    return answer.model_copy(update={**fields, "peak_bytes": size + planned + (answer.runtime_bytes or 0)})
+    fields: dict[str, object] = {"weights_bytes": size, "from_runtime": True}
+    nothing = {"io_bytes": 0, "cache_bytes": 0, "cross_cache_bytes": 0, "activations_bytes": planned}
+    fields |= _split(graph, planned, 64 if program.name.endswith(".tflite") else 16) if graph else nothing
+    left = tuple(n for n in answer.not_counted if "until the program is built" not in n)
+    return answer.model_copy(
+        update={**fields, "not_counted": left, "peak_bytes": size + planned + (answer.delegate_bytes or 0) + (answer.runtime_bytes or 0)}
+    )

@@ -123,11 +123,16 @@ def read_tflite(path: Path) -> tuple[MethodGraph, ...]:
         raise InputError(f"{path}: the flatbuffer is damaged or cut off ({len(data)} bytes)", "copy or convert the file again") from None
 
 
-def _method(name: str, graph: Table, codes: list[tuple[int, str]], buffers: list[int], path: Path) -> MethodGraph:
-    tensors = [
+def tensors_of(graph: Table) -> list[TensorInfo]:
+    """The tensors of a subgraph."""
+    return [
         TensorInfo(name=t.text(3), shape=tuple(t.numbers(0)), dtype=_DTYPES.get(t.number(1, "<b"), f"type {t.number(1, '<b')}"))
         for t in graph.tables(0)
     ]
+
+
+def _method(name: str, graph: Table, codes: list[tuple[int, str]], buffers: list[int], path: Path) -> MethodGraph:
+    tensors = tensors_of(graph)
     constant = [buffers[t.number(2, "<I")] > 0 for t in graph.tables(0)]
     units, spans = [], []
     for index, op in enumerate(graph.tables(3)):

@@ -46,7 +46,21 @@ def lower(spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str], say
     part = path.with_suffix(".part")
     part.write_bytes(content)
     part.replace(path)
+    _remember(spec, runtime, choice, content)
     return content
+
+
+def _remember(spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str], content: bytes) -> None:
+    """Keep the program's own memory plan, so that planning the same model again starts from it."""
+    from edgesdk.graph import trace
+    from edgesdk.graph.memory import stored_weights
+    from edgesdk.graph.memory_plan import RuntimePlan, per_method, remember
+
+    if runtime == "executorch" or (runtime == "litert" and not choice):
+        sizes = _memory(runtime, content)
+        more = sizes["constants"] - stored_weights(trace(spec), choice, runtime) if "constants" in sizes else 0
+        plan = RuntimePlan(runtime=runtime, planned=per_method(sizes), constants_bytes=more)
+        remember(plan, spec.digest, choice.values())
 
 
 def _lower(spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str], say: Callable[[str], None]) -> bytes:
@@ -147,4 +161,6 @@ def _memory(runtime: str, program: bytes) -> dict[str, int]:
         from edgesdk.lower.executorch import memory_plan
 
         return memory_plan(program)
-    return {"program": len(program)}
+    from edgesdk.graph.arena import memory_plan as arena_plan
+
+    return arena_plan(program)

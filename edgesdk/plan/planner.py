@@ -12,6 +12,7 @@ from edgesdk.devices import load_device
 from edgesdk.efficiency import Efficiency
 from edgesdk.errors import InputError, UnknownName
 from edgesdk.graph.memory import memory_answer, weight_bytes
+from edgesdk.graph.memory_plan import dry_plan, known
 from edgesdk.graph.types import ModelGraph, Unit
 from edgesdk.plan.cost import Z80, UnitCost, call_seconds, fused, total, unit_cost, working_set
 from edgesdk.plan.harm import Harm, Step, harm_of, quality_of
@@ -61,6 +62,9 @@ def make_plan(
     best_quality = max((p.quality for _, p in made if p.quality is not None), default=None)
     for attempt in range(4):
         at = _best([p for _, p in made], best_quality, budget)
+        if _told(*made[at], step):
+            made[at] = made[at][0], _candidate(made[at][0], budget)
+            at = _best([p for _, p in made], best_quality, budget)
         setting, best = made[at][0], _evaluated(*made[at], step)
         if best.fits or not made[at][1].fits or attempt == 3:
             break
@@ -68,6 +72,18 @@ def make_plan(
     plans = [p for _, p in made]
     front = _pareto([c for p in plans for c in p.front])
     return best.model_copy(update={"front": front, "reasons": (*best.reasons, *_against(best, plans))})
+
+
+def _told(s: Setting, plan: Plan, step: Step) -> bool:
+    """Ask ExecuTorch for its own memory plan, by a dry lowering, where the answer to a memory budget hangs on what is only estimated."""
+    memory, limit = plan.memory, plan.budget.memory_bytes
+    if s.runtime != "executorch" or memory.from_runtime or limit is None:
+        return False
+    if not any("until the program is built" in n for n in memory.not_counted) or abs(limit - memory.peak_bytes) > memory.activations_bytes:
+        return False
+    step("asking ExecuTorch for its memory plan", 0.5)
+    dry_plan(s.subject.spec)
+    return True
 
 
 def _evaluated(s: Setting, plan: Plan, step: Step) -> Plan:
@@ -225,7 +241,7 @@ executorch 1.4.1 with libtorch. Used where a profile has no figure of its own.""
 
 def _memory(s: Setting, precisions: dict[tuple[str, str], str]) -> MemoryAnswer:
     """The memory answer; a runtime whose size the profile does not know counts as measured on x86-64."""
-    answer = memory_answer(s.graph, precisions, s.runtime, s.device)
+    answer = memory_answer(s.graph, precisions, s.runtime, s.device, known(s.graph.model_digest, s.runtime, precisions.values()))
     own = RUNTIME_BYTES.get(s.runtime)
     if answer.runtime_bytes is not None or own is None:
         return answer

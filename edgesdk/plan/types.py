@@ -57,6 +57,7 @@ class MemoryAnswer(Part):
     cross_cache_bytes: int
     io_bytes: int
     runtime_bytes: int | None  # None: unknown for this device
+    delegate_bytes: int | None = None  # inside a delegate (XNNPACK's workspace), which no runtime's plan shows: at most, by liveness
     peak_bytes: int
     from_runtime: bool = False  # True once the lowered program's own memory plan replaced the estimate
     not_counted: tuple[str, ...] = ()
