@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgesdk.compress import lqlora
+from edgesdk.compress import lossless, lqlora
 from edgesdk.compress.pipeline import Stage, compress, parse_stage
 from edgesdk.compress.registry import configured
 from edgesdk.compress.saved import load
@@ -465,3 +465,32 @@ def test_lqlora_takes_embeddings_and_groups_and_says_no_clearly() -> None:
         compress(spec_of(nn.Sequential(nn.Linear(30, 30)), torch.zeros(1, 30), calibrated=False), "lqlora")
     with pytest.raises(InputError, match="no weight has such a name"):
         compress(base, "lqlora:only=nothing")
+
+
+# ---- lossless
+
+
+def test_lossless_keeps_every_byte_in_fewer() -> None:
+    base = load_model("example:digits-cnn")
+    made = compress(base, "lossless", evaluate=False)
+    for name, w in weights_of(base).items():
+        assert weights_of(made.spec)[name].matrix.numpy().tobytes() == w.matrix.numpy().tobytes()
+        assert decode(unpack(pack(made.spec.codes[name]))).tobytes() == w.matrix.numpy().tobytes()
+    assert made.report.weight_bytes < 0.86 * made.report.float_bytes
+    assert all(row.error == 0 for row in made.report.weights)
+
+
+def test_lossless_finds_the_width_that_values_have() -> None:
+    w = weight(64, 200).matrix * 0.02
+    for values, dtype, bits in ((w, "float32", 27), (w.half().float(), "float16", 14.5), (w.bfloat16().float(), "uint16", 11.2)):
+        code = lossless.exact(values.numpy())
+        assert code.arrays[0].dtype == dtype and decode(code).tobytes() == values.numpy().tobytes()
+        assert 8 * len(pack(code)) < bits * w.numel()
+    odd = torch.tensor([[0.0, -0.0, 1e-45, 6e-8, 65504.0, 1e38, float("inf"), 1.0]]).numpy()
+    assert decode(unpack(pack(lossless.exact(odd)))).tobytes() == odd.tobytes()
+
+
+def test_lossless_leaves_the_codes_of_earlier_stages() -> None:
+    made = compress("example:digits-cnn", ["rtn@hidden:bits=4", "lossless"], evaluate=False)
+    assert made.spec.codes["hidden.weight"].kind == "grid" and made.spec.codes["down.weight"].kind == "dense"
+    assert made.report.kept == {}

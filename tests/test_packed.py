@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +17,11 @@ from edgesdk.packed import (
     Piece,
     decode,
     expand_program,
+    expand_to,
     is_packed,
     pack,
     pack_bytes,
+    pack_chunks,
     pack_program,
     rans_decode,
     rans_encode,
@@ -24,6 +29,7 @@ from edgesdk.packed import (
     to_trellis,
     unpack,
     unpack_bytes,
+    unpack_chunks,
 )  # fmt: skip
 
 NONE = np.zeros(0, np.uint8)
@@ -107,6 +113,59 @@ def test_bytes_round_trip(raw: bytes) -> None:
 def test_exponents_of_floats_are_coded() -> None:
     raw = (np.random.default_rng(0).standard_normal(100_000) * 0.05).astype(np.float32).tobytes()
     assert len(pack_bytes(raw, 4)) < 0.87 * len(raw)
+
+
+def bfloat16(count: int, seed: int = 0) -> bytes:
+    values = (np.random.default_rng(seed).standard_normal(count) * 0.02).astype(np.float32)
+    return (values.view(np.uint32) >> 16).astype("<u2").tobytes()
+
+
+@pytest.mark.parametrize("width, dtype", [(2, "<u2"), (4, "<u4")])
+def test_any_bits_of_floats_come_back(width: int, dtype: str) -> None:
+    rng = np.random.default_rng(1)
+    odd = np.array([0, 1, 2**15, 2**15 + 1, 0x7F80, 0xFF80, 0x7FC1, 0x7C00, 0xFC01], dtype)  # zeros, denormals, infinities, NaNs
+    for raw in (np.tile(odd, 40).tobytes(), rng.bytes(1001 * width), rng.bytes(999) + b"x", bfloat16(4096) + np.tile(odd, 5).tobytes()):
+        assert unpack_bytes(pack_bytes(raw, width)) == raw
+        assert len(pack_bytes(raw, width)) < len(raw) + 12
+
+
+def test_a_third_of_bfloat16_is_saved() -> None:
+    raw = bfloat16(400_000)
+    values = np.frombuffer(raw, np.uint8).reshape(-1, 2)
+    exponent = ((values[:, 1].astype(int) << 1) | (values[:, 0] >> 7)) & 255
+    share = np.bincount(exponent) / len(exponent)
+    entropy = -(share[share > 0] * np.log2(share[share > 0])).sum() / 8
+    assert len(pack_bytes(raw, 2)) / len(raw) < (entropy + 1) / 2 + 0.003 < 0.668
+
+
+def test_bytes_stream_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgesdk.packed.CHUNK", 1 << 15)
+    raw = bfloat16(450_000)
+    stored = b"".join(pack_chunks(io.BytesIO(raw).read, len(raw), 2))
+    assert stored == pack_bytes(raw, 2) and len(stored) < 0.7 * len(raw)
+    read, at = io.BytesIO(stored).read, 0
+    tracemalloc.start()
+    for chunk in unpack_chunks(read):
+        assert chunk == raw[at : at + len(chunk)]
+        at += len(chunk)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert at == len(raw) and peak < 700_000 < len(raw)
+    with pytest.raises(PackedError):
+        list(pack_chunks(io.BytesIO(raw).read, len(raw) + 1, 2))
+
+
+def test_a_program_is_expanded_into_a_file(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    code, scales = grid(rng, 8, 36, 4, 0), rng.random(8).astype("<f4")
+    piece = Piece(50, code, (8, 36), (0, 1))
+    rows = Piece(50 + piece.size, code, (8, 36), (0, 1), "int8-row", 50 + piece.size + 8 * 36)  # its scales come after it
+    program = rng.bytes(50) + piece.content() + rows.content(scales) + scales.tobytes() + bytes(3_000)
+    stored = tmp_path / "packed"
+    stored.write_bytes(pack_program(program, [rows, piece]))
+    with stored.open("rb") as source, (tmp_path / "program").open("w+b") as target:
+        expand_to(source.read, target)
+    assert (tmp_path / "program").read_bytes() == program == expand_program(stored.read_bytes())
 
 
 def test_a_program_expands_to_the_same_bytes() -> None:

@@ -35,6 +35,7 @@ METHODS = {
     "welore": "edgesdk.compress.welore",
     "eora": "edgesdk.compress.eora",
     "lqlora": "edgesdk.compress.lqlora",
+    "lossless": "edgesdk.compress.lossless",
 }
 """Name → the module whose `METHOD` it is. Nothing is imported before a method is asked for."""
 
