@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-VERBS = ("devices", "plan", "build", "flash", "profile", "run", "calibrate", "compare", "report", "bench", "layouts", "doctor")
+VERBS = ("devices", "compress", "plan", "build", "flash", "profile", "run", "calibrate", "compare", "report", "bench", "layouts", "doctor")
 """Each is `edgesdk/cli/<verb>.py` with a `register(app)`."""
 
 

@@ -16,7 +16,7 @@ import torch
 from edgesdk.compress.masks import mask_of
 from edgesdk.compress.registry import configured
 from edgesdk.compress.types import Config, ModelMethod, Stats, Step, Weight, WeightMethod
-from edgesdk.compress.weights import output_error, set_weight, stats_of, weights_of
+from edgesdk.compress.weights import output_error, set_weight, stats_of, suited_threads, weights_of
 from edgesdk.errors import InputError
 from edgesdk.model import ModelSpec
 from edgesdk.noun import Noun, Part
@@ -120,15 +120,16 @@ def compress(
     stages = stages_of(config)
     ready = [configured(s.method, s.settings) for s in stages]
     if not stages:
-        raise InputError("the recipe is empty", "name at least one method: `edgesdk methods` lists them")
-    work = _Work(base, step)
-    for i, (stage, (found, settings)) in enumerate(zip(stages, ready, strict=True)):
-        step(f"{stage.method} ({i + 1} of {len(stages)})", i / len(stages))
-        if found.level == "model":
-            work.change(found, settings)
-        else:
-            work.code(stage, found, settings)
-    return work.finished(stages, model if isinstance(model, str) else "", evaluate)
+        raise InputError("the recipe is empty", "name at least one method: `edgesdk compress --list` names them")
+    with suited_threads(base):
+        work = _Work(base, step)
+        for i, (stage, (found, settings)) in enumerate(zip(stages, ready, strict=True)):
+            step(f"{stage.method} ({i + 1} of {len(stages)})", i / len(stages))
+            if found.level == "model":
+                work.change(found, settings)
+            else:
+                work.code(stage, found, settings)
+        return work.finished(stages, model if isinstance(model, str) else "", evaluate)
 
 
 class _Work:
@@ -154,6 +155,7 @@ class _Work:
         reason = found.why_not(self.spec, settings)
         if reason:
             raise InputError(f"{found.name} does not apply to {self.spec.name}: {reason}", "leave it out of the recipe")
+        before = weights_of(self.spec) if found.family == "mixed" else {}
         done = found.apply(self.spec, settings, self.step)
         self.edits += done.edits
         self.notes += done.notes
@@ -168,10 +170,15 @@ class _Work:
             if name not in now or not _same(now[name], code):
                 del self.spec.codes[name]
                 self.rows.pop(name, None)
-        if found.family != "recovery":  # that leaves every shape, and the weights it aims at
+        if found.family == "mixed":
+            self.original = {n: self.original.get(n, w.matrix) for n, w in before.items()}
+        elif found.family != "recovery":  # that leaves every shape, and the weights it aims at
             self.original.clear()
         for name in done.codes:
             self._note(replace(now[name], original=self.original.get(name)), found.name, settings, None)
+            if name in done.made_by:
+                method, own, error = done.made_by[name]
+                self.rows[name] = self.rows[name].model_copy(update={"method": method, "settings": own, "error": error})
 
     def code(self, stage: Stage, found: WeightMethod, settings: Config) -> None:
         """A weight method: every weight it applies to gets a code."""

@@ -111,6 +111,7 @@ class Change:
     edits: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
     codes: dict[str, Code] = field(default_factory=dict)  # weights that are stored in a certain form from now on
+    made_by: dict[str, tuple[str, dict[str, Any], float]] = field(default_factory=dict)  # method, settings, error of a code not its own
     calibration: Callable[[str], Sequence[tuple[Any, ...]]] | None = None  # other calibration inputs from now on
 
 

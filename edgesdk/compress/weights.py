@@ -64,6 +64,19 @@ def weights_of(spec: ModelSpec) -> dict[str, Weight]:
     return answer
 
 
+@contextmanager
+def suited_threads(spec: ModelSpec) -> Iterator[None]:
+    """Within it torch uses one thread where no parameter is large: many small operators run slower on several, far slower on a busy machine."""
+    from edgesdk.plan.harm import one_thread
+
+    sizes = (p.numel() for e in spec.methods.values() for p in e.module.parameters())
+    if max(sizes, default=0) < 1_000_000:
+        with one_thread():
+            yield
+    else:
+        yield
+
+
 def set_weight(spec: ModelSpec, name: str, matrix: torch.Tensor) -> None:
     """Put a matrix [rows, cols] into every module that holds the weight, in place."""
     import torch

@@ -1,0 +1,165 @@
+"""The verb `compress`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgesdk.cli.common import Json, console, emit_json, progress
+from edgesdk.cli.plan import Model
+
+if TYPE_CHECKING:
+    from edgesdk.compress.listing import Listing
+    from edgesdk.compress.pipeline import Compression, Stage
+
+
+def compress(
+    model: Model = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            help="A method and its settings: gptq:bits=3,group=32, or rtn@REGEX:bits=8 for some weights. Repeat for stages.",
+        ),
+    ] = None,
+    bits: Annotated[
+        float | None, typer.Option("--bits", help="Choose for every weight, to this many stored bits a weight on average.")
+    ] = None,
+    storage: Annotated[str | None, typer.Option("--storage", help="Choose for every weight, to this many bytes of weights: 300kB.")] = None,
+    quality_drop: Annotated[
+        str | None,
+        typer.Option("--quality-drop", help="Choose for every weight: the smallest found that loses no more than this, 1% or 0.01."),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method", help="What may be chosen, written like a stage of --recipe. Default: gptq at 2 to 6 bits, rtn at 8. Repeat."
+        ),
+    ] = None,
+    generations: Annotated[
+        int | None,
+        typer.Option("--generations", min=0, help="Of evolution on the measured loss. 0: the exact answer of the additive problem only."),
+    ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine", help="Where codes are made: processes:N, dask, or a Dask scheduler's tcp://host:port. Default: this process."
+        ),
+    ] = "",
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate/--no-evaluate", help="Measure quality before and after, where the model can.")
+    ] = True,
+    out: Annotated[str | None, typer.Option(help="Write the compressed model here (.edgec): every --model takes it.")] = None,
+    list_: Annotated[
+        bool, typer.Option("--list", help="List the methods, their settings, and with --model its weights; compress nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a model smaller by a recipe, or to a size or a quality, every stored byte counted."""
+    from edgesdk.errors import InputError
+
+    if list_:
+        _list(model, as_json)
+        return
+    if model is None:
+        raise InputError("no --model", "name one, such as --model example:normalizer; `edgesdk compress --list` shows the methods")
+    stages = _stages(recipe or [], bits, storage, quality_drop, method or [], generations, engine)
+    from edgesdk.compress import compress as make
+
+    with progress("compress") as step:
+        made = make(model, stages, evaluate=evaluate, step=step)
+        if out:
+            step(f"writing {out}", 0.99)
+            made.save(out)
+    if as_json:
+        emit_json(made.report)
+    else:
+        _show(made.report, out)
+
+
+def _stages(
+    recipe: list[str], bits: float | None, storage: str | None, drop: str | None, methods: list[str], generations: int | None, engine: str
+) -> list[Stage]:
+    from edgesdk.compress.pipeline import Stage, parse_stage
+    from edgesdk.errors import InputError
+    from edgesdk.units import parse_bytes, parse_share
+
+    stages = [parse_stage(text) for text in recipe]
+    goals: dict[str, Any] = {
+        "bits": bits, "bytes": parse_bytes(storage) if storage else None, "drop": parse_share(drop) if drop else None,
+    }  # fmt: skip
+    given = {k: v for k, v in goals.items() if v is not None}
+    own: dict[str, Any] = {"methods": methods, "generations": generations, "engine": engine}
+    own = {k: v for k, v in own.items() if v not in (None, "", [])}
+    if given:
+        stages.append(Stage(method="auto", settings={**given, **own}))
+    elif own:
+        raise InputError(f"--{next(iter(own)).rstrip('s')}: nothing is to be chosen", "give --bits, --storage or --quality-drop as well")
+    if not stages:
+        raise InputError("nothing says how to compress", "give --recipe gptq:bits=4, or --bits, --storage or --quality-drop")
+    return stages
+
+
+def _show(report: Compression, out: str | None) -> None:
+    from rich.table import Table
+
+    from edgesdk.units import show_bytes
+
+    screen = console()
+    table = Table(title=f"{report.model}, compressed", box=None)
+    for column in ("weight", "method", "settings", "stored", "bits", "output error"):
+        table.add_column(column)
+    for r in report.weights:
+        changed = ", ".join(f"{k}={v}" for k, v in sorted(r.settings.items()))
+        table.add_row(
+            r.weight, r.method, changed, show_bytes(r.bytes), f"{32 * r.bytes / max(1, r.float_bytes):.2f}", f"{r.error:.2g}"
+        )  # fmt: skip
+    screen.print(table)
+    for name, reason in report.kept.items():
+        screen.print(f"  kept as it was: {name} ({reason})")
+    for note in report.notes:
+        screen.print(f"  {note}")
+    share = report.float_bytes / max(1, report.weight_bytes)
+    screen.print(
+        f"weights {show_bytes(report.float_bytes)} → {show_bytes(report.weight_bytes)}: {report.bits:.2f} bits each, {share:.1f}x smaller",
+        style="bold",
+    )
+    if report.quality is not None and report.quality_before is not None:
+        screen.print(f"quality {report.quality_before:.2%} → {report.quality:.2%} on held-out data")
+    screen.print(f"wrote {out}; next: edgesdk plan --model {out}" if out else "nothing was written: give --out FILE.edgec to keep it")
+
+
+def _list(model: str | None, as_json: bool) -> None:
+    from edgesdk.compress.listing import listing
+
+    answer = listing(model)
+    if as_json:
+        emit_json(answer)
+    else:
+        _show_list(answer)
+
+
+def _show_list(answer: Listing) -> None:
+    from rich.table import Table
+
+    methods = Table(title="methods", box=None)
+    for column in ("method", "family", "works on", "needs", "settings", "source"):
+        methods.add_column(column)
+    for m in answer.methods:
+        settings = ", ".join(f"{k}={v}" for k, v in m.settings.items())
+        methods.add_row(m.name, m.family, m.level, ", ".join(m.needs) or "nothing", settings, m.source)
+    console().print(methods)
+    if not answer.weights:
+        return
+    weights = Table(title=f"weights of {answer.model}", box=None)
+    for column in ("weight", "operator", "shape", "elements"):
+        weights.add_column(column)
+    for w in answer.weights:
+        weights.add_row(w.name, w.op, "x".join(map(str, w.shape)), f"{w.elements:,}")
+    console().print(weights)
+
+
+def register(app: typer.Typer) -> None:
+    app.command("compress")(compress)
