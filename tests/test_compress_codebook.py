@@ -13,6 +13,7 @@ from torch import nn
 
 from edgesdk.compress import compress
 from edgesdk.compress.kmeans import damped, feedback, line_kmeans, loss, nearest, refine, vector_kmeans
+from edgesdk.compress.learned import learn
 from edgesdk.compress.registry import configured
 from edgesdk.compress.types import Stats, Weight
 from edgesdk.compress.weights import output_error, weights_of
@@ -238,6 +239,22 @@ def test_kmeans_of_vectors() -> None:
     assert float(nearest(centres, found)[1].max()) < 0.01
     assert torch.isfinite(vector_kmeans(points[:3], torch.zeros(3), 8)).all()
     assert torch.equal(vector_kmeans(points, torch.ones(400), 5), vector_kmeans(points, torch.ones(400), 5))
+
+
+def test_vptq_can_be_trained() -> None:
+    """Its int8 entries move in whole steps: what is stored is what was trained."""
+    weight, stats = made(32, 60)
+    learned = learn(coded("vptq", weight, stats, length=2)[0])
+    target = weight.matrix + 0.02
+    optimiser = torch.optim.Adam([{"params": [t], "lr": 0.02 * size} for t, size in learned.parameters])
+    first = float((learned.weight(1.0) - target).square().sum())
+    for _ in range(60):
+        optimiser.zero_grad()
+        (learned.weight(1.0) - target).square().sum().backward()
+        optimiser.step()
+    stored = torch.from_numpy(decode(learned.code()))
+    assert torch.allclose(stored, learned.weight(1.0).detach(), atol=1e-6)
+    assert float((stored - target).square().sum()) < 0.98 * first
 
 
 METHODS = [

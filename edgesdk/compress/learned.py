@@ -182,6 +182,9 @@ def _as_stored(value: torch.Tensor, dtype: Any) -> tuple[torch.Tensor, Callable[
         return through(exact, value), lambda: (exact.numpy().view(np.uint32) >> 16).astype(np.uint16)
     if dtype == np.float16:
         return through(value.detach().clamp(-65504, 65504).to(torch.float16).float(), value), lambda: value.detach().numpy().astype(dtype)
+    if dtype == np.int8:
+        exact = value.detach().clamp(-127, 127).round()
+        return through(exact, value), lambda: exact.numpy().astype(np.int8)
     return value, lambda: value.detach().numpy().astype(dtype)
 
 
