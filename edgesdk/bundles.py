@@ -84,6 +84,12 @@ def read_member(path: str | Path, name: str) -> bytes:
             raise InputError(f"{path}: member '{name}' is damaged ({error})", "copy or build the bundle again") from None
 
 
+def member_names(path: str | Path) -> list[str]:
+    """The names of what a file holds. Raises `InputError`."""
+    with _open(path) as archive:
+        return archive.namelist()
+
+
 def bundle_digest(path: str | Path) -> str:
     """sha256 of the manifest's bytes, which holds every member's: it stands for the whole bundle."""
     return sha256(read_member(path, "manifest.json"))

@@ -22,7 +22,7 @@ import numpy as np
 PROB_BITS = 14
 LOW = 1 << 16  # rANS states stay in [2^16, 2^32)
 CHUNK = 1 << 22
-KINDS = ("dense", "grid", "table", "vector", "sparse", "lowrank", "sum", "scaled", "hadamard", "pick", "stack", "base")
+KINDS = ("dense", "grid", "table", "vector", "sparse", "lowrank", "sum", "scaled", "hadamard", "pick", "stack", "base", "masked")
 DTYPES = ("uint8", "uint16", "uint32", "int8", "float16", "float32")
 PIECES = {"float32": 4, "float16": 2, "int8": 1, "int8-row": 1, "int4": 0.5, "scales": 2}  # how a program holds a weight → bytes an element
 MAGIC = b"EDGEPACK"
@@ -49,6 +49,7 @@ class Code:
     pick      axis               order                                              parts[0] with that axis in the order of the original
     stack     axis               -                                                  its parts side by side
     base      -                  -                                                  what `decode` is given as the base
+    masked    -                  mask [rows, cols] of 0 and 1                       parts[0] where the mask is 1, else 0
     A group of 0 is a whole row; the last group of a row may be shorter. A scale of no elements is 1.
     """
 
@@ -159,6 +160,7 @@ _DECODERS: dict[str, Callable[[Code, Any], Any]] = {
     "lowrank": lambda c, base: decode(c.parts[0], base) @ decode(c.parts[1], base),
     "hadamard": lambda c, base: rotate(decode(c.parts[0], base), c.numbers[0], c.numbers[1]),
     "stack": lambda c, base: np.concatenate([decode(p, base) for p in c.parts], c.numbers[0]),
+    "masked": lambda c, base: decode(c.parts[0], base) * (c.arrays[0] != 0),
 }  # fmt: skip
 
 

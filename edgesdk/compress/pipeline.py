@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -74,6 +74,7 @@ class Compressed:
     spec: ModelSpec
     report: Compression
     base: ModelSpec
+    differences: dict[str, Code] = field(default_factory=dict)  # weights that are stored as differences to those of `base` (see `delta`)
 
     def save(self, path: str | Path) -> Path:
         """Write a `.edgec` that every `--model` takes. Raises `EdgeError`."""

@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgesdk.bundles import read_member, write_members
+from edgesdk.bundles import member_names, read_member, write_members
 from edgesdk.compress.surgery import apply_edits
-from edgesdk.compress.weights import holders, set_weight
+from edgesdk.compress.weights import holders, set_weight, weights_of
 from edgesdk.errors import InputError
 from edgesdk.packed import Code, PackedError, decode, pack, pack_bytes, unpack, unpack_bytes
 
@@ -31,9 +31,12 @@ def save(made: Compressed, base: ModelSpec, path: str | Path) -> Path:
     apply_edits(replace(base, methods=start), made.report.edits)
     names = {f"{m}/{k}": v for m, entry in made.spec.methods.items() for k, v in entry.module.state_dict().items()}
     before = {f"{m}/{k}": v for m, entry in start.items() for k, v in entry.module.state_dict().items()}
-    coded = {f"{m}/{p}.weight" if p else f"{m}/weight" for n in made.spec.codes for m, p, _ in holders(made.spec)[n]}
+    stored = {*made.spec.codes, *made.differences}
+    coded = {f"{m}/{p}.weight" if p else f"{m}/weight" for n in stored for m, p, _ in holders(made.spec)[n]}
     changed = {k: v for k, v in names.items() if k not in coded and not _equal(v, before.get(k))}
     members = {"compression.json": made.report.to_json().encode(), "codes": _codes(made.spec.codes), "values": _values(changed)}
+    if made.differences:
+        members["differences"] = _codes(made.differences)
     write_members(path, members)
     return Path(path)
 
@@ -53,7 +56,12 @@ def load(path: str | Path, base: ModelSpec | None = None) -> Compressed:
         raise InputError(f"{path}: was made from another '{report.model}'", "its code or weights have changed since; compress it again")
     spec = replace(base, methods=copy.deepcopy(base.methods), reference=base.reference or base)
     apply_edits(spec, report.edits)
+    differences: dict[str, Code] = {}
     try:
+        if "differences" in member_names(path):
+            differences, now = _read_codes(read_member(path, "differences")), weights_of(spec)
+            for name, code in differences.items():
+                set_weight(spec, name, _tensor(decode(code, now[name].matrix.numpy())))
         spec.codes.update(_read_codes(read_member(path, "codes")))
         _put(spec, _read_values(read_member(path, "values")))
         for name, code in spec.codes.items():
@@ -62,7 +70,9 @@ def load(path: str | Path, base: ModelSpec | None = None) -> Compressed:
         raise InputError(f"{path}: does not hold a whole compressed model ({error})", "copy or compress it again") from None
     if digest_of(spec, report.edits) != report.compressed_digest:
         raise InputError(f"{path}: its weights do not come out as they were saved", "copy or compress it again")
-    return Compressed(replace(spec, name=f"{base.name}-compressed", alternatives={}, digest=report.compressed_digest), report, base)
+    return Compressed(
+        replace(spec, name=f"{base.name}-compressed", alternatives={}, digest=report.compressed_digest), report, base, differences
+    )
 
 
 def _base(ref: str, path: Path) -> ModelSpec:
@@ -118,7 +128,7 @@ def _values(values: Mapping[str, Any]) -> bytes:
         raw = _raw(value).tobytes()
         key = f"{value.dtype}{tuple(value.shape)}{hashlib.sha256(raw).hexdigest()}"
         if key not in blobs:
-            blobs[key] = pack_bytes(raw)
+            blobs[key] = pack_bytes(raw, value.element_size())
             rows[key] = [[], str(value.dtype).removeprefix("torch."), list(value.shape), len(blobs[key])]
         rows[key][0].append(name)
     return _with_head(list(rows.values()), blobs.values())
