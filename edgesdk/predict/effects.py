@@ -9,6 +9,7 @@ are in this program, on this core, at this data type. An effect whose name no fi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import log
 from typing import TYPE_CHECKING
 
 from edgesdk.predict.layers import Layer
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
     from edgesdk.predict.physics import Array
 
 SPREAD: dict[str, float] = {
-    "variant": 0.5, "device": 0.15, "precision": 0.35, "silicon": 0.12, "model": 0.1, "model-program": 0.1, "model-width": 0.1,
-    "family": 0.2, "family-program": 0.15, "family-width": 0.15,
-    "program-part": 0.2, "width-part": 0.2, "core-part": 0.2, "device-part": 0.1, "program-width-part": 0.1,
+    "variant": 0.5, "device": 0.1, "precision": 0.35, "silicon": 0.08, "model": 0.1, "model-program": 0.1, "model-width": 0.1,
+    "family-width": 0.15, "core-program": 0.15, "core-threads": 0.15, "device-threads": 0.1,
+    "program-part": 0.2, "width-part": 0.2, "core-part": 0.2, "device-part": 0.15, "program-width-part": 0.1,
 }  # fmt: skip
 """Prior spread of each kind of effect; chosen on rows outside the frozen devices and models (docs/predictions.md)."""
 SMALLEST_SHARE = 0.02  # parts that take less of the time have no effect of their own
@@ -39,15 +40,15 @@ def effects(case: Case, shares: Array) -> dict[str, float]:
     out = {
         f"variant:{program}": 1.0, f"device:{case.device}": 1.0, f"precision:{case.precision}": 1.0,
         f"silicon:{case.device}:{width}": 1.0, f"model:{case.model}": 1.0, f"model-program:{case.model}:{program}": 1.0,
-        f"model-width:{case.model}:{width}": 1.0, f"family:{kind}": 1.0, f"family-program:{kind}:{program}": 1.0,
-        f"family-width:{kind}:{width}": 1.0,
+        f"model-width:{case.model}:{width}": 1.0, f"family-width:{kind}:{width}": 1.0, f"core-program:{case.core}:{program}": 1.0,
+        f"core-threads:{case.core}": log(case.spread), f"device-threads:{case.device}": log(case.spread),
     }  # fmt: skip
     groups = {"program-part": program, "width-part": width, "core-part": case.core, "device-part": case.device,
               "program-width-part": f"{program}:{width}"}  # fmt: skip
     for part, share in zip(PARTS, shares.tolist(), strict=True):
         if share > SMALLEST_SHARE:
             out.update({f"{group}:{name}:{part}": share for group, name in groups.items()})
-    return out
+    return {name: value for name, value in out.items() if value}
 
 
 def spread(name: str, engine: str) -> float:

@@ -23,7 +23,7 @@ from edgesdk.predict.rows import Row, case_of, read_rows
 if TYPE_CHECKING:
     from edgesdk.predict.physics import Array
 
-NOISE = 0.1  # log spread of one published number about the law and its effects
+NOISE = 0.12  # log spread of one published number about the law and its effects
 STEPS = 12  # at most, of linearising and solving
 Params = dict[str, dict[str, float]]
 

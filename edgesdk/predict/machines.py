@@ -21,12 +21,14 @@ class Machine:
     bandwidth: float
     one_core: float
     core: str = "?"  # the kind of the fastest core
+    plain: tuple[str, ...] = ()  # programs that take neither fp16 arithmetic nor the dot product here
     gpu: dict[str, float] = field(default_factory=dict)
     npu: dict[str, float] = field(default_factory=dict)
 
-    def cpu_peak(self, dtype: int, threads: int) -> tuple[float, float]:
+    def cpu_peak(self, dtype: int, threads: int, program: str = "") -> tuple[float, float]:
         """(fastest core's peak, sum over the `threads` fastest cores) in MAC/s for dtype 0 fp32, 1 fp16, 2 int8."""
-        rates = [core[dtype] for core in self.cores[:threads]]
+        plain = program in self.plain
+        rates = [core[0] * (1.0, 1.0, 1.5)[dtype] if plain else core[dtype] for core in self.cores[:threads]]
         return rates[0], sum(rates)
 
     def default_threads(self) -> int:
@@ -39,8 +41,9 @@ def _machine(entry: dict[str, Any], cores: dict[str, list[float]]) -> Machine:
     each = [(*(m * ghz * 1e9 for m in cores[core]), ghz * 1e9) for core, count, ghz in entry["cpu"] for _ in range(count)]
     peaks = {k: {d: v * 0.5e12 for d, v in entry.get(k, {}).items()} for k in ("gpu", "npu")}
     return Machine(
-        entry["name"], tuple(each), entry["bandwidth"] * 1e9, entry["one_core"] * 1e9, entry["cpu"][0][0], peaks["gpu"], peaks["npu"]
-    )
+        entry["name"], tuple(each), entry["bandwidth"] * 1e9, entry["one_core"] * 1e9, entry["cpu"][0][0], tuple(entry.get("plain", ())),
+        peaks["gpu"], peaks["npu"],
+    )  # fmt: skip
 
 
 @cache
@@ -80,7 +83,7 @@ def _from_profile(text: str) -> Machine | None:
         core = str(fastest.core or "?").lower().removeprefix("cortex-")
         cores.sort(key=lambda c: -c[2])
         gpu, npu = ({str(d): v for d, v in peaks[k].items()} for k in ("gpu", "npu"))
-        return Machine(p.name, tuple(cores), bw, p.memory.one_thread_bytes_per_s or bw / 3, core, gpu, npu)
+        return Machine(p.name, tuple(cores), bw, p.memory.one_thread_bytes_per_s or bw / 3, core, (), gpu, npu)
     return None
 
 

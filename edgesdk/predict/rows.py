@@ -110,10 +110,10 @@ def _llm_layers(model: sequence.Language, prompt: bool) -> tuple[Layer, ...]:
     )
 
 
-def _cpu(machine: Machine, kind: str, threads: int) -> tuple[float, float, float]:
+def _cpu(machine: Machine, kind: str, threads: int, program: str) -> tuple[float, float, float]:
     """(peak MAC/s, bandwidth, spread) of `threads` cores at a data type."""
     dtype = 2 if kind in ("int8", "int4", "w8a16") else 1 if kind == "fp16" else 0
-    one, total = machine.cpu_peak(dtype, threads)
+    one, total = machine.cpu_peak(dtype, threads, program)
     share = machine.one_core / machine.bandwidth
     used = sum(min(core[3] / machine.cores[0][3], 1.0) for core in machine.cores[:threads])
     return total, machine.bandwidth * (1 - (1 - share) ** used), total / one
@@ -150,21 +150,23 @@ def case_of(row: Row) -> Case | str:
         if net is None:
             return f"model '{row.model}' is not known"
         layers = net
-    return _case(row, machine, rt, prec, model_name, layers, llm)
+    return _case(row, machine, rt, prec, model_name, layers, llm, attention)
 
 
 def _case(
-    row: Row, machine: Machine, rt: names.Runtime, prec: names.Precision, model: str, layers: tuple[Layer, ...], llm: bool
+    row: Row, machine: Machine, rt: names.Runtime, prec: names.Precision, model: str, layers: tuple[Layer, ...], llm: bool, attention: bool
 ) -> Case | str:
     kind, spread, clock = prec.kind, 1.0, 2e9
     if rt.engine in ("cpu", "ort"):
         if kind == "fp":
-            kind = "fp16" if rt.variant in ("llama.cpp", "ollama", "llamafile", "whisper.cpp") else "fp32"
+            kind = "fp16" if rt.variant in ("llama.cpp", "ollama", "llamafile", "whisper.cpp", "ncnn", "ncnn-2021") else "fp32"
+        if rt.engine == "ort" and (kind == "w8a16" or attention):
+            kind = "fp32"  # ONNX Runtime's CPU kernels take 8-bit activations only, and no quantized attention: the rest runs as floats
         if rt.variant.startswith(("pytorch", "torchscript", "tf-", "paddle")):
             kind = "fp32"
         alone = "ultralytics" in row.runtime.lower() and rt.variant in ("tflite", "paddle")  # these take one thread unless told
         threads = min(row.threads or (1 if alone else machine.default_threads()), len(machine.cores))
-        peak, band, spread = _cpu(machine, kind, threads)
+        peak, band, spread = _cpu(machine, kind, threads, rt.variant)
         clock = machine.cores[0][3]
     else:
         if rt.engine == "npu":
@@ -181,6 +183,8 @@ def _case(
         peak, band = peaks[key], machine.bandwidth
         if rt.engine == "npu":
             clock = 2e9 * (machine.npu["int8"] / 22.5e12) ** 0.8  # an NPU's overheads shrink with its generation as its peak grows
+    if rt.variant in machine.plain and kind == "fp16":
+        kind = "fp32"
     wide = kind == "fp32" or (kind == "fp16" and rt.engine in ("cpu", "ort") and machine.cores[0][0] == machine.cores[0][1] and not llm)
     wb = 4.0 if wide else prec.weight_bits / 8
     ab = 4.0 if wide else (1.0 if kind == "int8" and not llm else 2.0)
