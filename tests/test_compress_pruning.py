@@ -11,6 +11,7 @@ from torch import nn
 
 from edgesdk.compress import compress
 from edgesdk.compress.dependency import trace
+from edgesdk.compress.depth import blocks_of, removal
 from edgesdk.compress.ecoflap import felt
 from edgesdk.compress.magnitude import cubic
 from edgesdk.compress.masks import error_of, fit_kept, largest, prunable, sparse_code, sparsest
@@ -425,3 +426,121 @@ def test_forward_scores_follow_true_gradients_and_beat_even_shares() -> None:
                 errors[recipe] = float((done.spec.methods["forward"].module(xs) - module(xs)).square().mean())
         ours, even = list(errors.values())[-2:]
         assert ours < even
+
+
+# ---- blocks
+
+
+class Layer(nn.Module):
+    def __init__(self, strength: float) -> None:
+        super().__init__()
+        self.norm, self.k, self.up, self.down, self.strength = (
+            nn.LayerNorm(12),
+            nn.Linear(12, 6),
+            nn.Linear(12, 24),
+            nn.Linear(24, 12),
+            strength,
+        )
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return x + self.strength * self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Stack(nn.Module):
+    def __init__(self, strengths: tuple[float, ...] = (1.0, 0.01, 1.0, 0.7)) -> None:
+        super().__init__()
+        self.first, self.layers, self.last = nn.Linear(8, 12), nn.ModuleList(Layer(s) for s in strengths), nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.last(x)
+
+
+class Start(nn.Module):
+    """All layers' caches, one row each, as models with explicit caches have them."""
+
+    def __init__(self, core: Stack) -> None:
+        super().__init__()
+        self.core = core
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, rows = self.core.first(x), []
+        for layer in self.core.layers:
+            rows.append(layer.k(layer.norm(x)))
+            x = layer(x)
+        return self.core.last(x), torch.stack(rows)
+
+
+class Next(nn.Module):
+    def __init__(self, core: Stack) -> None:
+        super().__init__()
+        self.core = core
+
+    def forward(self, x: torch.Tensor, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, rows = self.core.first(x), []
+        for i, layer in enumerate(self.core.layers):
+            rows.append(cache[i] + layer.k(layer.norm(x)))
+            x = layer(x) + nn.functional.pad(rows[-1], (0, 6)) * layer.strength
+        return self.core.last(x), torch.stack(rows)
+
+
+@pytest.mark.parametrize("score", ["entropy", "similarity", "output"])
+def test_a_block_that_does_next_to_nothing_is_left_out_first(score: str) -> None:
+    spec = spec_of(seeded(Stack), 5, 8)
+    done = compress(spec, f"depth:score={score}")
+    assert "layers.1 left out" in done.report.notes[0]
+    module = done.spec.methods["forward"].module
+    assert len(module.layers) == 3 and len(spec.methods["forward"].module.layers) == 4
+    torch.testing.assert_close(outputs(done.spec)[0], outputs(spec)[0], atol=0.05, rtol=0.1)
+
+
+def test_caches_lose_the_row_of_a_block_in_every_method_and_files_keep_it(tmp_path: Any) -> None:
+    from edgesdk.compress.saved import load
+
+    torch.manual_seed(0)
+    core = Stack().eval().requires_grad_(False)
+    start, then = Start(core), Next(core)
+    xs = [torch.randn(1, 5, 8) for _ in range(8)]
+    caches = [start(x)[1] for x in xs]
+    given = {"prefill": [(x,) for x in xs], "decode": list(zip(xs, caches, strict=True))}
+    spec = ModelSpec(
+        "stack",
+        "0" * 64,
+        {"prefill": Method(start, given["prefill"][0]), "decode": Method(then, given["decode"][0])},
+        calibration=given.__getitem__,
+    )
+    done = compress(spec, ["depth:tune=5", "rtn:bits=8"])
+    module, inputs = done.spec.methods["decode"].module, done.spec.methods["decode"].example_inputs
+    assert inputs[1].shape[0] == 3 and len(module.core.layers) == 3 and module.core is done.spec.methods["prefill"].module.core
+    assert done.spec.calibration is not None and done.spec.calibration("decode")[2][1].shape[0] == 3
+    assert spec.methods["decode"].example_inputs[1].shape[0] == 4
+    logits, cache = module(*inputs)
+    whole, _ = then(*given["decode"][0])
+    assert cache.shape[0] == 3 and float((logits - whole).abs().max()) < 0.2
+    again = load(done.save(tmp_path / "stack.edgec"), base=spec)
+    assert torch.equal(again.spec.methods["decode"].module(*again.spec.methods["decode"].example_inputs)[0], logits)
+
+
+def test_ranking_blocks_beats_chance_and_too_many_are_refused() -> None:
+    ours = chance = 0.0
+    for seed in range(3):
+        torch.manual_seed(seed)
+        strengths = tuple(float(s) for s in torch.rand(6) ** 2)
+        spec = spec_of(Stack(strengths), 5, 8)
+        wanted = outputs(spec)[0]
+        left = {p: removal(spec, p) for p in blocks_of(spec)}
+        errors = []
+        for found in left.values():
+            assert found is not None
+            trial = copy_of(spec)
+            apply_edits(trial, found.edits)
+            errors.append(float((outputs(trial)[0] - wanted).square().mean()))
+        chance += sum(errors) / len(errors)
+        ours += float((outputs(compress(spec, "depth").spec)[0] - wanted).square().mean())
+    assert ours < 0.5 * chance
+    with pytest.raises(InputError, match="no list of blocks"):
+        compress(spec_of(seeded(Concat), 3, 8, 8), "depth")
+    with pytest.raises(InputError, match="no further one"):
+        compress(spec_of(seeded(Stack), 5, 8), "depth:blocks=9")
