@@ -38,13 +38,12 @@ def installed() -> dict[str, str]:
 
 
 def _program(path: str) -> bytes | None:
-    """The program's bytes where its weights are packed, expanded in memory; None where the file is the program."""
+    """The program's bytes where its weights are packed or it is a difference to another one, expanded in memory; None where the file is the program."""
     with open(path, "rb") as file:
-        if file.read(8) != b"EDGEPACK":
+        if file.read(8) not in (b"EDGEPACK", b"EDGEDIFF"):
             return None
     packed = importlib.import_module("edgesdk.packed" if __name__.startswith("edgesdk.") else "packed")
-    with open(path, "rb") as file:
-        return bytes(packed.expand_program(file.read()))
+    return bytes(packed.load_program(path))
 
 
 def open_program(path: str, runtime: str, threads: int = 1) -> Any:

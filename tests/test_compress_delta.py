@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +13,35 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_tflite
 from torch import nn
 
+from edgesdk.bundle import GoldenCase
+from edgesdk.bundles import array_bytes, bundle_digest, extract, read_array, read_member, verify_bundle, write_bundle
+from edgesdk.compress import delta_bundle
 from edgesdk.compress.delta import DeltaConfig, delta, dropped, learn_masks, merge, ranks_within, spread_of, uniform_rank
+from edgesdk.compress.pipeline import Compressed
 from edgesdk.compress.saved import load
 from edgesdk.compress.svd import factor_code, spectrum_of
 from edgesdk.compress.weights import weights_of
-from edgesdk.errors import InputError
+from edgesdk.errors import CheckFailed, InputError
+from edgesdk.flash import flash
 from edgesdk.model import Method, ModelSpec
-from edgesdk.packed import decode, pack
+from edgesdk.packed import (
+    Code,
+    PackedError,
+    Piece,
+    Place,
+    decode,
+    expand_difference,
+    load_program,
+    pack,
+    pack_difference,
+    pack_program,
+)  # fmt: skip
 from edgesdk.plan.harm import one_thread
+from edgesdk.runner import open_program
+from edgesdk.transport.local import LocalTransport
 
 
 @pytest.fixture(autouse=True)
@@ -181,3 +202,150 @@ def test_bad_pairs_are_named(models: list[ModelSpec]) -> None:
         delta(models[0], other)
     with pytest.raises(InputError, match="has the weights of"):
         delta(models[0], models[0])
+
+
+# ---- programs and bundles
+
+
+def tiny(path: Path, weights: np.ndarray, packed_by: Any = None) -> Path:
+    """A bundle of one linear layer; with `packed_by` its program holds that code."""
+    program, name = tiny_tflite(weights), "model.tflite"
+    if packed_by is not None:
+        at = program.index(weights.astype("<f4").tobytes())
+        program, name = pack_program(program, [Piece(at, packed_by, weights.shape, (0, 1))]), "model.tflite.packed"
+    x = np.random.default_rng(9).standard_normal((1, weights.shape[1])).astype(np.float32)
+    files = {"golden/in.npy": array_bytes(x), "golden/out.npy": array_bytes(x @ weights.T)}
+    case = GoldenCase(method="forward", inputs=("golden/in.npy",), outputs=("golden/out.npy",), max_relative_error=1e-3)
+    write_bundle(
+        path, {name: program, **files}, model_name=path.stem, device="host", runtime="litert", runtime_version="2", program=name, methods=("forward",),
+        threads=1, plan_digest="", host_check={"forward": 0.0}, golden=(case,), memory={}, edgesdk_version="0",
+    )  # fmt: skip
+    return path
+
+
+@pytest.fixture
+def tuned(tmp_path: Path) -> tuple[Path, Path, Compressed]:
+    """Bundles of a layer and of the same one with a difference of rank 2, and the difference."""
+    g = torch.Generator().manual_seed(4)
+    specs = []
+    for name in ("base", "tuned"):
+        layer = nn.Linear(256, 64, bias=False)
+        layer.weight.data = torch.randn(64, 256, generator=torch.Generator().manual_seed(3))
+        if specs:
+            layer.weight.data += 0.02 * torch.randn(64, 2, generator=g) @ torch.randn(2, 256, generator=g)
+        specs.append(ModelSpec(name, name, {"forward": Method(layer, (torch.zeros(1, 256),))}))
+    made = delta(*specs, DeltaConfig(bits=0.5, factors=8))
+    base = tiny(tmp_path / "base.edge", weights_of(specs[0])["weight"].matrix.numpy())
+    return base, tiny(tmp_path / "tuned.edge", weights_of(made.spec)["weight"].matrix.numpy()), made
+
+
+def test_a_package_is_small_and_gives_the_bundle_back(tuned: tuple[Path, Path, Compressed], tmp_path: Path) -> None:
+    base, whole, made = tuned
+    about = delta_bundle.make(base, whole, tmp_path / "small.edged", made)
+    assert about.weights == 1 and about.program_bytes < 1_000 + made.report.weight_bytes < 0.05 * about.whole_bytes
+    assert (tmp_path / "small.edged").stat().st_size < 0.1 * about.whole_bytes
+    delta_bundle.apply(base, tmp_path / "small.edged", tmp_path / "again.edge")
+    manifest = verify_bundle(tmp_path / "again.edge")
+    assert bundle_digest(tmp_path / "again.edge") == about.bundle_digest and manifest.program == "model.tflite.diff"
+    extract(tmp_path / "again.edge", tmp_path / "there")
+    assert load_program(str(tmp_path / "there" / manifest.program)) == read_member(whole, "model.tflite")
+    x = read_array(read_member(whole, "golden/in.npy"))
+    got = open_program(str(tmp_path / "there" / manifest.program), "litert").run("forward", [x])[0]
+    assert np.allclose(got, read_array(read_member(whole, "golden/out.npy")), atol=1e-3)
+    plain = delta_bundle.make(base, whole, tmp_path / "plain.edged")
+    assert plain.weights == 0 and about.program_bytes < 0.1 * plain.program_bytes < plain.whole_bytes
+
+
+def test_a_device_with_the_base_is_sent_the_difference_alone(tuned: tuple[Path, Path, Compressed], tmp_path: Path) -> None:
+    base, whole, made = tuned
+    delta_bundle.make(base, whole, tmp_path / "small.edged", made)
+    delta_bundle.apply(base, tmp_path / "small.edged", tmp_path / "again.edge")
+    device = LocalTransport(tmp_path / "root")
+    flash(base, device)
+    done = flash(tmp_path / "again.edge", device)
+    assert done.good and done.golden[0].relative_error is not None and done.golden[0].relative_error < 1e-3
+    assert done.sent_bytes < 8_000 < whole.stat().st_size / 8
+
+
+def test_packages_over_packed_programs(tmp_path: Path, tuned: tuple[Path, Path, Compressed]) -> None:
+    _, whole, made = tuned
+    weights = weights_of(made.base)["weight"].matrix.numpy()
+    code = Code("dense", weights.shape, (), (weights,))
+    base = tiny(tmp_path / "packed.edge", weights, code)
+    about = delta_bundle.make(base, whole, tmp_path / "small.edged", made)
+    delta_bundle.apply(base, tmp_path / "small.edged", tmp_path / "again.edge")
+    extract(tmp_path / "again.edge", tmp_path / "there")
+    assert about.weights == 1 and load_program(str(tmp_path / "there/model.tflite.diff")) == read_member(whole, "model.tflite")
+
+
+def test_int8_programs_follow_the_difference() -> None:
+    rng, rows, cols = np.random.default_rng(5), 64, 512
+    base, left, right = (rng.standard_normal(s).astype(np.float32) for s in ((rows, cols), (rows, 2), (2, cols)))
+    factors = tuple(Code("dense", a.shape, (), ((a * 0.5).astype(np.float16),)) for a in (left, right))
+    parts = (Code("base", (rows, cols)), Code("lowrank", (rows, cols), (), (), factors))
+    code, start, programs = Code("sum", (rows, cols), (), (), parts), 100, []
+    for w in (base, decode(code, base)):
+        scales = (np.abs(w).max(1) / np.float32(127)).astype("<f4")
+        programs.append(bytes(start) + np.rint(w / scales[:, None]).astype(np.int8).tobytes() + scales.tobytes() + b"end")
+    end = start + rows * cols
+    pieces = [(Piece(start, code, (rows, cols), (0, 1), "int8-row", end), Place(start, end))]
+    with_code, without = (pack_difference(programs[1], programs[0], "b", p) for p in (pieces, []))
+    assert expand_difference(with_code, programs[0]) == programs[1] == expand_difference(without, programs[0])
+    assert len(with_code) < 0.6 * len(without) < 0.6 * len(programs[1])  # about a bit a weight: what the base's rounding hides
+
+
+def test_damaged_and_mismatched_packages_are_refused(tuned: tuple[Path, Path, Compressed], tmp_path: Path) -> None:
+    base, whole, made = tuned
+    first, second = read_member(base, "model.tflite"), read_member(whole, "model.tflite")
+    stored = pack_difference(second, first, "model.tflite", [])
+    for cut in range(0, len(stored), len(stored) // 60):
+        with pytest.raises(PackedError):
+            expand_difference(stored[:cut], first)
+    for at in range(0, len(stored), len(stored) // 60):
+        with contextlib.suppress(PackedError):
+            assert expand_difference(stored[:at] + bytes([stored[at] ^ 5]) + stored[at + 1 :], first) == second
+    with pytest.raises(PackedError, match="another base"):
+        expand_difference(stored, second)
+    (tmp_path / "p").write_bytes(pack_difference(second, first, "p", []))
+    with pytest.raises(PackedError, match="names itself"):
+        load_program(str(tmp_path / "p"))
+    package = tmp_path / "small.edged"
+    delta_bundle.make(base, whole, package, made)
+    with pytest.raises(InputError, match=r"lacks 'model\.tflite'"):
+        delta_bundle.apply(whole, package, tmp_path / "x.edge")
+    with pytest.raises(InputError, match="no package"):
+        delta_bundle.apply(base, whole, tmp_path / "x.edge")
+    delta_bundle.apply(base, package, tmp_path / "again.edge")
+    with pytest.raises(InputError, match="itself a difference"):
+        delta_bundle.make(tmp_path / "again.edge", whole, tmp_path / "x.edged")
+    q = np.random.default_rng(1).integers(1, 4, (64, 256)).astype(np.uint8)
+    grid = Code("grid", (64, 256), (2, 0), (q, np.ones((64, 1), np.float16), np.zeros(0, np.uint8)))
+    small = tiny(tmp_path / "other.edge", decode(grid), grid)  # a bundle that is smaller by itself
+    with pytest.raises(CheckFailed, match="no smaller"):
+        delta_bundle.make(base, small, tmp_path / "x")
+    assert not (tmp_path / "x.edge").exists() and not (tmp_path / "x").exists()
+
+
+def test_command_line(tuned: tuple[Path, Path, Compressed], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from edgesdk.cli import main
+
+    base, whole, _ = tuned
+
+    def call(*args: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in args])
+        code, said = stop.value.code, capsys.readouterr()
+        return (code if isinstance(code, int) else 0), said.out, said.err
+
+    code, out, _ = call("delta", "make", base, whole, "--out", tmp_path / "d.edged", "--json")
+    assert code == 0 and json.loads(out)["kind"] == "delta" and json.loads(out)["weights"] == 0
+    code, out, _ = call("delta", "apply", base, tmp_path / "d.edged", "--out", tmp_path / "a.edge")
+    assert code == 0 and verify_bundle(tmp_path / "a.edge").program == "model.tflite.diff" and "next: edgesdk flash" in out
+    assert call("delta", "make", base, "example:normalizer")[0] == 2
+    assert call("delta", "make", base, whole, "--bits", "1")[0] == 2
+    code, _, err = call("delta", "apply", base, tmp_path / "missing.edged")
+    assert code == 2 and "no such file" in err and "hint" in err
+    code, _, err = call("delta", "make", "example:digits-cnn", "example:normalizer")
+    assert code == 2 and "is no fine-tuned" in err
+    code, _, err = call("delta", "make", "example:digits-cnn", "example:digits-cnn", "--how", "magic")
+    assert code == 2 and "how" in err

@@ -21,7 +21,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-VERBS = ("devices", "compress", "plan", "build", "flash", "profile", "run", "calibrate", "compare", "report", "bench", "layouts", "doctor")
+VERBS = (
+    "devices", "compress", "delta", "plan", "build", "flash", "profile", "run", "calibrate", "compare", "report", "bench", "layouts", "doctor",
+)  # fmt: skip
 """Each is `edgesdk/cli/<verb>.py` with a `register(app)`."""
 
 

@@ -28,7 +28,7 @@ def pieces_of(program: bytes, spec: ModelSpec) -> list[Piece]:
     for name, code in spec.codes.items():
         if name not in shapes or np.prod(shapes[name]) < 16:
             continue
-        for piece in _places(program, code, shapes[name]):
+        for piece in places(program, code, shapes[name]):
             end = piece.offset + piece.size
             if all(end <= start or piece.offset >= stop for start, stop in taken):
                 taken.append((piece.offset, end))
@@ -36,7 +36,8 @@ def pieces_of(program: bytes, spec: ModelSpec) -> list[Piece]:
     return found
 
 
-def _places(program: bytes, code: Code, shape: tuple[int, ...]) -> Iterator[Piece]:
+def places(program: bytes, code: Code, shape: tuple[int, ...]) -> Iterator[Piece]:
+    """Where a program holds a weight of this shape."""
     if is_grid(code, 4, 32) and np.prod(shape) % 2 == 0:
         for piece in (Piece(0, code, shape, tuple(range(len(shape))), "int4"), Piece(0, code, code.arrays[1].shape, (0, 1), "scales")):
             at = program.find(piece.content()) if piece.size >= 16 else -1
