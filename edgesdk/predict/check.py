@@ -80,6 +80,13 @@ def conformal(judged: Mapping[str, Sequence[Judged]]) -> dict[str, dict[str, flo
     return out
 
 
+def half_widths(judged: Sequence[Judged]) -> dict[str, float]:
+    """Half widths of log intervals that cover `COVER` of the errors themselves, by engine (`*`: all engines)."""
+    engines = {j.point.case.engine for j in judged}
+    by = {e: [abs(j.error) for j in judged if j.point.case.engine == e] for e in sorted(engines)}
+    return {"*": quantile([abs(j.error) for j in judged]), **{e: quantile(x) for e, x in by.items() if len(x) >= ENOUGH}}
+
+
 def _honest_half(one: Judged, mine: Sequence[Judged]) -> float:
     """The half width a point would have been given: from the scores of the other folds."""
     others = [j for j in mine if j.fold != one.fold]

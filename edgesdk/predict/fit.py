@@ -182,7 +182,7 @@ def _rounded(table: dict[str, float]) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Fit to the shipped rows and the files given, and write the parameters."""
-    from edgesdk.predict.check import COVER, conformal, left_out
+    from edgesdk.predict.check import COVER, conformal, half_widths, left_out
 
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description="Fit the prediction parameters again.")
@@ -202,6 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "parameters": {e: _rounded(p) for e, (p, _) in fitted.items()},
         "left": {e: _rounded(left) for e, (_, left) in fitted.items()},
         "conformal": conformal(judged),
+        "device_half_widths": half_widths(judged["device"]),
         "seen": {e: sorted({p.case.model for p in f.known}) for e, f in fits.items()},
     }
     Path(args.out).write_text(json.dumps(answer, indent=0, sort_keys=True) + "\n", encoding="utf-8")

@@ -7,8 +7,6 @@ from math import exp, log
 from edgesdk.device import DeviceProfile
 from edgesdk.efficiency import Efficiency, OpRate
 from edgesdk.errors import UnknownName
-from edgesdk.predict.effects import SPREAD
-from edgesdk.predict.fit import NOISE
 
 # runtime of a profile → (engine, variant) of the fit
 _ENGINES = {
@@ -25,7 +23,6 @@ _OPS = {
     "norm": "elem", "softmax": "elem", "activation": "elem", "elementwise": "elem", "pool": "elem", "*": "elem",
 }  # fmt: skip
 
-DEVICE_SPREAD = (NOISE**2 + SPREAD["device"] ** 2 + SPREAD["silicon"] ** 2) ** 0.5  # of a device that no row names
 TYPICAL_CHANNELS = 128  # the fitted efficiency falls with few channels; the planner's rows have no channel count
 
 
@@ -43,11 +40,20 @@ def efficiency(device: DeviceProfile, runtime: str) -> Efficiency:
     engine, variant = _ENGINES[runtime]
     shipped = fitted()
     p = shipped["parameters"].get(engine) or {k: v[0] for k, v in prior(engine).items()}
-    reach = shipped["conformal"]["device"]
-    sd = reach.get(engine, reach["*"]) * DEVICE_SPREAD / 1.2816  # an interval claims 80%
+    half = shipped["device_half_widths"]
+    sd = half.get(engine, half["*"]) / 1.2816  # an interval claims 80%
     machine = find_machine(device.name.replace("-", " ")) or find_machine(device.title)
     whole = p.get(f"variant:{variant}", 0.0) + (p.get(f"device:{machine.name}", 0.0) if machine else 0.0)
-    rows = [row for op, mine in _OPS.items() for precision in ("fp32", "int8", "*") for row in [_rate(p, op, mine, precision, whole, sd)]]
+    core = machine.core if machine else "?"
+    whole += p.get(f"core-program:{core}:{variant}", 0.0)
+    groups = (f"program-part:{variant}", f"core-part:{core}", f"device-part:{machine.name if machine else '?'}")
+    rows = []
+    for op, mine in _OPS.items():
+        part = sum(p.get(f"{group}:{mine}", 0.0) for group in groups)
+        for precision in ("fp32", "int8", "*"):
+            width = "integer" if precision == "int8" else "float"
+            own = p.get(f"width-part:{width}:{mine}", 0.0) + p.get(f"program-width-part:{variant}:{width}:{mine}", 0.0)
+            rows.append(_rate(p, op, mine, precision, (whole, part + own), sd))
     bandwidth = device.memory.bandwidth_bytes_per_s * min(exp(p["bandwidth"] - whole), 1.0)
     note = f"fitted on {shipped['points']} published measurements; spread from devices left out of the fit"
     return Efficiency(
@@ -56,8 +62,10 @@ def efficiency(device: DeviceProfile, runtime: str) -> Efficiency:
     )  # fmt: skip
 
 
-def _rate(p: dict[str, float], op: str, mine: str, precision: str, whole: float, sd: float) -> OpRate:
-    share = p[f"eff:{mine}"] - whole - log(1 + exp(p["lanes"]) / TYPICAL_CHANNELS)
+def _rate(p: dict[str, float], op: str, mine: str, precision: str, slower: tuple[float, float], sd: float) -> OpRate:
+    """`slower`: what the effects add to the log time, on everything and on this operator."""
+    whole, part = slower
+    share = p[f"eff:{mine}"] - whole - part - log(1 + exp(p["lanes"]) / TYPICAL_CHANNELS)
     if precision == "int8":
         share += p.get(f"int8:{mine}", p["int8:other"]) - p.get("precision:int8", 0.0)
     else:
