@@ -247,7 +247,7 @@ def test_vptq_can_be_trained() -> None:
     learned = learn(coded("vptq", weight, stats, length=2)[0])
     target = weight.matrix + 0.02
     optimiser = torch.optim.Adam([{"params": [t], "lr": 0.02 * size} for t, size in learned.parameters])
-    first = float((learned.weight(1.0) - target).square().sum())
+    first = float((learned.weight(1.0).detach() - target).square().sum())
     for _ in range(60):
         optimiser.zero_grad()
         (learned.weight(1.0) - target).square().sum().backward()

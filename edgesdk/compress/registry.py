@@ -36,7 +36,6 @@ METHODS = {
     "lora": "edgesdk.compress.lora",
     "distill": "edgesdk.compress.distill",
     "qat": "edgesdk.compress.qat",
-    "pv": "edgesdk.compress.pv",
     "svd": "edgesdk.compress.svd",
     "lord": "edgesdk.compress.lord",
     "welore": "edgesdk.compress.welore",
