@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgesdk.predict.effects import effects
 from edgesdk.predict.fit import NOISE, Fit, Point, by_engine, points, row_spread, shipped_rows
-from edgesdk.predict.rows import Row
+from edgesdk.predict.rows import Row, case_of
 
 if TYPE_CHECKING:
     from edgesdk.predict.physics import Array
@@ -141,13 +141,14 @@ def check_left_out(rows: Sequence[Row], anchors: int = 0) -> dict[str, Any]:
     mine = points(rows)
     known = points([*rows, *shipped_rows()])
     judge = {id(p) for p in known[: len(mine)]}
+    unknown = sum(isinstance(case_of(row), str) for row in rows)  # a row given twice counts once, and is not unknown
     engines = {p.case.engine for p in mine}
     fits = [Fit(engine, some) for engine, some in by_engine(known).items() if engine in engines]
     out: dict[str, Any] = {}
     for by, title in (("device", "whole devices left out"), ("model", "whole models left out")):
         everyone = [j for fit in fits for j in left_out(fit, by)]
         judged = [(j.error, abs(j.error) <= _honest_half(j, everyone), j.point.case.engine) for j in everyone if id(j.point) in judge]
-        out[title] = score(judged, len(rows) - len(mine))
+        out[title] = score(judged, unknown)
         for engine in sorted({e for _, _, e in judged}):
             out[f"{title}: {engine}"] = score([j for j in judged if j[2] == engine], 0)
     if anchors:
