@@ -31,6 +31,7 @@ Pairs = Sequence[tuple[str, str]]
 
 
 class DistillConfig(TrainConfig):
+    rate: Annotated[float, Field(gt=0, le=1)] = 0.003  # a student that starts from nothing wants about 0.1
     features: Literal["none", "mse", "cka", "mi", "stages", "auto"] = "none"  # "auto": tries each shortly and takes the best
     weight: Annotated[float, Field(ge=0)] = 1.0  # of the features' loss
     mix: bool = True  # also mixtures of two inputs (float inputs only)

@@ -105,9 +105,9 @@ class Training:
         """What every method's module computes with."""
         answer: dict[str, dict[str, torch.Tensor]] = {}
         for name, made in self.learned.items():
-            weight = made.weight(mix)
-            for method, path, module in self.places[name]:
-                answer.setdefault(method, {})[path] = weight.reshape(module.weight.shape)
+            weight = made.weight(mix).reshape(self.places[name][0][2].weight.shape)
+            for method, path, _ in self.places[name]:
+                answer.setdefault(method, {})[path] = weight
         return answer
 
     def run(self, step: Step) -> Outcome:
