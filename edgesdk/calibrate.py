@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import platform
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgesdk.efficiency import Efficiency, OpRate
 from edgesdk.errors import InputError, MissingTool
+from edgesdk.plan.cost import TILE
 
 if TYPE_CHECKING:
     from edgesdk.device import ComputeUnit, DeviceProfile
@@ -251,7 +253,7 @@ def fit(
     rows: list[OpRate] = []
     head: dict[str, Any] = {
         "device": profile.name, "runtime": runtime, "runtime_version": version, "threads": threads, "origin": "calibrated",
-        "bandwidth_bytes_per_s": levels, "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "bandwidth_bytes_per_s": levels, "tile": TILE if platform.machine() in ("x86_64", "AMD64") else TILE // 2, "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     compute = profile.unit(next(r.unit for r in profile.runtimes if r.name == runtime))
     spread = []

@@ -45,6 +45,7 @@ class Efficiency(Noun):
     origin: Origin
     rows: tuple[OpRate, ...]
     bandwidth_bytes_per_s: dict[str, PositiveFloat] = Field(default_factory=dict)
+    tile: PositiveInt | None = None  # output channels the matrix kernels compute at a time, where the rows were fitted with it
     call_overhead_s: NonNegativeFloat = 0.0
     call_log_sd: NonNegativeFloat = 0.0  # of whole calls, beside the rows' own residuals (what the sum of units leaves out)
     runtime_bytes: PositiveInt | None = None  # resident memory of the runtime itself, measured

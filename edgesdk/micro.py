@@ -64,6 +64,8 @@ PLAIN: dict[str, Make] = {
     "soft_a": partial(_op, lambda x: x.softmax(-1), 4, 48, 48, times=2), "norm_a": partial(_norm, 48, 96),
     "pool_a": partial(_op, lambda x: nn.functional.max_pool2d(x, 2, 2), 1, 32, 16, 16),
     "pool_b": partial(_op, lambda x: nn.functional.avg_pool2d(x, 6), 1, 128, 6, 6),
+    "mean_a": partial(_op, lambda x: nn.functional.adaptive_avg_pool2d(x, 1), 1, 128, 6, 6),
+    "mean_b": partial(_op, lambda x: nn.functional.adaptive_avg_pool2d(x, 1), 1, 32, 24, 24),
     "mat_a": partial(_op, lambda x: torch.matmul(x, x.transpose(-1, -2)), 4, 48, 24),
 }  # fmt: skip
 

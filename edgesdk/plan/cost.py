@@ -40,6 +40,17 @@ def operations(unit: Unit) -> float:
     return 2.0 * unit.macs if unit.macs else float(unit.in_elements + unit.out_elements)
 
 
+TILE = 16
+"""Output channels that XNNPACK's matrix kernels on x86 compute at a time, in float and in int8; those beyond a multiple are computed, too."""
+
+
+def padding(unit: Unit, efficiency: Efficiency) -> float:
+    """Operations that the kernels really do over those that count. 1 where the efficiency was not calibrated with it."""
+    if efficiency.tile and unit.macs and unit.rows and unit.op in ("linear", "conv2d"):
+        return -(-unit.rows // efficiency.tile) * efficiency.tile / unit.rows
+    return 1.0
+
+
 def dtype_of(unit: Unit, precision: str) -> Dtype:
     """The arithmetic a precision runs in."""
     if precision == "as-is":
@@ -106,7 +117,7 @@ def unit_cost(
     row = _row(efficiency, unit, precision)
     if unit.op == "reshape" and not unit.in_elements + unit.out_elements:
         return UnitCost(0.0, 0.0, 0.0, "overhead", 0.0)
-    work, weights, acts = operations(unit), weight_traffic(unit, precision), activation_traffic(unit, precision)
+    work, weights, acts = operations(unit) * padding(unit, efficiency), weight_traffic(unit, precision), activation_traffic(unit, precision)
     level = level_of(working_set if working_set is not None else weights + acts, compute)
     near = level_of(acts, compute)
     streaming = sum(n / bandwidth(at, device, efficiency, compute, threads) for n, at in ((weights, level), (acts, near)))
@@ -126,9 +137,13 @@ _LIKE = {"reshape": "elementwise", "conv1d": "conv2d", "attention": "matmul", "r
 
 
 def kind_of(unit: Unit) -> str:
-    """The class a unit is calibrated under: averages are other kernels than maxima."""
+    """The class a unit is calibrated under: means of whole maps, averages and maxima are three kernels, and an average may not be delegated."""
+    if unit.op != "pool":
+        return unit.op
     name = unit.name.split("#")[0]
-    return "pool-average" if unit.op == "pool" and any(k in name for k in ("avg", "average", "mean", "sum")) else unit.op
+    if any(k in name for k in ("adaptive_avg", "mean", "sum")):
+        return "pool-mean"
+    return "pool-average" if any(k in name for k in ("avg", "average")) else "pool"
 
 
 def _row(efficiency: Efficiency, unit: Unit, precision: str) -> OpRate | None:
