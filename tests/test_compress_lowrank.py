@@ -436,6 +436,7 @@ def test_lqlora_meets_its_bytes_by_an_own_choice_for_each(bits: float) -> None:
     assert made.report.weight_bytes == sum(len(pack(c)) for c in made.spec.codes.values())
     assert len({n.partition(": ")[2] for n in made.report.notes[1:]}) > 1
     assert bits < 4 or made.spec.codes["3.weight"].kind == "sum"
+    assert all(0 < row.error < 0.2 and row.settings["rank"] >= 0 for row in made.report.weights)
 
 
 class Words(nn.Module):

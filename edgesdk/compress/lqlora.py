@@ -21,10 +21,11 @@ from pydantic import Field
 
 from edgesdk.compress.eora import fixed_rank
 from edgesdk.compress.gptq import GptqConfig, fixed
+from edgesdk.compress.knapsack import choose
 from edgesdk.compress.lord import row_weights
 from edgesdk.compress.svd import Space, factor_code, space_of, spectrum_of
 from edgesdk.compress.types import Change, Config, Family, Need, Stats, Step, Weight
-from edgesdk.compress.weights import fisher_of, set_weight, stats_of, weights_of
+from edgesdk.compress.weights import fisher_of, output_error, set_weight, stats_of, weights_of
 from edgesdk.errors import DoesNotFit, InputError
 from edgesdk.packed import Code, decode, pack
 
@@ -136,21 +137,7 @@ def size_of(code: Code) -> float:
 
 def program(loss: Any, use: Any, limit: float) -> list[int]:
     """The integer program: one option a unit, the least summed loss [units, options] within a limit on the summed use. Raises `DoesNotFit`."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_matrix
-
-    at = np.argwhere(np.isfinite(loss))
-    cost, weight = (a[at[:, 0], at[:, 1]] for a in (loss, use))
-    one = csr_matrix((np.ones(len(at)), (at[:, 0], np.arange(len(at)))), shape=(len(loss), len(at)))
-    result = milp(
-        cost / max(float(np.abs(cost).max()), 1e-30),
-        constraints=[LinearConstraint(one, 1, 1), LinearConstraint(weight[None] / limit, -np.inf, 1.0)],
-        bounds=Bounds(0, 1), integrality=np.ones(len(at), np.int64), options={"mip_rel_gap": 1e-5, "time_limit": 30.0},
-    )  # fmt: skip
-    if result.x is None:
-        least = float(np.where(np.isfinite(loss), use, np.inf).min(1).sum())
-        raise DoesNotFit(f"the smallest options need {least:g} of {limit:g}", "raise the budget, or allow smaller options")
-    return [int(i) for i in at[result.x > 0.5][:, 1]]
+    return [int(i) for i in choose(loss, use[None], [limit], gap=1e-6).picked]
 
 
 @dataclass
@@ -255,14 +242,18 @@ class Lqlora:
             least = 8 * sum(min(b) for b in table.bytes) / count
             raise InputError(f"lqlora: {config.bits} bits a weight are too few", f"its smallest options take about {least:.2f}") from None
         codes = {name: table.codes[u][picked[u]] for u, name in enumerate(table.names)}
-        for name, code in codes.items():
-            set_weight(spec, name, torch.from_numpy(decode(code)))
+        made_by: dict[str, tuple[str, dict[str, Any], float]] = {}
+        for u, (name, code) in enumerate(codes.items()):
+            task, setting, decoded = tasks[name], table.settings[u][picked[u]], torch.from_numpy(decode(code))
+            error = output_error(task.weight, decoded, task.stats)
+            made_by[name] = self.name, {"bits": round(math.log2(setting.levels), 2), "group": setting.group, "rank": setting.rank}, error
+            set_weight(spec, name, decoded)
         total = sum(table.bytes[u][i] for u, i in enumerate(picked))
         ranked = sum(table.settings[u][i].rank > 0 for u, i in enumerate(picked))
         notes = [f"{8 * total / count:.3f} bits a weight; {ranked} of {len(codes)} weights have a low-rank part"]
         notes += [f"{name}: {table.settings[u][picked[u]]}" for u, name in enumerate(table.names)]
         notes += [f"{name}: left as it is, {reason}" for name, reason in refused.items()]
-        return Change((), tuple(notes), codes)
+        return Change((), tuple(notes), codes, made_by)
 
 
 METHOD = Lqlora()

@@ -156,7 +156,7 @@ class _Work:
         reason = found.why_not(self.spec, settings)
         if reason:
             raise InputError(f"{found.name} does not apply to {self.spec.name}: {reason}", "leave it out of the recipe")
-        before = weights_of(self.spec) if found.family == "mixed" else {}
+        before = weights_of(self.spec)
         done = found.apply(self.spec, settings, self.step)
         self.edits += done.edits
         self.notes += done.notes
@@ -171,7 +171,7 @@ class _Work:
             if name not in now or not _same(now[name], code):
                 del self.spec.codes[name]
                 self.rows.pop(name, None)
-        if found.family == "mixed":
+        if found.family == "mixed" or done.made_by:
             self.original = {n: self.original.get(n, w.matrix) for n, w in before.items()}
         elif found.family != "recovery":  # that leaves every shape, and the weights it aims at
             self.original.clear()
