@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from test_compress_integer import coded, layer, small
+from torch import nn
 
 import edgesdk.compress as compress
+from edgesdk.compress.activations import METHOD as ACTIVATIONS
+from edgesdk.compress.flatten import FlattenConfig, best_turn, multiplications, sizes, turned, unturned
+from edgesdk.compress.layers import inputs_of, pairs_of
 from edgesdk.compress.registry import configured
+from edgesdk.compress.saved import load
 from edgesdk.compress.types import Stats, Weight
 from edgesdk.compress.weights import weights_of
 from edgesdk.errors import InputError
+from edgesdk.model import Method, ModelSpec
 from edgesdk.packed import decode, pack
 
 torch.set_num_threads(1)
@@ -130,3 +138,143 @@ def test_every_kind_of_weight_goes_through_compress(name: str) -> None:
     named = {w.weight for w in made.report.weights} | set(made.report.kept)
     assert named == set(weights_of(small())) and all(w.error < 2e-3 for w in made.report.weights)
     assert {w.weight: len(pack(made.spec.codes[w.weight])) for w in made.report.weights} == {w.weight: w.bytes for w in made.report.weights}
+
+
+# ---- smoothing, flattening, rounded activations
+
+
+class Encoder(nn.Module):
+    """Two blocks with norms, attention and a ReLU; some channels of the norms are twenty times larger than the others."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down, self.head = nn.Linear(width, 48), nn.Linear(48, width), nn.Linear(width, 10)
+        with torch.no_grad():
+            for norm in self.norms:
+                norm.weight[:3] *= 20
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norms[0](x)
+        scores = torch.softmax(self.q(h) @ self.k(h).transpose(1, 2) * 0.05, -1)
+        x = x + self.o(scores @ self.v(h))
+        x = x + self.down(torch.relu(self.up(self.norms[1](x))))
+        answer: torch.Tensor = self.head(self.norms[2](x))
+        return answer
+
+
+def encoder(layout: str = "plain") -> ModelSpec:
+    torch.manual_seed(0)
+    module = Encoder().eval()
+    given = [(torch.randn(1, 12, 24),) for _ in range(24)]
+    return ModelSpec("encoder", "0" * 64, {"forward": Method(module, given[0])}, layout=layout, calibration=lambda _: given)  # type: ignore[arg-type]
+
+
+def loss(spec: ModelSpec, made: ModelSpec) -> float:
+    """Relative squared error of the outputs on inputs that calibration did not see."""
+    x = torch.randn(16, 12, 24, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        wanted, got = spec.methods["forward"].module(x), made.methods["forward"].module(x)
+    return float(((got - wanted) ** 2).sum() / (wanted**2).sum())
+
+
+def test_smoothing_finds_who_makes_the_inputs_and_changes_nothing_before_rounding() -> None:
+    spec = encoder()
+    found = {tuple(p.readers): p.name for p in pairs_of(spec)}
+    assert found == {
+        ("k.weight", "q.weight", "v.weight"): "norms.0",
+        ("o.weight",): "v",
+        ("up.weight",): "norms.1",
+        ("down.weight",): "up",
+        ("head.weight",): "norms.2",
+    }
+    made = compress(spec, "smooth:activations=4")  # type: ignore[operator]
+    assert loss(spec, made.spec) < 1e-10 and not made.report.edits
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(spec.methods["forward"].module.parameters(), made.spec.methods["forward"].module.parameters(), strict=True)
+    )
+
+
+def test_smoothing_helps_rounded_activations_and_flattening_helps_more() -> None:
+    spec = encoder()
+    w4a4 = "activations:weights=4,activations=4"
+    alone = loss(spec, compress(spec, w4a4).spec)  # type: ignore[operator]
+    smooth = loss(spec, compress(spec, ["smooth:bits=4,group=0,activations=4", w4a4]).spec)  # type: ignore[operator]
+    flat = loss(spec, compress(spec, ["flatten:steps=60", w4a4]).spec)  # type: ignore[operator]
+    assert smooth < 0.8 * alone and flat < smooth
+
+
+def test_flattening_is_exact_before_rounding_and_learns_more_than_scales_and_rotations() -> None:
+    spec = encoder()
+    made = compress(spec, "flatten:steps=20")  # type: ignore[operator]
+    x = torch.randn(4, 12, 24)
+    with torch.no_grad():
+        assert torch.allclose(made.spec.methods["forward"].module(x), spec.methods["forward"].module(x), rtol=1e-4, atol=1e-5)
+    x, matrix = inputs_of(spec)["up.weight"], spec.methods["forward"].module.up.weight.detach()
+    errors = [best_turn(x, matrix, FlattenConfig(steps=steps))[1] for steps in (0, 60)]
+    assert errors[1] < 0.95 * errors[0] < 0.95
+    turn = best_turn(x, matrix, FlattenConfig(steps=20))[0]
+    assert turn is not None
+    whole = torch.kron(turn[0], turn[1])
+    assert torch.allclose(turned(x, turn), (x * turn[2]) @ whole, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(turned(x, turn) @ unturned(matrix, turn).T, x @ matrix.T, rtol=1e-3, atol=1e-3)
+
+
+def test_the_kronecker_product_costs_what_is_said() -> None:
+    assert sizes(96) == (8, 12) and sizes(256) == (16, 16) and sizes(13) == (1, 13) and sizes(1) == (1, 1)
+    a, b = sizes(96)
+    counted = a * b * b + a * a * b + a * b  # X · right, leftᵀ · that, the scale
+    assert multiplications(a, b) == counted < 96 * 96
+
+
+def test_flattened_and_rounded_models_are_saved_and_loaded(tmp_path: Path) -> None:
+    spec = encoder()
+    made = compress(spec, ["flatten:steps=5", "activations:weights=4,activations=8,group=8"])  # type: ignore[operator]
+    again = load(made.save(tmp_path / "m.edgec"), spec)
+    x = torch.randn(1, 12, 24)
+    with torch.no_grad():
+        assert torch.equal(again.spec.methods["forward"].module(x), made.spec.methods["forward"].module(x))
+    exported = torch.export.export(made.spec.methods["forward"].module, (x,)).module()
+    with torch.no_grad():
+        assert torch.allclose(exported(x), made.spec.methods["forward"].module(x), atol=1e-4)
+
+
+def test_activations_are_gated_by_layout() -> None:
+    decoder = encoder("decoder-only")
+    with pytest.raises(InputError, match="decoder-only"):
+        compress(decoder, "activations:weights=4,activations=4")  # type: ignore[operator]
+    assert compress(decoder, "activations:weights=4,activations=8").report.edits  # type: ignore[operator]
+    forced = compress(decoder, "activations:weights=4,activations=4,force=true")  # type: ignore[operator]
+    assert any("forced" in n for n in forced.report.notes)
+    offered = {layout: [(c.weights, c.activations) for c in ACTIVATIONS.options(encoder(layout))] for layout in ("plain", "decoder-only")}
+    assert offered == {"plain": [(8, 8), (4, 8), (4, 4)], "decoder-only": [(8, 8), (4, 8)]}
+
+
+def test_fewer_bits_lose_more_and_pruning_composes() -> None:
+    spec = encoder()
+    recipes = [f"activations:weights={w},activations={a}" for w, a in ((8, 8), (4, 8), (4, 4))]
+    lost = [loss(spec, compress(spec, r).spec) for r in recipes]  # type: ignore[operator]
+    assert lost[0] < 1e-3 and lost[0] < lost[1] < lost[2]
+    first, then = compress(spec, ["magnitude:sparsity=0.3", recipes[1]]), compress(spec, "magnitude:sparsity=0.3")  # type: ignore[operator]
+    assert loss(spec, first.spec) < loss(spec, then.spec) + 2 * lost[1]
+
+
+@pytest.mark.parametrize("recipe", ["smooth", "flatten", "activations"])
+def test_methods_that_look_at_inputs_want_data_and_names_that_exist(recipe: str) -> None:
+    spec = encoder()
+    with pytest.raises(InputError, match="calibration"):
+        compress(ModelSpec("x", "0" * 64, spec.methods), recipe)  # type: ignore[operator]
+    with pytest.raises(InputError, match="matches"):
+        compress(spec, f"{recipe}:only=nothing")  # type: ignore[operator]
+
+
+def test_convolutions_and_everything_else_go_through() -> None:
+    spec = small()
+    for recipe in ("activations:weights=8,activations=8", "flatten:steps=3"):
+        made = compress(spec, recipe)  # type: ignore[operator]
+        x = spec.methods["forward"].example_inputs
+        with torch.no_grad():
+            wanted, got = spec.methods["forward"].module(*x), made.spec.methods["forward"].module(*x)
+        assert float(((got - wanted) ** 2).sum() / (wanted**2).sum()) < 2e-3

@@ -26,6 +26,8 @@ METHODS = {
     "gptq": "edgesdk.compress.gptq",
     "hadamard": "edgesdk.compress.hadamard",
     "smooth": "edgesdk.compress.smooth",
+    "flatten": "edgesdk.compress.flatten",
+    "activations": "edgesdk.compress.activations",
     "easyquant": "edgesdk.compress.easyquant",
     "finequant": "edgesdk.compress.finequant",
     "any4": "edgesdk.compress.any4",

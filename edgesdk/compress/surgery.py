@@ -6,6 +6,8 @@
     {"do": "set", "path": p, "name": n, "value": v}                                 a number that a module keeps for itself (heads, channels)
     {"do": "drop", "path": p, "index": [...]}                                       entries leave a ModuleList or Sequential; those behind move up
     {"do": "inputs", "path": "", "method": m, "input": i, "dim": d, "index": [...]} an input of a method keeps these rows (caches of layers that left)
+    {"do": "round", "path": p, "bits": b, "share": s}                               a layer's inputs are rounded before it (see `wrapped`); it moves to p.1
+    {"do": "flatten", "path": p, "sizes": [a, b]}                                   a layer's inputs are turned before it; it moves to p.1
 A path is that of `named_modules`, without the method: an edit is made in every method whose module has it, once for a module that they share.
 """
 
@@ -36,11 +38,13 @@ def apply_edits(spec: ModelSpec, edits: Iterable[Edit]) -> None:
             raise InputError(f"{spec.name}: no module '{edit['path']}' to {edit['do']}", "the compressed model was made from another model")
         done: set[int] = set()
         for parent, name, module in found:
-            if edit["do"] in ("split", "skip"):
+            if edit["do"] in ("split", "skip", "round", "flatten"):
                 setattr(parent, name, _made(module, edit))
             elif id(module) not in done:
                 done.add(id(module))
                 _edit(module, edit)
+        for _, _, module in found:
+            module.__dict__.pop("_replaced_by", None)  # it may live on inside of what took its place
 
 
 def _targets(spec: ModelSpec, path: str) -> list[tuple[Any, str, Any]]:
@@ -60,7 +64,12 @@ def _made(module: Any, edit: Edit) -> nn.Module:
     kept = getattr(module, "_replaced_by", None)
     if kept is not None:
         return kept[0]  # type: ignore[no-any-return]
-    new = split_module(module, edit["rank"]) if edit["do"] == "split" else skip_module()
+    if edit["do"] in ("round", "flatten"):
+        from edgesdk.compress.wrapped import wrap
+
+        new = wrap(module, edit)
+    else:
+        new = split_module(module, edit["rank"]) if edit["do"] == "split" else skip_module()
     object.__setattr__(module, "_replaced_by", (new,))
     return new
 
