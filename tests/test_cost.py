@@ -8,7 +8,7 @@ from edgesdk.device import DeviceProfile
 from edgesdk.efficiency import Efficiency, OpRate
 from edgesdk.errors import InputError, MissingTool
 from edgesdk.graph.types import MethodGraph, TensorInfo, Unit
-from edgesdk.plan.cost import call_seconds, fused, level_of, method_costs, total, unit_cost
+from edgesdk.plan.cost import call_seconds, fused, kind_of, level_of, method_costs, padding, total, unit_cost
 
 
 def device() -> DeviceProfile:
@@ -144,3 +144,20 @@ def test_only_this_machine_can_be_calibrated() -> None:
         calibrate("jetson")
     with pytest.raises(MissingTool):
         calibrate(runtime="tensorrt")
+
+
+def test_channels_beyond_a_tile_are_computed_too():
+
+    law = Efficiency(device="host", runtime="litert", origin="calibrated", rows=(), tile=16)
+    conv = Unit(name="c", op="conv2d", rows=20, cols=27, macs=20 * 27 * 100)
+    assert padding(conv, law) == 32 / 20
+    assert padding(conv.model_copy(update={"rows": 48}), law) == 1
+    assert padding(conv.model_copy(update={"op": "depthwise_conv2d"}), law) == 1
+    assert padding(conv, law.model_copy(update={"tile": None})) == 1, "rows fitted without it are used without it"
+
+
+def test_means_averages_and_maxima_are_three_classes():
+
+    names = ("adaptive_avg_pool2d", "mean#2", "op3_mean", "avg_pool2d", "op4_average_pool_2d", "max_pool2d")
+    kinds = ["pool-mean"] * 3 + ["pool-average"] * 2 + ["pool"]
+    assert [kind_of(Unit(name=n, op="pool")) for n in names] == kinds
