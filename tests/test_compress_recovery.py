@@ -283,6 +283,16 @@ def test_ternary_training_on_digits_is_near_float_where_plain_ternary_is_not() -
         assert holds_its_codes(made.spec)
 
 
+@pytest.mark.parametrize("last", ["qat:steps=6,batch=8", "ternary-qat:steps=6,batch=8,least=4"])
+def test_what_was_pruned_stays_away(last: str) -> None:
+    pruned = compress.compress(mlp(), "nm:n=2,m=4,only=conv|hidden")
+    made = compress.compress(mlp(), ["nm:n=2,m=4,only=conv|hidden", last])
+    for name in ("conv.weight", "hidden.weight"):
+        empty = decode(pruned.spec.codes[name]) == 0
+        assert empty.mean() >= 0.5 and made.spec.codes[name].kind == "sparse" and not decode(made.spec.codes[name])[empty].any()
+    assert holds_its_codes(made.spec)
+
+
 def test_training_goes_on_where_it_was_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = ["rtn:bits=2", "qat:steps=30,batch=8"]
     whole = compress.compress(mlp(), recipe).report.compressed_digest

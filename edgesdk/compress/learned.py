@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from edgesdk.compress.rtn import stored_scale
-from edgesdk.packed import Code, decode, rotate, spread
+from edgesdk.packed import Code, decode, places, rotate, spread
 
 
 @dataclass
@@ -220,8 +220,10 @@ def _tree(code: Code, original: torch.Tensor | None, scale: str) -> Learned:
     """A code of other codes: only what is trainable by its kind gets a gradient; masks and orders stay."""
     if code.kind not in _JOINS:
         return frozen(code)
-    parts = [learn(p, scale=scale) for p in code.parts[: 1 if code.kind == "sparse" else None]]
-    return joined(code, parts)
+    if code.kind == "sparse":
+        left = None if original is None else original.float()[_mask(code)].reshape(code.parts[0].shape)
+        return joined(code, [learn(code.parts[0], left, scale=scale)])
+    return joined(code, [learn(p, scale=scale) for p in code.parts])
 
 
 def joined(code: Code, parts: list[Learned]) -> Learned:
@@ -265,8 +267,12 @@ def _pick(c: Code) -> Join:
     return lambda p: p[0].index_select(axis, back)
 
 
+def _mask(code: Code) -> torch.Tensor:
+    return torch.from_numpy(places(code))
+
+
 def _sparse(c: Code) -> Join:
-    mask = torch.from_numpy(np.asarray(c.arrays[0] if c.arrays else decode(c.parts[1])).astype(bool))
+    mask = _mask(c)
     return lambda p: torch.zeros(c.shape).masked_scatter(mask, p[0].reshape(-1))
 
 

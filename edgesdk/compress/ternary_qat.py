@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
@@ -23,7 +24,7 @@ from edgesdk.compress.training import Training, free_parameters, lessons_of, why
 from edgesdk.compress.types import Change, Family, Need, Step, Weight
 from edgesdk.compress.weights import weights_of
 from edgesdk.errors import InputError
-from edgesdk.packed import Code
+from edgesdk.packed import Code, decode
 
 if TYPE_CHECKING:
     from edgesdk.model import ModelSpec
@@ -60,7 +61,7 @@ class TernaryQat:
         edges = edge_names(spec, config)
         learned: dict[str, Learned] = {}
         for name, w in weights.items():
-            learned[name] = learn(_start(w, config, name in edges), w.matrix, scale=config.scales)
+            learned[name] = learn(_start(w, config, name in edges, spec.codes.get(name)), w.matrix, scale=config.scales)
         free = free_parameters(spec, {**spec.codes, **learned}) if config.others else []
         fixed = [n for n in spec.codes if n not in learned]
         outcome = Training(spec, lessons_of(spec, config), learned, free, config, ramp=config.ramp, name=self.name).run(step)
@@ -74,7 +75,12 @@ class TernaryQat:
         return Change((), tuple(notes), outcome.codes)
 
 
-def _start(weight: Weight, config: TernaryQatConfig, edge: bool) -> Code:
+def _start(weight: Weight, config: TernaryQatConfig, edge: bool, before: Code | None) -> Code:
+    """The code that training starts from; of a pruned weight only what is left becomes ternary (with one scale)."""
+    if before is not None and before.kind == "sparse":
+        left = torch.from_numpy(decode(before.parts[0])).reshape(1, -1)
+        part = _start(replace(weight, matrix=left), config.model_copy(update={"group": 0}), edge, None)
+        return Code("sparse", before.shape, before.numbers, before.arrays, (part, *before.parts[1:]))
     if edge:
         grid = RtnConfig(bits=config.edges, group=0)
         scale, zero = grid_of(weight.matrix, grid)

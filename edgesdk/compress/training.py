@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -50,7 +50,10 @@ class TrainConfig(Config):
 
 def teacher_of(spec: ModelSpec) -> ModelSpec:
     """The uncompressed model. Its own weights, where nothing else is known."""
-    return spec.reference or spec
+    found = spec.reference or spec
+    if found.calibration is None and spec.calibration is not None:  # inputs that an earlier stage made
+        found = replace(found, calibration=spec.calibration)
+    return found
 
 
 def lessons_of(spec: ModelSpec, config: TrainConfig) -> Lessons:
