@@ -103,7 +103,10 @@ def bench(store: Store, subject: Subject, options: argparse.Namespace, budgets: 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="digits and normalizer, three budgets, fewer settings")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer settings a peer; digits and normalizer at three budgets where nothing else is said"
+    )
+    parser.add_argument("--budgets", default="", help="bits a weight, comma separated")
     parser.add_argument("--setup", action="store_true", help="install the peers' environments into the cache folder (pip)")
     parser.add_argument("--models", default="", help="comma separated; all by default")
     parser.add_argument("--peers", default="", help="comma separated parts of names; all by default")
@@ -117,7 +120,10 @@ def main() -> int:
     torch.set_num_threads(1)
     os.environ.setdefault("EDGESDK_BENCH_EXTRAS", str(options.cache / "extras"))
     names = options.models.split(",") if options.models else ["digits-cnn", "normalizer"] if options.quick else list(SUBJECTS)
-    budgets, store = QUICK if options.quick else BUDGETS, Store(options.cache)
+    budgets, store = (
+        tuple(map(float, options.budgets.split(","))) if options.budgets else QUICK if options.quick else BUDGETS,
+        Store(options.cache),
+    )
     options.out.mkdir(parents=True, exist_ok=True)
     if options.setup:
         fetch(options.cache / "extras", say)
@@ -137,6 +143,10 @@ def main() -> int:
         (options.out / f"{name}.md").write_text(text)
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
+    results = [json.loads(path.read_text()) for name in SUBJECTS if (path := options.out / f"{name}.json").exists()]
+    whole = chart.summary(results)
+    (options.out / "summary.md").write_text(whole)
+    sys.stdout.write(whole)
     return 0
 
 

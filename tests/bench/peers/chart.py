@@ -76,6 +76,25 @@ def _against(here: dict[str, dict[str, Any]], figure: str, higher: bool) -> str:
     return f"**{found['edgesdk_is']}** {form.format(found['difference'], found['low'], found['high'])} ({best['contender']})"
 
 
+def summary(results: list[dict[str, Any]]) -> str:
+    """One line a model and way of counting: the verdict on quality / on distance at every budget, against the best peer of that budget."""
+    budgets = sorted({r["budget"] for result in results for r in result["rows"]}, reverse=True)
+    lines = ["| model | counted | " + " | ".join(f"{b:g}" for b in budgets) + " |", "|---" * (len(budgets) + 2) + "|"]
+    for result in results:
+        for count in COUNTS:
+            cells = []
+            for budget in budgets:
+                here = {r["contender"]: r for r in result["rows"] if r["budget"] == budget and r["count"] == count}
+                both = [
+                    _against(here, figure, higher).split(" ")[0].strip("*") for figure, higher in (("quality", True), ("distance", False))
+                ]
+                cells.append(
+                    "" if not here else "no peer" if both[0] == "no" else "none of ours" if both[0] == "edgesdk" else " / ".join(both)
+                )
+            lines.append(f"| {result['model']} | {count} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def plot(name: str, metric: str, reference: float, rows: list[dict[str, Any]], path: Path) -> None:
     """Quality against stored bits a weight, a line for every contender (the answer at each budget)."""
     import matplotlib
