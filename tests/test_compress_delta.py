@@ -204,6 +204,48 @@ def test_bad_pairs_are_named(models: list[ModelSpec]) -> None:
         delta(models[0], models[0])
 
 
+class Words(nn.Module):
+    """An embedding with a head tied to it, a convolution in groups, and a linear that stays as it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.same, self.head = (
+            nn.Embedding(50, 12),
+            nn.Conv1d(12, 12, 3, groups=3),
+            nn.Linear(12, 12),
+            nn.Linear(12, 50),
+        )
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.head(self.same(self.mix(self.embed(ids).transpose(1, 2)).transpose(1, 2)))
+        return y
+
+
+@pytest.mark.parametrize("config", [DeltaConfig(bits=4.0, factors=8), DeltaConfig(how="dare", drop=0.5, values=8)])
+def test_tied_weights_embeddings_and_groups(config: DeltaConfig, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    start, ids = Words(), torch.arange(9)[None]
+    moved = copy.deepcopy(start)
+    with torch.no_grad():
+        moved.embed.weight += 0.02 * torch.randn(50, 1) @ torch.randn(1, 12)
+        moved.mix.weight += 0.01 * torch.randn(12, 4, 3)
+    base, tuned = (
+        ModelSpec(n, n, {"forward": Method(m.eval(), (ids,))}, calibration=lambda _: [(ids + i,) for i in range(40)])
+        for n, m in (("base", start), ("tuned", moved))
+    )
+    made = delta(base, tuned, config)
+    module: Any = made.spec.methods["forward"].module
+    assert module.head.weight is module.embed.weight and made.differences["same.weight"].kind == "base"
+    before, after, got = (weights_of(m) for m in (base, tuned, made.spec))
+    for name in ("head.weight", "mix.weight") if config.how == "lowrank" else ():
+        left, moves = got[name].matrix - after[name].matrix, after[name].matrix - before[name].matrix
+        assert float(left.norm()) < 0.05 * float(moves.norm())
+    again = load(made.save(tmp_path / "d.edgec"), base)
+    assert torch.equal(again.spec.methods["forward"].module(ids), made.spec.methods["forward"].module(ids))
+    assert delta(base, tuned, config).spec.digest == made.spec.digest
+
+
 # ---- programs and bundles
 
 

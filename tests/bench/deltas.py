@@ -1,0 +1,127 @@
+"""Prints how small a fine-tuned normalizer gets as a difference to the built-in one, and what that costs.
+
+    python tests/bench/deltas.py [--bundles]
+
+The built-in encoder-decoder is fine-tuned to write dates as 31/12/1999 and money as 12,50$ (about a minute on one core), then stored by every
+method at several sizes. With --bundles the base and one difference are built for ExecuTorch, too, and packed over the base bundle (some minutes).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgesdk.compress import delta_bundle
+from edgesdk.compress.delta import DeltaConfig, delta, spread_of
+from edgesdk.compress.saved import load
+from edgesdk.compress.weights import weights_of
+from edgesdk.errors import EdgeError
+from edgesdk.examples import normalizer_data as data
+from edgesdk.examples.generate import Run, generate
+from edgesdk.examples.normalizer import tokenizer
+from edgesdk.intake import load_model
+from edgesdk.model import ModelSpec
+from edgesdk.packed import pack_bytes
+from edgesdk.plan.fake_quant import run as runner
+
+STEPS, SIZE = 300, 64
+
+
+def shifted(wanted: str) -> str:
+    """The normal form of the new task."""
+    date = re.fullmatch(r"(\d{4})-(\d\d)-(\d\d)", wanted)
+    if date:
+        return f"{date[3]}/{date[2]}/{date[1]}"
+    return f"{wanted[1:].replace('.', ',')}$" if wanted.startswith("$") else wanted
+
+
+def evaluate(run: Run) -> float:
+    return sum(generate(run, tokenizer(True), said) == shifted(wanted) for said, wanted in data.cases(200, 7, True)) / 200
+
+
+def fine_tuned(base: ModelSpec) -> ModelSpec:
+    """The base after some steps on the new task."""
+    methods = copy.deepcopy(base.methods)
+    core: Any = methods["encode"].module.core
+    core.requires_grad_(True)
+    optimiser = torch.optim.AdamW(core.parameters(), lr=5e-4, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 5e-4, total_steps=STEPS, pct_start=0.1)
+    torch.manual_seed(0)
+    for i in range(STEPS):
+        cases = data.cases(SIZE, 5000 + i, False)
+        length = max(len(said) for said, _ in cases) + 1
+        src = torch.tensor([data.encode(said, length) for said, _ in cases])
+        out = torch.tensor([data.encode(shifted(wanted), data.MAX_OUTPUT) for _, wanted in cases])
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(core(src, out).flatten(0, 1), out.flatten(), ignore_index=data.PAD).backward()
+        nn.utils.clip_grad_norm_(core.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+    core.requires_grad_(False)
+    digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in core.state_dict().values())).hexdigest()
+    return replace(base, name="normalizer-european", methods=methods, digest=digest, evaluate=evaluate, alternatives={})
+
+
+def table(base: ModelSpec, tuned: ModelSpec, folder: Path) -> None:
+    whole = list(tuned.methods["encode"].module.core.state_dict().values())
+    lossless = sum(len(pack_bytes(v.numpy().tobytes(), 4)) for v in whole)
+    sys.stdout.write(f"whole, float32: {4 * sum(v.numel() for v in whole)} bytes, lossless {lossless}\n")
+    sys.stdout.write(f"exact match of the fine-tuned model {evaluate(runner(tuned)):.1%}, of the base {evaluate(runner(base)):.1%}\n")
+    for config in (
+        *(DeltaConfig(bits=b) for b in (0.125, 0.25, 0.5, 1.0, 2.0)), DeltaConfig(factors=8), DeltaConfig(data=False),
+        *(DeltaConfig(how="dare", drop=p, limit=9.0) for p in (0.0, 0.5, 0.8, 0.9)),
+    ):  # fmt: skip
+        made = delta(base, tuned, config, evaluate=False)
+        size = made.save(folder / "d.edgec").stat().st_size
+        said = f"{config.bits} bits, factors of {config.factors}{'' if config.data else ', no data'}"
+        name = f"lowrank, {said}" if config.how == "lowrank" else f"dare, {config.drop} dropped"
+        sys.stdout.write(f"{name:40} weights {made.report.weight_bytes:7} file {size:7}  exact match {evaluate(runner(made.spec)):.1%}\n")
+        sys.stdout.flush()
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    base = load_model("example:normalizer")
+    tuned = fine_tuned(base)
+    old, new = weights_of(base), weights_of(tuned)
+    widest = max(spread_of(w.matrix, new[n].matrix) for n, w in old.items())
+    sys.stdout.write(f"differences reach {widest:.2f} deviations of the weights\n")
+    with tempfile.TemporaryDirectory() as folder:
+        if "--bundles" in sys.argv:
+            bundles(base, tuned, Path(folder))
+        else:
+            table(base, tuned, Path(folder))
+    return 0
+
+
+def bundles(base: ModelSpec, tuned: ModelSpec, folder: Path) -> None:
+    """Both built for ExecuTorch as float32 and as dynamic int8, and the package of the one over the other."""
+    from edgesdk.lower import build
+    from edgesdk.plan import plan
+
+    made = delta(base, tuned, DeltaConfig(bits=0.5, factors=4), ref="example:normalizer", evaluate=False)
+    model = made.save(folder / "european.edgec")
+    for storage in (None,):
+        plans = [plan(ref, "host", runtime="executorch") for ref in ("example:normalizer", str(model))]
+        files = [build(p, load_model(p.model), folder / f"{i}.edge") for i, p in enumerate(plans)]
+        sys.stdout.write(f"precisions: {[sorted({u.precision for u in p.units}) for p in plans]} {storage}\n")
+        for codes in (load(model), None):
+            try:
+                about = delta_bundle.make(*files, folder / "d.edged", codes)
+            except EdgeError as error:
+                sys.stdout.write(f"{error.what}\n")
+                continue
+            sys.stdout.write(f"{about.model_dump()} file {(folder / 'd.edged').stat().st_size}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
