@@ -196,6 +196,8 @@ def test_a_chain_answers_as_generation_does_and_is_nought_from_itself(name: str)
         assert "".join(tokenizer["alphabet"][i - 3] for i in ids[valid].tolist() if i >= 3) == generate(run(spec), spec, text)
     lessons = Lessons(spec, spec, pool=24, batch=4)
     assert lessons.sets[0].count == 24 and lessons.held_out() == pytest.approx(0, abs=1e-6)
+    coarse = [Lessons(spec, spec, pool=8, batch=4, data="calibration", cache_bits=b).held_out() for b in (8, 4)]
+    assert 0 < coarse[0] < coarse[1]  # caches in few bits are felt
     if name == "normalizer-decoder-only":  # a student of another layout gives the same answers in its own way
         other = Lessons(load_model("example:normalizer"), spec, pool=16, batch=4, data="calibration")
         assert other.chain is not None and other.chain.encoder and 0.001 < other.held_out() < 1
