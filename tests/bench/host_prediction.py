@@ -38,7 +38,7 @@ from tests.bench.seeded_models import precisions, seeded_models
 
 MODELS = Path(__file__).parents[2].parent / "shared" / "data" / "models"
 FROZEN = 2026
-COUNT = 10
+COUNT = 5
 
 
 def named(runtimes: list[str]) -> list[tuple[ModelSpec, str, str]]:
