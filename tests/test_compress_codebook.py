@@ -18,6 +18,7 @@ from edgesdk.compress.registry import configured
 from edgesdk.compress.types import Stats, Weight
 from edgesdk.compress.weights import output_error, weights_of
 from edgesdk.errors import InputError
+from edgesdk.intake import load_model
 from edgesdk.model import Method, ModelSpec
 from edgesdk.packed import Code, decode, pack, unpack
 
@@ -149,6 +150,58 @@ def test_any4_weights_by_the_inputs() -> None:
     assert coded("any4", weight, stats, bits=3, feedback=False)[1] < output_error(weight, torch.from_numpy(decode(plain)), stats)
 
 
+NF4 = [
+    -1,
+    -0.6962,
+    -0.5251,
+    -0.3949,
+    -0.2844,
+    -0.1848,
+    -0.0911,
+    0,
+    0.0796,
+    0.1609,
+    0.2461,
+    0.3379,
+    0.4407,
+    0.5626,
+    0.723,
+    1,
+]  # arXiv:2305.14314
+FP4 = [-1, -2 / 3, -0.5, -1 / 3, -0.25, -1 / 6, -1 / 12, 0, 1 / 12, 1 / 6, 0.25, 1 / 3, 0.5, 2 / 3, 1]  # 2 exponent bits, 1 of mantissa
+
+
+def test_any4_beats_fixed_tables_of_16_values() -> None:
+    """At an equal row size the learned table has a lower output error than int4, fp4 and nf4, even by nearest values alone."""
+    for tails in (False, True):
+        weight, stats = made(48, 128, tails=tails)
+        scale = weight.matrix.abs().amax(1, keepdim=True)
+
+        def fixed(values: list[float], weight: Weight = weight, stats: Stats = stats, scale: torch.Tensor = scale) -> float:
+            table = torch.tensor(values)
+            return output_error(weight, table[(weight.matrix / scale)[..., None].sub(table).abs().argmin(-1)] * scale, stats)
+
+        int4 = coded("rtn", weight, stats, bits=4, group=0)[1]
+        assert coded("any4", weight, stats, bits=4, feedback=False)[1] < min(int4, fixed(NF4), fixed(FP4))
+
+
+@pytest.mark.parametrize("recipe", ["any4:bits=3", "squeezellm:bits=3,outliers=0.02"])
+def test_products_by_table_and_sparse_rows(recipe: str) -> None:
+    """What a kernel does: inputs added up by the index of their weight, a few products with values, and the sparse rows beside them."""
+    weight, stats = made(20, 70, tails=True)
+    name, _, settings = recipe.partition(":")
+    code = coded(name, weight, stats, **{k: float(v) for k, v in (item.split("=") for item in settings.split(","))})[0]
+    dense, sparse = code.parts if code.parts else (code, None)
+    q, table, scale = dense.arrays
+    x = np.random.default_rng(0).standard_normal(70).astype(np.float32)
+    sums = np.stack([np.bincount(row, weights=x, minlength=table.shape[1]) for row in q])  # [rows, 2^bits]
+    y = (sums * table.astype(np.float32)).sum(1) * scale[:, 0].astype(np.float32)
+    if sparse is not None:
+        row, col = np.nonzero(sparse.arrays[0])
+        np.add.at(y, row, sparse.parts[0].arrays[0][0].astype(np.float32) * x[col])
+    assert np.allclose(y, decode(code) @ x, rtol=1e-3, atol=1e-4)
+
+
 # ---- squeezellm
 
 
@@ -180,7 +233,7 @@ def test_squeezellm_outliers_pay() -> None:
     apart = sparse.arrays[0].astype(bool)
     assert apart.sum() == int(0.01 * 64 * 512) + int(0.0005 * 64 * 512)
     still = coded("squeezellm", weight, stats, bits=3, outliers=0.01, feedback=False)[0]
-    assert np.allclose(decode(still)[apart], weight.matrix.numpy()[apart], atol=2e-3)
+    assert np.allclose(decode(still)[apart], weight.matrix.numpy()[apart], rtol=0.02, atol=0.01)
 
 
 # ---- vptq
@@ -255,6 +308,17 @@ def test_vptq_can_be_trained() -> None:
     stored = torch.from_numpy(decode(learned.code()))
     assert torch.allclose(stored, learned.weight(1.0).detach(), atol=1e-6)
     assert float((stored - target).square().sum()) < 0.98 * first
+
+
+def test_a_trained_network_in_two_bits() -> None:
+    """On the built-in classifier at about 2 stored bits a weight: codebooks stay near the float model, a grid by nearest values falls."""
+    spec = load_model("example:digits-cnn")
+    grid, table, vectors = (compress(spec, r).report for r in ("rtn:bits=2,group=0", "any4:bits=2", "vptq:bits=2"))
+    assert max(table.bits, vectors.bits) < 2.1
+    assert table.quality is not None
+    assert vectors.quality is not None
+    assert grid.quality is not None
+    assert min(table.quality, vectors.quality) > 0.97 > grid.quality + 0.05
 
 
 METHODS = [

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from edgesdk.compress.any4 import Any4Config, Scalar, fit, own_table, to_code
-from edgesdk.compress.kmeans import damped, grouped
+from edgesdk.compress.kmeans import damped, grouped, short
 from edgesdk.compress.types import Family, Need, Stats, Weight
 from edgesdk.packed import Code, decode
 
@@ -24,7 +24,7 @@ class SqueezeConfig(Any4Config):
 class SqueezeLlm:
     """SqueezeLLM (SqueezeLLM: Dense-and-Sparse Quantization, arXiv:2306.07629): W = table[index] + sparse. The table of a row is the k-means
     of its weights, each counted with its Fisher information F_ij = mean (∂loss/∂w_ij)²; the 0.4% of largest magnitude and the 0.05% of
-    largest F are kept in float16. Beyond the paper: indices are chosen with error feedback and coordinate descent under H (mean x·xᵀ), the
+    largest F are kept apart. Beyond the paper: indices are chosen with error feedback and coordinate descent under H (mean x·xᵀ), the
     sparse values take up rounding error, too, and where rows are short all share one table and differ by a scale (see any4)."""
 
     level: ClassVar[Literal["weight"]] = "weight"
@@ -70,15 +70,17 @@ def apart(matrix: torch.Tensor, fisher: torch.Tensor, config: SqueezeConfig) -> 
 
 
 def with_sparse(weight: Weight, state: Scalar, config: SqueezeConfig) -> Code:
-    """Table plus sparse: where a weight is stored beside the table, its index is the commonest one and the sparse value the rest."""
+    """Table plus sparse: where a weight is stored beside the table, its index is the commonest one and the sparse value the rest,
+    to 6 significant bits (a float16 of which a good part is always the same takes fewer bytes in an entropy code)."""
     common = int(torch.bincount(state.codes[~state.free]).argmax())
     state.codes[state.free] = common
     dense = to_code(weight, state, config.bits)
     mask = state.free.reshape(weight.matrix.shape).numpy()
     if not mask.any():
         return dense
-    rest = (state.loose.reshape(weight.matrix.shape).numpy() - decode(dense))[mask]
-    values = Code("dense", (1, len(rest)), (), (rest.astype(np.float16)[None],))
+    rest = (state.loose.reshape(weight.matrix.shape) - torch.from_numpy(decode(dense)))[torch.from_numpy(mask)]
+    rounded = torch.sign(rest) * short(rest.abs(), 6)
+    values = Code("dense", (1, len(rest)), (), (rounded.to(torch.float16).numpy()[None],))
     return Code("sum", dense.shape, (), (), (dense, Code("sparse", dense.shape, (), (mask.astype(np.uint8),), (values,))))
 
 
