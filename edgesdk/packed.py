@@ -561,9 +561,43 @@ def _unpack_base3(data: bytes, count: int) -> Any:
     return flat.ravel()[:count]
 
 
+def _pack_patterns(q: Any) -> bytes | None:
+    """N:M pruned integers [rows, cols]: m, the value of what is pruned, which of every m are not (as bits), their values. None where no m fits."""
+    if q.ndim != 2 or q.size < 128:
+        return None
+    middle = int(np.bincount(q.ravel()).argmax())
+    for m in (4, 8, 16):
+        if m > q.shape[1] // 2:
+            return None
+        groups = np.pad(q, ((0, 0), (0, -q.shape[1] % m)), constant_values=middle).reshape(q.shape[0], -1, m) != middle
+        most = int(groups.sum(2).max())
+        if 0 < most < m:
+            bits = (groups.astype(np.uint32) << np.arange(m, dtype=np.uint32)).sum(2).astype(np.uint8 if m <= 8 else np.uint16)
+            mask = q != middle
+            left = q[mask].reshape(len(q) if len(set(mask.sum(1).tolist())) == 1 else 1, -1)
+            return varint(m) + varint(middle) + _pack_array(bits, True) + _pack_array(left, True)
+    return None
+
+
+def _unpack_patterns(data: bytes, rows: int, cols: int) -> Any:
+    """Raises `PackedError`."""
+    m, at = read_varint(data, 0)
+    middle, at = read_varint(data, at)
+    bits, at = _unpack_array(data, at)
+    left, at = _unpack_array(data, at)
+    if m not in (4, 8, 16) or bits.shape != (rows, -(-cols // m)):
+        raise PackedError("the patterns of a pruned array are damaged")
+    mask = ((bits[..., None].astype(np.uint32) >> np.arange(m, dtype=np.uint32)) & 1).reshape(rows, -1)[:, :cols].astype(bool)
+    if int(mask.sum()) != left.size:
+        raise PackedError("the patterns of a pruned array are damaged")
+    out = np.full((rows, cols), middle, np.int64)
+    out[mask] = left.ravel()
+    return out
+
+
 def _pack_array(a: Any, entropy: bool) -> bytes:
-    """tag, shape, length, payload. Integers: fixed bits, five ternary digits a byte, rANS, or rANS with a model of
-    rows and columns; floats: as they are, or rANS of each byte plane."""
+    """tag, shape, length, payload. Integers: fixed bits, five ternary digits a byte, rANS, rANS with a model of rows and columns, or
+    patterns of every m and what they leave; floats: as they are, or rANS of each byte plane."""
     a = np.ascontiguousarray(a)
     raw = a.astype(a.dtype.newbyteorder("<")).tobytes()
     ways: list[tuple[int, bytes]] = [(0, raw)]
@@ -577,6 +611,8 @@ def _pack_array(a: Any, entropy: bool) -> bytes:
             ways += [(3, coded)] if coded is not None else []
             modelled = _pack_matrix(a)
             ways += [(5, modelled)] if modelled is not None else []
+            patterned = _pack_patterns(a)
+            ways += [(6, patterned)] if patterned is not None else []
             if a.dtype == np.uint16 and a.size > 64:
                 ways.append((4, pack_bytes(raw, 2)))
     elif entropy and a.size > 64:
@@ -606,6 +642,8 @@ def _unpack_array(data: bytes, at: int) -> tuple[Any, int]:
         flat = rans_decode(payload, count)
     elif way == 5 and len(shape) == 2:
         flat = _unpack_matrix(payload, *shape).ravel()
+    elif way == 6 and len(shape) == 2:
+        flat = _unpack_patterns(payload, *shape).ravel()
     else:
         raw = unpack_bytes(payload) if way == 4 else payload
         if len(raw) != count * dtype.itemsize:

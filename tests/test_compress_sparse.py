@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from typing import Any
 
 import numpy as np
@@ -12,12 +14,14 @@ from torch import nn
 from edgesdk.compress import compress
 from edgesdk.compress.ecoflap import felt
 from edgesdk.compress.magnitude import cubic
-from edgesdk.compress.masks import error_of, fit_kept, largest, prunable, sparse_code, sparsest
+from edgesdk.compress.masks import error_of, fit_kept, largest, of_every, prunable, sparse_code, sparsest
 from edgesdk.compress.nm import NmConfig, Trained
+from edgesdk.compress.registry import configured
 from edgesdk.compress.shrink import copy_of
+from edgesdk.compress.types import Weight
 from edgesdk.compress.weights import weights_of
 from edgesdk.errors import InputError
-from edgesdk.packed import decode, pack, unpack
+from edgesdk.packed import Code, PackedError, decode, pack, unpack
 from tests.small_models import Concat, Residual, Transformer, seeded, spec_of
 
 torch.set_num_threads(1)
@@ -92,6 +96,14 @@ def test_zero_rows_and_dead_inputs_are_pruned_sanely() -> None:
     assert all(bool(torch.isfinite(w.matrix).all()) for w in weights_of(done.spec).values())
 
 
+def test_what_is_lost_is_told_and_can_be_compensated() -> None:
+    spec = spec_of(seeded(Transformer), 6, 16)
+    pruned = compress(spec, "magnitude:sparsity=0.7")
+    assert all(w.error > 0 for w in pruned.report.weights)
+    better = compress(spec, ["magnitude:sparsity=0.7", "eora:rank=4"])
+    assert sum(w.error for w in better.report.weights) < sum(w.error for w in pruned.report.weights)
+
+
 # ---- n of every m
 
 
@@ -114,6 +126,26 @@ def test_every_group_keeps_n_of_m_and_its_pattern_is_stored_in_fewer_bytes(n: in
     assert any(c.kind == "sparse" and len(c.parts) == 2 for c in done.spec.codes.values()) == (m <= 8)
     later = compress(spec, [f"nm:n={n},m={m}", "gptq:bits=4"])
     assert all(holds(weights_of(later.spec)[name].matrix, n, m) for name in done.spec.codes)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 8), (5, 8), (2, 16)])
+def test_quantized_patterns_cost_no_more_than_pattern_and_values(n: int, m: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    w = torch.randn(48, 100, generator=generator)
+    mask = of_every(w.abs(), n, m)
+    method, config = configured("rtn", {"bits": 4, "group": 0})
+    code = method.apply(Weight("w", "linear", (48, 100), w * mask, kept=mask), None, config)  # type: ignore[call-arg, arg-type]
+    assert isinstance(code, Code)
+    assert np.array_equal(decode(unpack(pack(code))), decode(code))
+    share = float(mask.float().mean())
+    groups = 48 * -(-100 // m)
+    assert len(pack(code)) < 48 * 100 * share * 4 / 8 + groups * math.log2(math.comb(m, n) + 2) / 8 + 48 * 2 + 300
+    packed = pack(code)
+    for at in range(0, len(packed), 37):  # other weights, or a refusal: never another error
+        broken = bytearray(packed)
+        broken[at] ^= 1 + at % 255
+        with contextlib.suppress(PackedError):
+            unpack(bytes(broken))
 
 
 def test_shares_by_layer_keep_the_mean_and_bad_patterns_are_refused() -> None:

@@ -171,7 +171,7 @@ class _Work:
             if name not in now or not _same(now[name], code):
                 del self.spec.codes[name]
                 self.rows.pop(name, None)
-        if found.family == "mixed" or done.made_by:
+        if found.family == "mixed" or done.made_by or (done.codes and not done.edits and found.family == "pruning"):
             self.original = {n: self.original.get(n, w.matrix) for n, w in before.items()}
         elif found.family != "recovery":  # that leaves every shape, and the weights it aims at
             self.original.clear()
