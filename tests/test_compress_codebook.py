@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -350,6 +351,21 @@ def test_zero_and_constant_rows_stay_sane(recipe: str) -> None:
     for known in (stats, dead):
         code = coded(name, weight, known, **given)[0]
         assert np.abs(decode(code)[3]).max() < 0.05
+
+
+@pytest.mark.parametrize("settings", [{}, {"table": "row"}, {"feedback": False}])
+@pytest.mark.parametrize("name", ["any4", "squeezellm"])
+def test_what_was_pruned_stays_zero(name: str, settings: dict[str, Any]) -> None:
+    weight, stats = made(16, 64)
+    kept = weight.matrix.abs() > 0.07
+    kept[2] = False
+    pruned = replace(weight, matrix=weight.matrix * kept, kept=kept)
+    code, error, _ = coded(name, pruned, stats, bits=3, **settings)
+    assert not decode(code)[~kept.numpy()].any()
+    assert error < (0.02 if "feedback" not in settings else 0.1)
+    vptq, config = configured("vptq", {"bits": 2})
+    assert vptq.level == "weight"
+    assert "pruned" in (vptq.why_not(pruned, config) or "")
 
 
 @pytest.mark.parametrize("recipe", METHODS)

@@ -26,10 +26,15 @@ class Any4Config(Config):
 
 class Scalar:
     """A weight on its way to a table code: `codes` [groups, rows, cols], `table` [1, k] or [rows of all groups, k], `scale` [groups, rows, n].
-    Where `free` [groups, rows, cols] is true, the weight is stored beside the table, as `loose`, and takes any value of float16."""
+    Where `free` [groups, rows, cols] is true, the weight is stored beside the table, as `loose`, and takes any value of float16.
+    Where `kept` is false, it was pruned and stays 0: entry `none` [groups, rows, 1] of the table is then 0 and does not move."""
 
-    def __init__(self, w: torch.Tensor, h: torch.Tensor, width: int, own: bool, free: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, w: torch.Tensor, h: torch.Tensor, width: int, own: bool, free: torch.Tensor | None = None, kept: torch.Tensor | None = None
+    ) -> None:
         self.w, self.h, self.width, self.own = w, h, width, own
+        self.pruned = None if kept is None else ~kept.reshape(w.shape)
+        self.none = torch.full((*w.shape[:2], 1), -1)
         self.codes = torch.zeros(w.shape, dtype=torch.int64)
         self.free = torch.zeros(w.shape, dtype=torch.bool) if free is None else free
         self.loose = w.where(self.free, torch.zeros(())).to(torch.float16).float()
@@ -51,12 +56,14 @@ class Scalar:
         """The nearest value of one column; notes its index, or the value where it is free."""
         s = self.wide[:, :, start : start + 1]
         code = (target / s - self.entries).abs().argmin(-1, keepdim=True)
+        if self.pruned is not None:
+            code = self.none.where(self.pruned[:, :, start : start + 1], code)
         free = self.free[:, :, start : start + 1]
         self.codes[:, :, start] = code[:, :, 0]
         self.loose[:, :, start : start + 1] = target.clamp(-65504, 65504).to(torch.float16).float().where(free, torch.zeros(()))
         return self.loose[:, :, start : start + 1].where(free, torch.gather(self.entries, 2, code) * s)
 
-    def kept(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def state(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.codes.clone(), self.loose.clone(), self.table, self.scale
 
     def nearest(self) -> None:
@@ -64,10 +71,12 @@ class Scalar:
         for start in range(0, self.w.shape[2], 64):
             block = ready[:, :, start : start + 64]
             self.codes[:, :, start : start + 64] = (block[..., None] - self.entries[:, :, None]).abs().argmin(-1)
+        if self.pruned is not None:
+            self.codes = self.none.expand(self.w.shape).where(self.pruned, self.codes)
 
     def refit(self) -> None:
         """Table and scales to their least-squares places, for the codes as they are."""
-        k, w, wide = self.table.shape[1], self.w - self.loose, self.wide.masked_fill(self.free, 0)
+        k, w, wide = self.table.shape[1], self.w - self.loose, self.wide.masked_fill(self.free | (self.codes == self.none), 0)
         basis = torch.stack([(self.codes == i) * wide for i in range(k)])
         shared = self.table.shape[0] == 1 and self.w.shape[0] * self.w.shape[1] > 1
         now = self.table[0].double() if shared else self.entries.double()
@@ -100,18 +109,23 @@ def own_table(weight: Weight, config: Any4Config) -> bool:
 def fit(state: Scalar, importance: torch.Tensor, config: Any4Config) -> None:
     """The best table code found: k-means, then `rounds` of error feedback, new tables and scales; the round of least error is kept."""
     w, h = state.w, state.h
-    state.set(first_table(w / state.wide, importance, 2**config.bits, state.own), state.scale)
+    if state.pruned is None:
+        state.set(first_table(w / state.wide, importance, 2**config.bits, state.own), state.scale)
+    else:
+        table = first_table(w / state.wide, importance.masked_fill(state.pruned, 0), 2**config.bits - 1, state.own)
+        state.set(torch.cat([table, torch.zeros(len(table), 1)], 1).sort(1)[0], state.scale)
+        state.none = state.entries.abs().argmin(-1, keepdim=True)
     if not config.feedback:
         state.nearest()
         return
     feedback(w, h, state.pick)
-    best, least = state.kept(), loss(w, state.values(), h)
+    best, least = state.state(), loss(w, state.values(), h)
     for _ in range(config.rounds):
         state.refit()
         refine(w, state.values(), h, state.pick)
         now = loss(w, state.values(), h)
         if now < least:
-            best, least = state.kept(), now
+            best, least = state.state(), now
     state.codes, state.loose, table, scale = best
     state.set(table, scale)
 
@@ -139,7 +153,7 @@ class Any4:
 
     def apply(self, weight: Weight, stats: Stats | None, config: Any4Config) -> Code:
         w, h = grouped(weight), damped(weight, stats)
-        state = Scalar(w, h, config.group or weight.cols, own_table(weight, config))
+        state = Scalar(w, h, config.group or weight.cols, own_table(weight, config), kept=weight.kept)
         importance = state.wide**2 * h.diagonal(dim1=1, dim2=2)[:, None].float()
         fit(state, importance, config)
         return to_code(weight, state, config.bits)

@@ -45,8 +45,10 @@ class SqueezeLlm:
     def apply(self, weight: Weight, stats: Stats | None, config: SqueezeConfig) -> Code:
         w, h = grouped(weight), damped(weight, stats)
         fisher = fisher_of(weight, stats, h, config)
+        if weight.kept is not None:
+            fisher = fisher.masked_fill(~weight.kept.reshape(fisher.shape), 0)
         free = apart(weight.matrix, fisher.reshape(weight.matrix.shape), config).reshape(w.shape)
-        state = Scalar(w, h, config.group or weight.cols, own_table(weight, config), free)
+        state = Scalar(w, h, config.group or weight.cols, own_table(weight, config), free, weight.kept)
         fit(state, (state.wide**2 * fisher).masked_fill(free, 0), config)
         return with_sparse(weight, state, config)
 
@@ -66,7 +68,7 @@ def apart(matrix: torch.Tensor, fisher: torch.Tensor, config: SqueezeConfig) -> 
     for share, size in ((config.outliers, matrix.abs()), (config.sensitive, (fisher * matrix**2))):
         count = int(share * matrix.numel())
         free[size.flatten().masked_fill(free, -1).topk(count).indices] = True
-    return free.reshape(matrix.shape)
+    return free.reshape(matrix.shape) & (matrix != 0)
 
 
 def with_sparse(weight: Weight, state: Scalar, config: SqueezeConfig) -> Code:

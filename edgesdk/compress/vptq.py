@@ -168,6 +168,8 @@ class Vptq:
     config: ClassVar[type[VptqConfig]] = VptqConfig
 
     def why_not(self, weight: Weight, config: VptqConfig) -> str | None:
+        if weight.kept is not None:
+            return "it was pruned, and vectors would fill its zeros (any4, squeezellm and gptq keep them)"
         length = config.length or length_for(weight.matrix.numel(), config.bits)
         wanted = max(round(config.bits * length), config.residual, round(config.outlier_bits * length) if config.outliers else 0)
         if wanted > MOST:
