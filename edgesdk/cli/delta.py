@@ -21,7 +21,7 @@ def make(
     tuned: Annotated[str, typer.Argument(help="What was fine-tuned from it: a model, or the bundle built of it for the same runtime.")],
     how: Annotated[str | None, typer.Option("--how", help="Of models: lowrank, dare or mask.", show_default="lowrank")] = None,
     bits: Annotated[
-        float | None, typer.Option("--bits", help="Of models, lowrank: bits a weight for all differences together.", show_default="0.5")
+        float | None, typer.Option("--bits", help="Of models, lowrank: bits a weight for all differences together.", show_default="2")
     ] = None,
     factors: Annotated[
         int | None, typer.Option("--factors", help="Of models, lowrank: bits of the factors, 4, 6, 8 or 16.", show_default="4")

@@ -40,7 +40,7 @@ How = Literal["lowrank", "dare", "mask"]
 
 class DeltaConfig(Config):
     how: How = "lowrank"
-    bits: Annotated[float, Field(gt=0, le=32)] = 0.5  # lowrank: bits a weight for all differences together
+    bits: Annotated[float, Field(gt=0, le=32)] = 2.0  # lowrank: bits a weight for all differences together
     factors: Literal[4, 6, 8, 16] = 4  # lowrank: bits of the factors
     drop: Annotated[float, Field(ge=0, lt=1)] = 0.9  # dare: share of the differences that is dropped
     values: Annotated[int, Field(ge=2, le=8)] = 4  # dare: bits of the differences that are left
