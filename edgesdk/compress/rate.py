@@ -140,8 +140,15 @@ def size_of(code: Code) -> float:
     return found[4] + 8 + len(pack(small)) + (len(pack(Code("scaled", code.shape, (), code.arrays))) if code.parts else 0)
 
 
+def fair(bits: float, count: int) -> float:
+    """Bits a weight for a matrix of so many elements: below 4096 half a bit more each time they halve, at most two. (Where every layer's relative
+    error matters alike, 2^-2R is best in proportion to the elements; small layers cost next to nothing.)"""
+    return bits + min(2.0, max(0.0, 0.5 * math.log2(4096 / count)))
+
+
 def best_at(problem: Problem, bits: float, *, trellis: bool = True, sweeps: int = 1, kept: Any = None) -> Rounded:
     """`at_rate` with one step for all columns or a step for each, whichever loses less (their steps must be stored, too)."""
+    bits = fair(bits, problem.w.numel())
     ways = [Rounder(problem, trellis=trellis, water=water, kept=kept) for water in (False, True)]
     tries = [way.run(way.start(bits), sweeps=0) for way in ways]
     count = problem.w.numel()
