@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgesdk.errors import EdgeError, InputError, UnknownName, select_by_name
-from edgesdk.model import Method, ModelSpec
+from edgesdk.model import SEPARATOR, Method, ModelSpec
 from edgesdk.model_help import MODEL_HELP, OTHER_FILES
 
 if TYPE_CHECKING:
@@ -28,6 +28,11 @@ METHOD_SETS = ({"forward"}, {"encode", "prefill", "decode"}, {"prefill", "decode
 def load_model(ref: str) -> ModelSpec:
     """The model that `ref` names (see `MODEL_HELP`). Raises `InputError`, `UnknownName` or `MissingTool`."""
     path = Path(ref)
+    if SEPARATOR in ref:
+        from edgesdk.compress.saved import compressed_model
+
+        base, _, recipe = ref.rpartition(SEPARATOR)
+        return compressed_model(base, recipe)
     if ref.startswith("example:"):
         return _example(ref.removeprefix("example:"))
     if path.suffix == ".tflite":

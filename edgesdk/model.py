@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from edgesdk.packed import Code
 
+SEPARATOR = "::"
+"""Between a model's reference and a recipe: `example:normalizer::gptq:bits=4` is that model, compressed."""
 Layout = Literal["plain", "encoder-decoder", "deep-encoder", "decoder-only"]
 
 

@@ -35,7 +35,8 @@ def compress(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            "--method", help="What may be chosen, written like a stage of --recipe. Default: gptq at 2 to 6 bits, rtn at 8. Repeat."
+            "--method",
+            help="What may be chosen, written like a stage of --recipe. Default: gptq at stored rates of 0.75 to 6 bits, rtn at 8. Repeat.",
         ),
     ] = None,
     generations: Annotated[

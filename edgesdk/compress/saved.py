@@ -6,6 +6,7 @@ and puts the stored values in. A file made of other weights than those it finds 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -17,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 from edgesdk.bundles import member_names, read_member, write_members
 from edgesdk.compress.surgery import apply_edits
 from edgesdk.compress.weights import holders, set_weight, weights_of
-from edgesdk.errors import InputError
+from edgesdk.errors import EdgeError, InputError
 from edgesdk.packed import Code, PackedError, decode, pack, pack_bytes, unpack, unpack_bytes
 
 if TYPE_CHECKING:
     from edgesdk.compress.pipeline import Compressed
+    from edgesdk.compress.types import Step
     from edgesdk.model import ModelSpec
 
 
@@ -73,6 +75,32 @@ def load(path: str | Path, base: ModelSpec | None = None) -> Compressed:
     return Compressed(
         replace(spec, name=f"{base.name}-compressed", alternatives={}, digest=report.compressed_digest), report, base, differences
     )
+
+
+def base_of(path: str | Path) -> str:
+    """The reference of the model that a file was made from. Raises `InputError`."""
+    from edgesdk.compress.pipeline import Compression
+
+    return Compression.from_json(read_member(Path(path), "compression.json"), f"{path}: compression.json").base
+
+
+def compressed_model(ref: str, recipe: str, step: Step | None = None) -> ModelSpec:
+    """`ref` compressed by a recipe in text, its stages divided by `;`. Kept in the cache by content. Raises what `compress` raises."""
+    from edgesdk import __version__
+    from edgesdk.cache import cache_dir
+    from edgesdk.compress.pipeline import compress
+    from edgesdk.intake import load_model
+
+    base = load_model(ref)
+    key = hashlib.sha256(json.dumps([base.digest, ref, recipe, __version__]).encode()).hexdigest()[:40]
+    kept = cache_dir("compressed") / f"{key}.edgec"
+    if kept.exists():
+        with contextlib.suppress(InputError):
+            return load(kept, base).spec
+    made = compress(base, [s for s in recipe.split(";") if s.strip()], evaluate=False, step=step)
+    with contextlib.suppress(EdgeError, OSError):  # a full disk costs time, not the answer
+        made.save(kept)
+    return made.spec
 
 
 def _base(ref: str, path: Path) -> ModelSpec:

@@ -10,10 +10,11 @@ from edgesdk import __version__
 from edgesdk.device import ComputeUnit, DeviceProfile
 from edgesdk.devices import load_device
 from edgesdk.efficiency import Efficiency
-from edgesdk.errors import InputError, UnknownName
+from edgesdk.errors import EdgeError, InputError, UnknownName
 from edgesdk.graph.memory import memory_answer, weight_bytes
 from edgesdk.graph.memory_plan import dry_plan, known
 from edgesdk.graph.types import ModelGraph, Unit
+from edgesdk.model import SEPARATOR
 from edgesdk.plan.cost import Z80, UnitCost, call_seconds, fused, total, unit_cost, working_set
 from edgesdk.plan.harm import Harm, Step, harm_of, quality_of
 from edgesdk.plan.options import options
@@ -40,6 +41,7 @@ class Setting:
     efficiency: Efficiency
     harm: Harm
     workload: Workload
+    lost: float = 0.0  # quality that compressing the model before has cost already
     whole: bool = False  # the whole model in static int8, nothing rounded in between; else each weight for itself
 
 
@@ -59,6 +61,20 @@ def make_plan(
         for name in _runtimes(profile, runtime, graph):
             setting = _setting(subject, graph, harm, profile, name, threads, workload)
             made.append((setting, _candidate(setting, budget)))
+    at, best = _chosen(made, budget, step)
+    if any(c.name == "storage" and not c.fits for c in best.checks):
+        smaller, why_not = _compressed([s for s, _ in made if s.subject is made[at][0].subject], budget, step)
+        made += smaller
+        at, best = _chosen(made, budget, step)
+        if why_not:
+            best = best.model_copy(update={"reasons": (*best.reasons, why_not)})
+    plans = [p for _, p in made]
+    front = _pareto([c for p in plans for c in p.front])
+    return best.model_copy(update={"front": front, "reasons": (*best.reasons, *_against(best, plans))})
+
+
+def _chosen(made: list[tuple[Setting, Plan]], budget: Budget, step: Step) -> tuple[int, Plan]:
+    """Where the best plan is, and it as it was evaluated; one that loses more quality than it was thought to is made again, more careful."""
     best_quality = max((p.quality for _, p in made if p.quality is not None), default=None)
     for attempt in range(4):
         at = _best([p for _, p in made], best_quality, budget)
@@ -69,9 +85,31 @@ def make_plan(
         if best.fits or not made[at][1].fits or attempt == 3:
             break
         made[at] = setting, _candidate(setting, budget, strict=0.25 ** (attempt + 1))  # harms added up to more than their sum: be careful
-    plans = [p for _, p in made]
-    front = _pareto([c for p in plans for c in p.front])
-    return best.model_copy(update={"front": front, "reasons": (*best.reasons, *_against(best, plans))})
+    return at, best
+
+
+def _compressed(settings: list[Setting], budget: Budget, step: Step) -> tuple[list[tuple[Setting, Plan]], str]:
+    """Plans of one model, compressed to the storage allowed, on every runtime; or why there are none."""
+    from edgesdk.compress.saved import compressed_model
+
+    assert budget.storage_bytes is not None
+    first = settings[0]
+    if first.graph.source != "torch" or first.subject.facts.coded:
+        return [], ""
+    weights = first.graph.weights().values()
+    fixed = max(_memory(s, {}).weights_bytes - sum(weight_bytes(u, "fp32", s.runtime) for u in weights) for s in settings)
+    room = int(budget.storage_bytes - fixed - sum(4 * u.rows for u in weights))
+    recipe = f"auto:bytes={room}"
+    try:
+        compressed_model(first.subject.ref, recipe, step=step)
+    except EdgeError as error:
+        return [], f"compressing the weights to {budget.storage_bytes} bytes does not help: {error.what}"
+    subject = Subject(f"{first.subject.ref}{SEPARATOR}{recipe}")
+    graph, harm = _answering(subject.graph, first.workload), harm_of(subject, step)
+    before = first.harm.quality
+    lost = max(0.0, before - harm.quality) if before is not None and harm.quality is not None else 0.0
+    made = [replace(s, subject=subject, graph=graph, harm=harm, lost=lost) for s in settings]
+    return [(s, _candidate(s, budget)) for s in made], ""
 
 
 def _told(s: Setting, plan: Plan, step: Step) -> bool:
@@ -94,7 +132,7 @@ def _evaluated(s: Setting, plan: Plan, step: Step) -> Plan:
     value = quality_of(s.subject, {w: p for w, p in choice.items() if w}, step)
     if value is None or s.harm.quality is None:
         return plan
-    drop = s.harm.quality - value
+    drop = s.lost + s.harm.quality - value
     allowed = plan.budget.quality_drop if plan.budget.quality_drop is not None else DEFAULT_DROP
     checks = tuple(
         BudgetCheck(name="harm", limit=allowed, reached=drop, fits=drop <= allowed + 1e-9) if c.name == "harm" else c for c in plan.checks
@@ -224,7 +262,7 @@ def _table(s: Setting, slower: bool) -> tuple[list[Option], dict[str, float], in
                 use["latency"] += value * method.unroll
                 use[f"latency:{method.name}"] = use.get(f"latency:{method.name}", 0.0) + value
                 use["harm"] += s.harm.of(unit.weight or "", precision)
-                use["storage"] = use["memory"]
+                use["storage"] = _stored(s, unit, precision)
     kept = [Option(g, p, u) for (g, p), u in uses.items() if p in choices[g]]
     fast = [o for o in kept if slower or o.use["latency"] <= uses[(o.group, choices[o.group][0])]["latency"] * 1.0001]
     held = {g: float(weight_bytes(u, "fp32", s.runtime)) for g, u in s.graph.weights().items() if g in choices}
@@ -232,6 +270,15 @@ def _table(s: Setting, slower: bool) -> tuple[list[Option], dict[str, float], in
     fixed["memory"] = answer.peak_bytes - sum(held.values())
     fixed["storage"] = answer.weights_bytes - sum(held.values())
     return fast, fixed, len(kept) - len(fast)
+
+
+def _stored(s: Setting, unit: Unit, precision: str) -> float:
+    """Bytes of a weight in the program's file: its code, where the model is compressed, with what the precision adds to it."""
+    held = float(weight_bytes(unit, precision, s.runtime))
+    code = s.subject.facts.coded.get(unit.weight or "")
+    if code is None or (precision == "int4-g32" and unit.weight not in s.subject.facts.int4):
+        return held
+    return min(held, code + (4.0 * unit.rows if precision.startswith("int8") else 0.0))
 
 
 RUNTIME_BYTES = {"litert": 13_300_000, "tflite-runtime": 13_300_000, "executorch": 343_000_000}
@@ -260,7 +307,7 @@ def _limits(s: Setting, budget: Budget) -> dict[str, float]:
     if budget.storage_bytes:
         limits["storage"] = float(budget.storage_bytes)
     if s.harm.quality is not None:
-        limits["harm"] = max(budget.quality_drop if budget.quality_drop is not None else DEFAULT_DROP, 1e-9)
+        limits["harm"] = max((budget.quality_drop if budget.quality_drop is not None else DEFAULT_DROP) - s.lost, 1e-9)
     elif budget.quality_drop is not None:
         raise InputError(
             f"--quality-drop: {s.subject.facts.name} has no evaluate()",
@@ -344,15 +391,16 @@ def _plan(
             key=lambda c: -c.reached / c.limit,
         )
     )
-    drop = _reached(solution, fixed, "harm") if s.harm.quality is not None else None
+    drop = s.lost + _reached(solution, fixed, "harm") if s.harm.quality is not None else None
+    stored = round(_reached(solution, fixed, "storage"))
     candidate = Candidate(
         layout=s.subject.facts.layout, runtime=s.runtime, precisions=dict(Counter(u.precision for u in units if u.weight_bytes)), memory_bytes=memory.peak_bytes,
-        storage_bytes=memory.weights_bytes, latency=latency, quality_drop=drop, choice={f"{u.method}/{u.unit}": u.precision for u in units if u.precision != "fp32"},
+        storage_bytes=stored, latency=latency, quality_drop=drop, choice={f"{u.method}/{u.unit}": u.precision for u in units if u.precision != "fp32"},
     )  # fmt: skip
     return Plan(
         model=s.subject.ref, model_name=s.subject.facts.name, layout=s.subject.facts.layout, device=s.device.name, runtime=s.runtime, unit=s.compute.name, threads=s.threads,
         power_mode=s.device.default_power_mode, workload=s.workload, budget=budget, fits=all(c.fits for c in checks), checks=checks, units=tuple(units),
-        latency=latency, method_latency=per_method, memory=memory, storage_bytes=memory.weights_bytes, quality=s.harm.quality, quality_drop=drop,
+        latency=latency, method_latency=per_method, memory=memory, storage_bytes=stored, quality=s.harm.quality, quality_drop=drop,
         proof=solution.proof, front=(candidate, *_front(s, limits)), reasons=_reasons(s, refused), warnings=_warnings(s, forced),
         digests={"model": s.subject.facts.model_digest, "graph": s.graph.digest(), "device": s.device.digest(), "efficiency": s.efficiency.digest(), "edgesdk": __version__},
     )  # fmt: skip
@@ -388,7 +436,7 @@ def _point(s: Setting, fixed: dict[str, float], solution: Solution) -> Candidate
         layout=s.subject.facts.layout, runtime=s.runtime, precisions=dict(Counter(o.precision for o in solution.chosen.values())),
         memory_bytes=round(_reached(solution, fixed, "memory")), storage_bytes=round(_reached(solution, fixed, "storage")),
         latency=Estimate(value=value, low=value / 2.72**spread, high=value * 2.72**spread),
-        quality_drop=_reached(solution, fixed, "harm") if s.harm.quality is not None else None,
+        quality_drop=s.lost + _reached(solution, fixed, "harm") if s.harm.quality is not None else None,
         choice={f"{m.name}/{u.name}": taken[g] for m in s.graph.methods for u in m.units if (g := _group(m.name, u)) in taken},
     )  # fmt: skip
 

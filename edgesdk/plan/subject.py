@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from edgesdk.graph.types import ModelGraph
+from edgesdk.model import SEPARATOR
 from edgesdk.noun import Noun
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ class Facts(Noun):
     quality_name: str
     has_calibration: bool
     has_evaluate: bool
+    coded: dict[str, int] = Field(default_factory=dict)  # weights that are stored compressed → their bytes
+    int4: tuple[str, ...] = ()  # those of them that int4-g32 holds as they are
 
 
 def _content_key(ref: str) -> str | None:
@@ -35,6 +38,8 @@ def _content_key(ref: str) -> str | None:
         import edgesdk.examples as folder
 
         paths = sorted(p for p in Path(folder.__file__).parent.iterdir() if p.suffix in (".py", ".npz"))
+    elif SEPARATOR in ref or Path(ref).suffix == ".edgec":
+        return _compressed_key(ref)
     else:
         paths = [Path(ref)]
         if paths[0].suffix not in (".tflite", ".pt2") or not paths[0].is_file():
@@ -43,6 +48,20 @@ def _content_key(ref: str) -> str | None:
         total.update(path.name.encode())
         total.update(path.read_bytes())
     return total.hexdigest()[:40]
+
+
+def _compressed_key(ref: str) -> str | None:
+    """Of the model it was made from, and the recipe or the file."""
+    from edgesdk.compress.saved import base_of
+    from edgesdk.errors import EdgeError
+
+    base, _, recipe = ref.rpartition(SEPARATOR)
+    try:
+        content = recipe.encode() if base else Path(ref).read_bytes()
+        key = _content_key(base or base_of(ref))
+    except (OSError, EdgeError):  # loading it says what is wrong
+        return None
+    return hashlib.sha256(key.encode() + content).hexdigest()[:40] if key else None
 
 
 class Subject:
@@ -59,10 +78,14 @@ class Subject:
         self._saved_graph = saved if saved.exists() else None
 
     def _facts(self) -> Facts:
+        from edgesdk.lower.inject import is_grid
+        from edgesdk.packed import pack
+
         spec = self.spec
         return Facts(
             name=spec.name, model_digest=spec.digest, layout=spec.layout, alternatives=spec.alternatives, quality_name=spec.quality_name,
             has_calibration=spec.calibration is not None, has_evaluate=spec.evaluate is not None,
+            coded={n: len(pack(c)) for n, c in spec.codes.items()}, int4=tuple(n for n, c in spec.codes.items() if is_grid(c, 4, 32)),
         )  # fmt: skip
 
     @cached_property
