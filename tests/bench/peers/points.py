@@ -196,8 +196,8 @@ def coded_bytes(arrays: dict[str, np.ndarray], name: str, exact: bool) -> int:
     """What a peer's weight takes when edgesdk's packer codes its integers and its floats as float16; not `exact`: the entropy of the integers."""
     total = 0.0
     for key, array in arrays.items():
-        kind, weight, _ = key.split("|")
-        if weight != name or kind not in ("ints", "floats"):
+        kind, _, rest = key.partition("|")
+        if rest.rpartition("|")[0] != name or kind not in ("ints", "floats"):
             continue
         narrow = np.float16 if kind == "floats" else np.uint8 if array.max(initial=0) < 256 else np.uint16
         flat = array.reshape(array.shape[0], -1).astype(narrow)

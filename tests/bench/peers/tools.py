@@ -16,7 +16,7 @@ MODELOPT = (
     "psutil",
     "flatbuffers",
 )
-EFFECTIVE = (7.5, 5.7, 4.3, 3.8, 3.3, 2.8, 2.4)
+EFFECTIVE = (7.0, 4.3, 3.7, 3.3, 2.8, 2.4)
 AWQ: dict[str, bool] = {"data": True, "awq": True, "scale_estimation": True}
 GPTQ: dict[str, bool] = {"data": True, "gptq": True}
 
@@ -75,7 +75,7 @@ PEERS = (
         "modelopt-auto", "work_modelopt.py", MODELOPT,
         (
             *({"method": "auto", "group": 0, "algorithm": "max", "formats": [8, 6, 4, 3, 2], "effective_bits": b, "quick": b in (4.3, 3.3, 2.8)} for b in EFFECTIVE),
-            *({"method": "auto", "group": 32, "algorithm": "awq_lite", "formats": [8, 4, 3, 2], "effective_bits": b, "quick": False} for b in (4.0, 3.0, 2.4)),
+            *({"method": "auto", "group": 32, "algorithm": "awq_lite", "formats": [8, 4, 3, 2], "effective_bits": b, "quick": False} for b in (4.0, 2.8)),
         ),
         "auto_quantize: gradients choose the bits of every layer; effective bits leave scales out, so several are tried",
     ),

@@ -67,7 +67,7 @@ def quantized(job: Job, config: dict[str, Any]) -> bytes:
         named: dict[str, Any] = {"granularity": qtyping.QuantGranularity(f"BLOCKWISE_{group}")} if blocks else {}
         add = manager.add_dynamic_config if blocks or bits == 2 else manager.add_weight_only_config  # what its policy has
         operation = qtyping.TFLOperationName.FULLY_CONNECTED
-        add(regex=f".*Linear_{i};.*", operation_name=operation, num_bits=bits, algorithm_key=config["method"], **named)
+        add(regex=f".*output_{i}_output.*", operation_name=operation, num_bits=bits, algorithm_key=config["method"], **named)
     worker = quantizer.Quantizer(bytearray(converted(job)), manager.get_quantization_recipe())
     result = worker.calibrate(calibration(job)) if worker.need_calibration else None
     return bytes(worker.quantize(result).quantized_model)
