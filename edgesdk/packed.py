@@ -575,7 +575,7 @@ def _pack_patterns(q: Any) -> bytes | None:
             bits = (groups.astype(np.uint32) << np.arange(m, dtype=np.uint32)).sum(2).astype(np.uint8 if m <= 8 else np.uint16)
             mask = q != middle
             left = q[mask].reshape(len(q) if len(set(mask.sum(1).tolist())) == 1 else 1, -1)
-            return varint(m) + varint(middle) + _pack_array(bits, True) + _pack_array(left, True)
+            return varint(m) + varint(middle) + _pack_array(bits, True, False) + _pack_array(left, True, False)
     return None
 
 
@@ -595,7 +595,7 @@ def _unpack_patterns(data: bytes, rows: int, cols: int) -> Any:
     return out
 
 
-def _pack_array(a: Any, entropy: bool) -> bytes:
+def _pack_array(a: Any, entropy: bool, patterns: bool = True) -> bytes:
     """tag, shape, length, payload. Integers: fixed bits, five ternary digits a byte, rANS, rANS with a model of rows and columns, or
     patterns of every m and what they leave; floats: as they are, or rANS of each byte plane."""
     a = np.ascontiguousarray(a)
@@ -611,7 +611,7 @@ def _pack_array(a: Any, entropy: bool) -> bytes:
             ways += [(3, coded)] if coded is not None else []
             modelled = _pack_matrix(a)
             ways += [(5, modelled)] if modelled is not None else []
-            patterned = _pack_patterns(a)
+            patterned = _pack_patterns(a) if patterns else None  # within patterns there are none: each would call for the next
             ways += [(6, patterned)] if patterned is not None else []
             if a.dtype == np.uint16 and a.size > 64:
                 ways.append((4, pack_bytes(raw, 2)))

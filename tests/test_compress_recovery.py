@@ -441,6 +441,12 @@ def test_a_rounded_cache_is_what_a_stored_one_comes_back_as(bits: int) -> None:
     assert len(pack(stored, entropy=False)) < flat.numel() * bits / 8 + 2 * len(flat) + 40 and code.shape == stored.shape
 
 
+def test_factors_of_many_values_are_packed_without_end() -> None:
+    q = np.random.default_rng(0).normal(128, 25, (16, 384)).clip(1, 255).astype(np.uint8)
+    code = Code("grid", q.shape, (8, 0), (q, np.zeros(0, np.float16), np.zeros(0, np.uint8)))
+    assert len(pack(code)) <= q.size + 40 and np.array_equal(decode(unpack(pack(code))), decode(code))
+
+
 # ---- distillation
 
 
