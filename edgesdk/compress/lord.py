@@ -99,12 +99,13 @@ def split(spec: ModelSpec, layers: Mapping[str, Layer], ranks: Mapping[str, int]
     held, edits = holders(spec), []
     with torch.no_grad():
         for name, rank in ranks.items():
-            layer, module = layers[name], held[name][0][2]
+            layer, (method, path, _) = layers[name], held[name][0]
             left, right = layer.spectrum.factors(rank)
             made = [{"do": "split", "path": p, "rank": rank} for p in layer.paths]
             apply_edits(spec, made)
             edits += made
-            down, up = module._replaced_by[0]
+            pair: Any = spec.methods[method].module.get_submodule(path)
+            down, up = pair
             down.weight.copy_(right.reshape(down.weight.shape))
             up.weight.copy_(left.reshape(up.weight.shape))
             if layer.bias and layer.stats is not None:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from edgesdk.compress.masks import mask_of
-from edgesdk.compress.registry import configured
+from edgesdk.compress.registry import configured, method
 from edgesdk.compress.types import Config, ModelMethod, Stats, Step, Weight, WeightMethod
 from edgesdk.compress.weights import output_error, set_weight, stats_of, suited_threads, weights_of
 from edgesdk.errors import InputError
@@ -119,7 +119,7 @@ def compress(
     step = step or (lambda text, share: None)
     base = load_model(model) if isinstance(model, str) else model
     stages = stages_of(config)
-    ready = [configured(s.method, s.settings) for s in stages]
+    ready = [configured(s.method, _with_only(s)) for s in stages]
     if not stages:
         raise InputError("the recipe is empty", "name at least one method: `edgesdk compress --list` names them")
     with suited_threads(base):
@@ -131,6 +131,16 @@ def compress(
             else:
                 work.code(stage, found, settings)
         return work.finished(stages, model if isinstance(model, str) else "", evaluate)
+
+
+def _with_only(stage: Stage) -> dict[str, Any]:
+    """A stage's settings; a model method that can be kept to some weights takes `@REGEX` as its setting `only`. Raises `InputError`."""
+    found = method(stage.method)
+    if found.level == "weight" or not stage.only:
+        return stage.settings
+    if "only" not in found.config.model_fields:
+        raise InputError(f"{stage.method}@{stage.only}: it works on the whole model", f"leave @{stage.only} out")
+    return {**stage.settings, "only": stage.only}
 
 
 class _Work:
