@@ -223,6 +223,8 @@ def _tree(code: Code, original: torch.Tensor | None, scale: str) -> Learned:
     if code.kind == "sparse":
         left = None if original is None else original.float()[_mask(code)].reshape(code.parts[0].shape)
         return joined(code, [learn(code.parts[0], left, scale=scale)])
+    if code.kind == "masked":
+        return joined(code, [learn(code.parts[0], original, scale=scale)])
     return joined(code, [learn(p, scale=scale) for p in code.parts])
 
 
@@ -283,5 +285,6 @@ _JOINS: dict[str, Callable[[Code], Join]] = {
     "hadamard": _hadamard,
     "pick": _pick,
     "sparse": _sparse,
+    "masked": lambda c: lambda p: p[0] * torch.from_numpy(c.arrays[0] != 0),
     "stack": lambda c: lambda p: torch.cat(p, c.numbers[0]),
 }

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 
 from edgesdk.compress.learned import learn
 from edgesdk.compress.training import TrainConfig, Training, free_parameters, lessons_of, why_no_training
@@ -26,6 +27,7 @@ class QatConfig(TrainConfig):
     only: str = ""  # a regular expression over the names of the weights
     scales: Literal["learned", "kept"] = "learned"
     others: bool = True  # biases, norms and weights without a code are trained, too
+    ramp: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of the steps over which weights go from float to rounded
 
 
 def originals(spec: ModelSpec) -> dict[str, torch.Tensor]:
@@ -56,7 +58,7 @@ class Qat:
         known = originals(spec)
         learned = {n: learn(c, known.get(n), scale=config.scales) for n, c in spec.codes.items() if re.search(config.only, n)}
         free = free_parameters(spec, spec.codes) if config.others else []
-        outcome = Training(spec, lessons_of(spec, config), learned, free, config, name=self.name).run(step)
+        outcome = Training(spec, lessons_of(spec, config), learned, free, config, ramp=config.ramp, name=self.name).run(step)
         return Change((), (outcome.note(self.name, config.steps),), outcome.codes)
 
 

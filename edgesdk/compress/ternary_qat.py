@@ -81,6 +81,8 @@ def _start(weight: Weight, config: TernaryQatConfig, edge: bool, before: Code | 
         left = torch.from_numpy(decode(before.parts[0])).reshape(1, -1)
         part = _start(replace(weight, matrix=left), config.model_copy(update={"group": 0}), edge, None)
         return Code("sparse", before.shape, before.numbers, before.arrays, (part, *before.parts[1:]))
+    if before is not None and before.kind == "masked":
+        return Code("masked", before.shape, before.numbers, before.arrays, (_start(weight, config, edge, None),))
     if edge:
         grid = RtnConfig(bits=config.edges, group=0)
         scale, zero = grid_of(weight.matrix, grid)
