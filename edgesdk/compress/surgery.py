@@ -29,6 +29,7 @@ Edit = dict[str, Any]
 
 def apply_edits(spec: ModelSpec, edits: Iterable[Edit]) -> None:
     """Make the edits in the modules of `spec`, in place. Raises `InputError` naming an edit that does not fit the model."""
+    gone: list[Any] = []  # a layer may have several names, each with an edit of its own
     for edit in edits:
         if edit["do"] == "inputs":
             _narrow(spec, edit)
@@ -43,8 +44,16 @@ def apply_edits(spec: ModelSpec, edits: Iterable[Edit]) -> None:
             elif id(module) not in done:
                 done.add(id(module))
                 _edit(module, edit)
-        for _, _, module in found:
-            module.__dict__.pop("_replaced_by", None)  # it may live on inside of what took its place
+        gone += [module for _, _, module in found]
+        if edit["do"] in ("round", "flatten"):  # the layer lives on inside of what took its place
+            _forget(gone)
+    _forget(gone)
+
+
+def _forget(modules: list[Any]) -> None:
+    for module in modules:
+        module.__dict__.pop("_replaced_by", None)
+    modules.clear()
 
 
 def _targets(spec: ModelSpec, path: str) -> list[tuple[Any, str, Any]]:

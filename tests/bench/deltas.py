@@ -77,12 +77,12 @@ def table(base: ModelSpec, tuned: ModelSpec, folder: Path) -> None:
     sys.stdout.write(f"whole, float32: {4 * sum(v.numel() for v in whole)} bytes, lossless {lossless}\n")
     sys.stdout.write(f"exact match of the fine-tuned model {evaluate(runner(tuned)):.1%}, of the base {evaluate(runner(base)):.1%}\n")
     for config in (
-        *(DeltaConfig(bits=b) for b in (0.125, 0.25, 0.5, 1.0, 2.0)), DeltaConfig(factors=8), DeltaConfig(data=False),
+        *(DeltaConfig(bits=b) for b in (0.25, 0.5, 1.0, 2.0)), DeltaConfig(bits=0.5, factors=8), DeltaConfig(bits=0.5, data=True),
         *(DeltaConfig(how="dare", drop=p, limit=9.0) for p in (0.0, 0.5, 0.8, 0.9)),
     ):  # fmt: skip
         made = delta(base, tuned, config, evaluate=False)
         size = made.save(folder / "d.edgec").stat().st_size
-        said = f"{config.bits} bits, factors of {config.factors}{'' if config.data else ', no data'}"
+        said = f"{config.bits} bits, factors of {config.factors}{', data of the old task' if config.data else ''}"
         name = f"lowrank, {said}" if config.how == "lowrank" else f"dare, {config.drop} dropped"
         sys.stdout.write(f"{name:40} weights {made.report.weight_bytes:7} file {size:7}  exact match {evaluate(runner(made.spec)):.1%}\n")
         sys.stdout.flush()
