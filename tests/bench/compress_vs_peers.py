@@ -81,8 +81,8 @@ def compare(store: Store, subject: Subject, found: dict[str, list[Point]], budge
 def bench(store: Store, subject: Subject, options: argparse.Namespace, budgets: tuple[float, ...]) -> dict[str, Any]:
     with silence():
         reference = float(subject.scores({})[0].mean())
-    found = {"edgesdk": ours(store, subject, budgets, options.quick, say)}
-    reasons: dict[str, str] = {}
+    found = {"edgesdk": ours(store, subject, budgets, say)}
+    reasons = {f"edgesdk {p.label()}": p.error for p in found["edgesdk"] if p.error}
     for peer in PEERS:
         if options.peers and not any(p in peer.name for p in options.peers.split(",")):
             continue

@@ -122,56 +122,51 @@ def score(store: Store, subject: Subject, point: Point) -> tuple[np.ndarray, np.
 # ---- ours
 
 
-def our_recipes(budgets: Iterable[float], quick: bool) -> list[tuple[str, ...]]:
-    """The recipes tried at each budget. What is used is chosen by the loss over the calibration data among those that fit."""
-    from edgesdk.compress.registry import METHODS
-
-    found: list[tuple[str, ...]] = []
-    for b in sorted(budgets, reverse=True):
-        if "auto" in METHODS:
-            found.append((f"auto:bits={b:g}",))
-            continue
-        found.append((f"gptq:bits={b:g},group=0",))
-        if b <= 6:
-            found.append((f"gptq:bits={max(1.5, b - 0.5):g},group=32",))
-        if not quick and b in (3, 4, 2.5):
-            found.append((f"any4:bits={int(b)},group=0",))
-    return found
+def our_recipes(budget: float) -> list[tuple[str, ...]]:
+    """The recipes for a budget, the first that does not fail is used: the automatic choice, then one setting for every weight."""
+    return [(f"auto:bits={budget:g}",), (f"gptq:bits={budget:g},group=0",)]
 
 
-def ours(store: Store, subject: Subject, budgets: Iterable[float], quick: bool, say: Say) -> list[Point]:
-    """`edgesdk.compress` with every recipe."""
-    import torch
-
+def ours(store: Store, subject: Subject, budgets: Iterable[float], say: Say) -> list[Point]:
+    """`edgesdk.compress` at every budget; a recipe that failed stays in the list with its error."""
     import edgesdk.compress
-    from edgesdk.compress.pipeline import compress
-    from edgesdk.compress.weights import weights_of
 
     package = Path(edgesdk.compress.__file__).parent
     source = sources([*package.glob("*.py"), package.parent / "packed.py"])
     points = []
-    for recipe in our_recipes(budgets, quick):
-        point = Point("edgesdk", {"recipe": " ; ".join(recipe)})
-        point.key = digest(subject.name, subject.spec.digest, point.config, source)
-        if of_point(store, subject, point) is None:
-            say(f"{subject.name}: edgesdk {point.label()}")
-            start = time.monotonic()
-            try:
-                made = compress(subject.spec, list(recipe), evaluate=False)
-            except Exception as error:
-                point.error = f"{type(error).__name__}: {error}"[:300]
-                keep(store, subject, point, None)
-                points.append(point)
-                continue
-            point.seconds = time.monotonic() - start
-            with torch.no_grad():
-                decoded = {n: w.matrix.numpy() for n, w in weights_of(made.spec).items()}
-            fixed = {n: len(pack(c, entropy=False)) for n, c in made.spec.codes.items()}
-            point.stored = sum(fixed.get(n, 4 * w.size) for n, w in decoded.items())
-            point.coded, point.counted = made.report.weight_bytes, True
-            keep(store, subject, point, decoded)
-        points.append(point)
+    for budget in sorted(budgets, reverse=True):
+        for recipe in our_recipes(budget):
+            point = Point("edgesdk", {"recipe": " ; ".join(recipe)})
+            point.key = digest(subject.name, subject.spec.digest, point.config, source)
+            if of_point(store, subject, point) is None:
+                say(f"{subject.name}: edgesdk {point.label()}")
+                _ours(store, subject, point, recipe)
+            points.append(point)
+            if not point.error:
+                break
     return points
+
+
+def _ours(store: Store, subject: Subject, point: Point, recipe: tuple[str, ...]) -> None:
+    import torch
+
+    from edgesdk.compress.pipeline import compress
+    from edgesdk.compress.weights import weights_of
+
+    start = time.monotonic()
+    try:
+        made = compress(subject.spec, list(recipe), evaluate=False)
+    except Exception as error:
+        point.error = f"{type(error).__name__}: {error}"[:300]
+        keep(store, subject, point, None)
+        return
+    point.seconds = time.monotonic() - start
+    with torch.no_grad():
+        decoded = {n: w.matrix.numpy() for n, w in weights_of(made.spec).items()}
+    fixed = {n: len(pack(c, entropy=False)) for n, c in made.spec.codes.items()}
+    point.stored = sum(fixed.get(n, 4 * w.size) for n, w in decoded.items())
+    point.coded, point.counted = made.report.weight_bytes, True
+    keep(store, subject, point, decoded)
 
 
 # ---- peers
