@@ -130,6 +130,18 @@ def test_fewer_cases_are_whole_cases() -> None:
     assert all(some.soft.values())
 
 
+def test_samples_may_differ_in_length() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    inputs = [(torch.randn(1, n, 4),) for n in (2, 5, 5, 3)]
+    spec = ModelSpec(name="ragged", digest="r-1", methods={"forward": Method(net, inputs[0])}, calibration=lambda _: inputs)
+    loss = Loss(spec)
+    assert loss(spec) == pytest.approx(0.0, abs=1e-12)
+    with torch.no_grad():
+        net[0].weight.mul_(1.2)
+    assert loss(spec) > 1e-4
+
+
 def test_the_loss_needs_calibration_data() -> None:
     with pytest.raises(InputError, match="no calibration data"):
         Loss(ModelSpec(name="bare", digest="b", methods={"forward": Method(nn.Linear(2, 2), (torch.randn(1, 2),))}))

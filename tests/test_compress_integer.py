@@ -141,7 +141,7 @@ def test_at_equal_stored_bytes_rate_beats_grids_and_nearest(bits: float) -> None
 def test_the_trellis_pays() -> None:
     weight, stats = layer(96, 128)
     plain, trellis = (coded("gptq", weight, stats, rate=2.5, trellis=t)[1] for t in (False, True))
-    assert trellis < 0.96 * plain
+    assert trellis < 0.98 * plain
 
 
 def test_rate_keeps_zeros_where_pruned_and_takes_embeddings_and_grouped_convolutions() -> None:

@@ -36,7 +36,7 @@ def compress(
         list[str] | None,
         typer.Option(
             "--method",
-            help="What may be chosen, written like a stage of --recipe. Default: gptq at stored rates of 0.75 to 6 bits, rtn at 8. Repeat.",
+            help="What may be chosen, written like a stage of --recipe. Default: gptq at stored rates of 0.75 to 8 bits. Repeat.",
         ),
     ] = None,
     generations: Annotated[

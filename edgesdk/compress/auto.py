@@ -25,7 +25,7 @@ from edgesdk.errors import DoesNotFit, InputError
 if TYPE_CHECKING:
     from edgesdk.model import ModelSpec
 
-STAGES = ("rtn:bits=8,group=0", *(f"gptq:rate={r}" for r in (0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5, 6)))
+STAGES = ("gptq:bits=8,group=0", *(f"gptq:rate={r}" for r in (0.75, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)))
 """What is tried where the recipe names no methods."""
 WITHOUT_DATA = (
     "rtn:bits=8,group=0",

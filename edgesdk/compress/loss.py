@@ -53,10 +53,10 @@ class Loss:
         with torch.no_grad(), suited_threads(spec):
             answers = {m: [_outputs(spec.methods[m].module(*s)) for s in rows] for m, rows in self.given.items()}
         self._link(answers, every)
-        self.wanted = {m: [torch.stack(o) for o in zip(*rows, strict=True)] for m, rows in answers.items() if rows}
+        self.wanted = {(m, o): list(outs) for m, rows in answers.items() if rows for o, outs in enumerate(zip(*rows, strict=True))}
         self.looped: set[str] = set()
         taken = {(m, o) for s in self.steps for f in s.fed.values() for _, m, o, _ in f}
-        free = [(m, o) for m, outs in self.wanted.items() for o, t in enumerate(outs) if t.is_floating_point()]
+        free = [c for c, outs in self.wanted.items() if outs[0].is_floating_point()]
         self.counted = [c for c in free if c not in taken] or free
         self.soft = {c: self._is_soft(*c) for c in self.counted}
 
@@ -91,8 +91,11 @@ class Loss:
 
         for level in range(1 + max(depth.values(), default=0)):
             for method, rows_of in self.rows.items():
-                now = [i for i in rows_of if depth[method, i] == level]
-                if now:
+                alike: dict[tuple[Any, ...], list[int]] = {}
+                for i in rows_of:
+                    if depth[method, i] == level:
+                        alike.setdefault(tuple(x.shape for x in self.given[method][i]), []).append(i)
+                for now in alike.values():
                     inputs = [torch.stack(list(x)) for x in zip(*(self.given[method][i] for i in now), strict=True)]
                     self.steps.append(_Step(method, now, inputs, _fed([links[method, i] for i in now])))
 
@@ -100,40 +103,45 @@ class Loss:
         """Logits: their softmax is mostly sure of itself, and they are not an input's shape again (as an autoencoder's answer is)."""
         import torch
 
-        out = self.wanted[method][output]
-        if out.dim() < 2 or not out.shape[-1] >= 2 or any(x.shape == out.shape[1:] for x in self.given[method][0]):
+        outs = self.wanted[method, output]
+        width = outs[0].shape[-1] if outs[0].dim() else 0
+        same = any(x.shape == outs[0].shape for x in self.given[method][0]) or any(o.dim() == 0 or o.shape[-1] != width for o in outs)
+        if width < 2 or same:
             return False
-        return float(torch.softmax(out.double(), -1).amax(-1).mean()) > max(0.4, 2 / out.shape[-1])
+        sure = torch.cat([torch.softmax(o.double(), -1).amax(-1).reshape(-1) for o in outs])
+        return float(sure.mean()) > max(0.4, 2 / width)
 
     def __call__(self, spec: ModelSpec) -> float:
         import torch
 
-        got = {m: [torch.zeros_like(o) for o in outs] for m, outs in self.wanted.items()}
+        got: dict[tuple[str, int], dict[int, torch.Tensor]] = {c: {} for c in self.wanted}
         with torch.no_grad(), suited_threads(spec):
             for step in self.steps:
                 inputs = list(step.inputs)
                 for arg, feeds in step.fed.items():
                     inputs[arg] = inputs[arg].clone()
                     for mine, method, output, rows in feeds:
-                        inputs[arg][mine] = got[method][output][rows]
+                        inputs[arg][mine] = torch.stack([got[method, output][r] for r in rows])
                 for o, value in enumerate(self._run(step, spec.methods[step.method].module, inputs)):
-                    got[step.method][o][step.rows] = value
+                    got[step.method, o].update(zip(step.rows, value, strict=True))
         total, count = 0.0, 0
         for method, output in self.counted:
             rows = self.rows[method]
             if rows:
-                total += len(rows) * self._distance(method, output, got[method][output][rows], self.wanted[method][output][rows])
+                made, asked = got[method, output], self.wanted[method, output]
+                total += len(rows) * self._distance(self.soft[method, output], [made[r] for r in rows], [asked[r] for r in rows])
                 count += len(rows)
         return total / max(1, count)
 
-    def _distance(self, method: str, output: int, got: torch.Tensor, wanted: torch.Tensor) -> float:
+    def _distance(self, soft: bool, got: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
         import torch
 
-        got, wanted = got.double(), wanted.double()
-        if self.soft[method, output]:
-            p, q = torch.log_softmax(wanted, -1), torch.log_softmax(got, -1)
+        if soft:
+            a, b = (torch.cat([x.double().reshape(-1, x.shape[-1]) for x in xs]) for xs in (got, wanted))
+            p, q = torch.log_softmax(b, -1), torch.log_softmax(a, -1)
             return float((p.exp() * (p - q)).sum(-1).mean())
-        return float(((got - wanted) ** 2).mean() / (wanted.var(unbiased=False) + 1e-12))
+        a, b = (torch.cat([x.double().reshape(-1) for x in xs]) for xs in (got, wanted))
+        return float(((a - b) ** 2).mean() / (b.var(unbiased=False) + 1e-12))
 
     def _run(self, step: _Step, module: Any, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Outputs [rows, …]: all samples at once where the module allows that (`torch.vmap`), else one by one."""
