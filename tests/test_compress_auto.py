@@ -187,6 +187,13 @@ def test_auto_meets_its_bits_and_beats_one_setting_for_all(shared_cache: Path) -
     assert made.report.quality is not None and made.report.quality > 0.97
 
 
+def test_bytes_count_as_a_kernel_reads_them_where_asked(shared_cache: Path) -> None:
+    settings = {"bits": 3.5, "count": "resident", "methods": FEW, "generations": 0}
+    made = compress("example:digits-cnn", Stage(method="auto", settings=settings), evaluate=False)
+    held = sum(len(pack(c, entropy=False)) for c in made.spec.codes.values())
+    assert made.report.weight_bytes < held <= 3.5 * made.report.weight_elements / 8
+
+
 def test_another_budget_takes_everything_from_the_cache(own_cache: Path) -> None:
     spec = load_model("example:digits-cnn")
     compress(spec, Stage(method="auto", settings={"bits": 4, "methods": FEW, "generations": 0}), evaluate=False)

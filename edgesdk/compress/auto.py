@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 
 STAGES = ("gptq:bits=8,group=0", *(f"gptq:rate={r}" for r in (0.75, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)))
 """What is tried where the recipe names no methods."""
+RESIDENT = (
+    *(f"gptq:bits={b},group={g}" for b in (2, 2.5, 3, 3.5, 4, 5, 6, 8) for g in (0, 32)),
+    "any4:bits=4",
+    "any4:bits=3",
+    "vptq:bits=2",
+)
+"""The same where bytes are counted as a kernel indexes them."""
 WITHOUT_DATA = (
     "rtn:bits=8,group=0",
     "rtn:bits=6,group=0",
@@ -41,6 +48,9 @@ class AutoConfig(Config):
     bits: Annotated[float, Field(gt=0, le=32)] | None = None  # stored bits a weight, on average
     bytes: Annotated[int, Field(gt=0)] | None = None  # of all weights as they are stored
     drop: Annotated[float, Field(ge=0, le=1)] | None = None  # of evaluated quality, 0..1: the smallest model found that keeps to it
+    count: Literal["stored", "resident"] = (
+        "stored"  # bytes in the file, entropy-coded; or with a fixed number of bits, as a kernel reads them
+    )
     methods: tuple[str, ...] | str = ()  # stages like gptq:bits=3; several in one text are divided by |
     score: Literal["loss", "interaction", "fisher", "change", "zscore", "uniform"] = "loss"  # what foretells a weight's loss
     generations: Annotated[int, Field(ge=0, le=1000)] = 12  # of evolution on the true loss; 0: the additive answer
@@ -175,10 +185,10 @@ def searched(spec: ModelSpec, config: AutoConfig, step: Step) -> _Search:
 
     data = spec.calibration is not None
     given = config.methods.split("|") if isinstance(config.methods, str) else config.methods
-    stages = stages_of([g for g in given if g] or (STAGES if data else WITHOUT_DATA))
+    stages = stages_of([g for g in given if g] or (WITHOUT_DATA if not data else STAGES if config.count == "stored" else RESIDENT))
     score = config.score if data or config.score in ("zscore", "uniform") else "zscore"
     loss = cache(lambda every: Loss(spec.reference or spec, every=every)) if data else None
-    options = options_of(spec, stages, lambda: loss(2), score, Engine(config.engine), step)  # type: ignore[misc]
+    options = options_of(spec, stages, lambda: loss(2), score, Engine(config.engine), step, resident=config.count == "resident")  # type: ignore[misc]
     return _Search(spec, config, options, loss, step)
 
 

@@ -141,8 +141,10 @@ class Options:
         return code
 
 
-def options_of(spec: ModelSpec, stages: Sequence[Stage], loss: Callable[[], Loss], score: str, engine: Engine, step: Step) -> Options:
-    """The table of all weights of `spec` under `stages` (weight methods only).
+def options_of(
+    spec: ModelSpec, stages: Sequence[Stage], loss: Callable[[], Loss], score: str, engine: Engine, step: Step, *, resident: bool = False
+) -> Options:
+    """The table of all weights of `spec` under `stages` (weight methods only). `resident`: bytes count with a fixed number of bits.
 
     Raises `InputError`: a model method among the stages, a weight that holds NaN, no calibration data where a method needs it.
     """
@@ -167,7 +169,7 @@ def options_of(spec: ModelSpec, stages: Sequence[Stage], loss: Callable[[], Loss
         if re.search(stage.only, n) and not found.why_not(w, config) and (n in stats or not found.needs or w.op == "embedding")
     ]  # fmt: skip
     keys = [job.key() for job in jobs]
-    whole = hashlib.sha256(json.dumps([digest_of(spec, ()), score, *keys]).encode()).hexdigest()[:40]
+    whole = hashlib.sha256(json.dumps([digest_of(spec, ()), score, resident, *keys]).encode()).hexdigest()[:40]
     kept = cache_dir("options") / f"{whole}.json"
     if kept.exists():
         with contextlib.suppress(InputError):
@@ -175,7 +177,7 @@ def options_of(spec: ModelSpec, stages: Sequence[Stage], loss: Callable[[], Loss
             if all(_place(r.key).exists() for r in table.rows if r.key):
                 return Options(table, spec)
     _make(jobs, keys, engine, step)
-    rows = [r for n, w in weights.items() for r in _pruned(_rows(w, jobs, keys, stats.get(n)))]
+    rows = [r for n, w in weights.items() for r in _pruned(_rows(w, jobs, keys, stats.get(n), resident))]
     options = Options(OptionTable(model=spec.name, score=score, elements={n: w.matrix.numel() for n, w in weights.items()}, rows=()), spec)
     scored = _scored(options, rows, loss, score, step)
     options.table = options.table.model_copy(update={"rows": tuple(scored)})
@@ -191,23 +193,22 @@ def _make(jobs: Sequence[_Job], keys: Sequence[str], engine: Engine, step: Step)
         _keep(key, content)
 
 
-def _rows(weight: Weight, jobs: Sequence[_Job], keys: Sequence[str], stats: Stats | None) -> Iterator[OptionRow]:
+def _rows(weight: Weight, jobs: Sequence[_Job], keys: Sequence[str], stats: Stats | None, resident: bool) -> Iterator[OptionRow]:
     import torch
 
-    yield OptionRow(weight=weight.name, method="", settings={}, key="", bytes=_now(weight), error=0.0, loss=0.0)
+    yield OptionRow(weight=weight.name, method="", settings={}, key="", bytes=_now(weight, resident), error=0.0, loss=0.0)
     for job, key in zip(jobs, keys, strict=True):
         if job.weight.name == weight.name:
             code = read_code(key)
             if code is None:
                 raise InputError("the cache of codes cannot be written", "free some disk space, or set EDGESDK_CACHE to another folder")
             error = output_error(weight, torch.from_numpy(decode(code)), stats)
-            yield OptionRow(
-                weight=weight.name, method=job.method, settings=job.settings, key=key, bytes=_place(key).stat().st_size, error=error, loss=0.0
-            )  # fmt: skip
+            size = len(pack(code, entropy=False)) if resident else _place(key).stat().st_size
+            yield OptionRow(weight=weight.name, method=job.method, settings=job.settings, key=key, bytes=size, error=error, loss=0.0)
 
 
-def _now(weight: Weight) -> int:
-    return len(pack(weight.coded)) if weight.coded is not None else 4 * weight.matrix.numel()
+def _now(weight: Weight, resident: bool) -> int:
+    return len(pack(weight.coded, entropy=not resident)) if weight.coded is not None else 4 * weight.matrix.numel()
 
 
 def _pruned(rows: Iterable[OptionRow]) -> list[OptionRow]:

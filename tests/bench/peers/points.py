@@ -122,9 +122,11 @@ def score(store: Store, subject: Subject, point: Point) -> tuple[np.ndarray, np.
 # ---- ours
 
 
-def our_recipes(budget: float) -> list[tuple[str, ...]]:
-    """The recipes for a budget, the first that does not fail is used: the automatic choice, then one setting for every weight."""
-    return [(f"auto:bits={budget:g}",), (f"gptq:bits={budget:g},group=0",)]
+def our_recipes(budget: float) -> list[list[tuple[str, ...]]]:
+    """The recipes for a budget by what they count: bytes as they are stored, then with a fixed number of bits. Of each list the first that does
+    not fail is used: the automatic choice, then one setting for every weight."""
+    whole = (f"gptq:bits={budget:g},group=0",)
+    return [[(f"auto:bits={budget:g}",), whole], [(f"auto:bits={budget:g},count=resident",), whole]]
 
 
 def ours(store: Store, subject: Subject, budgets: Iterable[float], say: Say) -> list[Point]:
@@ -135,15 +137,16 @@ def ours(store: Store, subject: Subject, budgets: Iterable[float], say: Say) -> 
     source = sources([*package.glob("*.py"), package.parent / "packed.py"])
     points = []
     for budget in sorted(budgets, reverse=True):
-        for recipe in our_recipes(budget):
-            point = Point("edgesdk", {"recipe": " ; ".join(recipe)})
-            point.key = digest(subject.name, subject.spec.digest, point.config, source)
-            if of_point(store, subject, point) is None:
-                say(f"{subject.name}: edgesdk {point.label()}")
-                _ours(store, subject, point, recipe)
-            points.append(point)
-            if not point.error:
-                break
+        for recipes in our_recipes(budget):
+            for recipe in recipes:
+                point = Point("edgesdk", {"recipe": " ; ".join(recipe)})
+                point.key = digest(subject.name, subject.spec.digest, point.config, source)
+                if of_point(store, subject, point) is None:
+                    say(f"{subject.name}: edgesdk {point.label()}")
+                    _ours(store, subject, point, recipe)
+                points.append(point)
+                if not point.error:
+                    break
     return points
 
 
