@@ -258,3 +258,11 @@ def test_bad_input_is_named() -> None:
         list(Engine("processes:x").map(str, [1, 2]))
     with pytest.raises(DeviceError, match="no Dask scheduler"):
         list(Engine("tcp://127.0.0.1:1").map(str, [1, 2]))
+
+
+def test_a_dask_scheduler_gives_the_same_answers() -> None:
+    """A cluster inside this process: nothing but loopback."""
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None, protocol="tcp://") as cluster:
+        assert list(Engine(cluster.scheduler_address).map(str.upper, ["a", "b", "c"])) == ["A", "B", "C"]

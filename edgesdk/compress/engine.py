@@ -40,9 +40,10 @@ class Engine:
         except ImportError:
             raise MissingTool("the package 'distributed' (Dask) is not installed", "pip install 'edgesdk[cluster]'") from None
         try:
-            client = Client(  # type: ignore[no-untyped-call]
-                None if self.name == "dask" else self.name, timeout="10s", dashboard_address=None, set_as_default=False
-            )
+            if self.name == "dask":
+                client = Client(dashboard_address=None, set_as_default=False)  # type: ignore[no-untyped-call]
+            else:
+                client = Client(self.name, timeout="10s", set_as_default=False)  # type: ignore[no-untyped-call]
         except (OSError, ValueError) as error:
             raise DeviceError(
                 f"no Dask scheduler at {self.name} ({error})", "start one with `dask scheduler`, or leave --engine out"
