@@ -106,6 +106,7 @@ def _stages(
 def _show(report: Compression, out: str | None) -> None:
     from rich.table import Table
 
+    from edgesdk.compress.registry import method
     from edgesdk.units import show_bytes
 
     screen = console()
@@ -113,7 +114,8 @@ def _show(report: Compression, out: str | None) -> None:
     for column in ("weight", "method", "settings", "stored", "bits", "output error"):
         table.add_column(column)
     for r in report.weights:
-        changed = ", ".join(f"{k}={v}" for k, v in sorted(r.settings.items()))
+        fields = method(r.method).config.model_fields
+        changed = ", ".join(f"{k}={v}" for k, v in r.settings.items() if k not in fields or fields[k].default != v)
         table.add_row(
             r.weight, r.method, changed, show_bytes(r.bytes), f"{32 * r.bytes / max(1, r.float_bytes):.2f}", f"{r.error:.2g}"
         )  # fmt: skip
