@@ -14,7 +14,7 @@ from edgesdk.compress import Compressed, compress
 from edgesdk.compress.pipeline import digest_of
 from edgesdk.compress.saved import load
 from edgesdk.compress.weights import weights_of
-from edgesdk.errors import InputError
+from edgesdk.errors import CheckFailed, InputError
 from edgesdk.intake import load_model
 from edgesdk.lower import build
 from edgesdk.packed import expand_program, is_packed
@@ -141,3 +141,13 @@ def test_a_stage_for_some_weights_is_so_for_model_methods_too() -> None:
     assert {e["path"] for e in done.report.edits} == {"hidden"}
     with pytest.raises(InputError, match="works on the whole model"):
         compress(DIGITS, "auto@hidden:bits=3", evaluate=False)
+
+
+def test_a_program_that_loses_more_than_allowed_is_refused(tmp_path: Path) -> None:
+    spec = load_model(DIGITS)
+    allowed = plan(DIGITS, "host", budget=Budget(quality_drop=0.01), runtime="litert")
+    better = allowed.model_copy(update={"quality": 1.0})
+    with pytest.raises(CheckFailed, match="are allowed"):
+        build(better, spec, tmp_path / "lost.edge")
+    assert not (tmp_path / "lost.edge").exists()
+    assert read_manifest(build(allowed, spec, tmp_path / "kept.edge")).quality

@@ -84,6 +84,9 @@ def _show(path: Path, plan: Plan, manifest: Manifest) -> None:
     if manifest.quality is not None:
         before = f" (reference {plan.quality:.2%})" if plan.quality is not None else ""
         screen.print(f"  quality of the built program: {manifest.quality:.2%}{before}")
+        predicted = plan.quality - (plan.quality_drop or 0.0) if plan.quality is not None else None
+        if predicted is not None and manifest.quality < predicted - 0.01:
+            screen.print(f"  [yellow]that is {predicted - manifest.quality:.2%} less than planned: plan --verify measures candidates[/]")
     screen.print(f"next: edgesdk flash {path} --on local   (or --on ssh://user@host)")
 
 

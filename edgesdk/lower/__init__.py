@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgesdk.errors import InputError, MissingTool
+from edgesdk.errors import CheckFailed, InputError, MissingTool
 
 if TYPE_CHECKING:
     from edgesdk.model import ModelSpec
@@ -120,11 +120,23 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
             if spec.evaluate:
                 step(f"measuring {spec.quality_name}", 0.8)
                 fields["quality"] = spec.evaluate(runner.run)
+                _refuse_loss(plan, fields["quality"], spec.quality_name)
     write_bundle(
         out, members, model_name=spec.name, device=plan.device, runtime=plan.runtime, program=name, threads=plan.threads, plan_digest=plan.digest(),
         memory=_memory(plan.runtime, program) | sizes, edgesdk_version=__version__, **fields,
     )  # fmt: skip
     return Path(out)
+
+
+def _refuse_loss(plan: Plan, quality: float, name: str) -> None:
+    """Raises `CheckFailed` when the built program loses more quality than the user allows."""
+    allowed = plan.budget.quality_drop
+    if allowed is not None and plan.quality is not None and plan.quality - quality > allowed + 1e-9:
+        raise CheckFailed(
+            f"the built program has {name} {quality:.2%}: it loses {plan.quality - quality:.2%}, {allowed:.2%} are allowed",
+            "plan with --verify, which builds and measures candidates, or allow a larger --quality-drop",
+            quality=quality, allowed=allowed,
+        )  # fmt: skip
 
 
 def _stored(runtime: str, program: bytes, spec: ModelSpec) -> tuple[str, bytes, dict[str, int]]:

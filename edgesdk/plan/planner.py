@@ -400,7 +400,7 @@ def _plan(
     return Plan(
         model=s.subject.ref, model_name=s.subject.facts.name, layout=s.subject.facts.layout, device=s.device.name, runtime=s.runtime, unit=s.compute.name, threads=s.threads,
         power_mode=s.device.default_power_mode, workload=s.workload, budget=budget, fits=all(c.fits for c in checks), checks=checks, units=tuple(units),
-        latency=latency, method_latency=per_method, memory=memory, storage_bytes=stored, quality=s.harm.quality, quality_drop=drop,
+        latency=latency, method_latency=per_method, memory=memory, storage_bytes=stored, quality=None if s.harm.quality is None else s.harm.quality + s.lost, quality_drop=drop,
         proof=solution.proof, front=(candidate, *_front(s, limits)), reasons=_reasons(s, refused), warnings=_warnings(s, forced),
         digests={"model": s.subject.facts.model_digest, "graph": s.graph.digest(), "device": s.device.digest(), "efficiency": s.efficiency.digest(), "edgesdk": __version__},
     )  # fmt: skip
