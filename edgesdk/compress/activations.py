@@ -75,7 +75,8 @@ class Activations:
                 edits.append({"do": "round", "path": path, "bits": config.activations, "share": share})
         moved = {name: holders(spec)[name][0][2] for name in chosen}
         apply_edits(spec, edits)
-        notes = [f"W{config.weights or 32}A{config.activations} in {len(chosen)} layers"]
+        bits = f"W{config.weights}A{config.activations}" if config.weights else f"activations of {config.activations} bits"
+        notes = [f"{bits} in {len(chosen)} layers"]
         if spec.layout == "decoder-only" and config.activations < 8:
             notes.append("4-bit activations were forced on a decoder-only model: expect a large loss (arXiv:2301.12017)")
         return Change(tuple(edits), tuple(notes), self._coded(spec, set(map(id, moved.values())), config, step))
