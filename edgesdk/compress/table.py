@@ -150,8 +150,6 @@ def options_of(
     """
     import re
 
-    from edgesdk.compress.pipeline import digest_of
-
     ready = []
     for stage in stages:
         found, config = configured(stage.method, stage.settings)
@@ -160,6 +158,12 @@ def options_of(
                 f"{stage.method} changes whole models, so it is no option of a single weight", "put it before auto in the recipe"
             )
         ready.append((stage, found, config))
+    kept = cache_dir("options") / f"{_whole_key(spec, stages, [c for _, _, c in ready], score, resident)}.json"
+    if kept.exists():
+        with contextlib.suppress(InputError):
+            table = OptionTable.load(kept)
+            if all(_place(r.key).exists() for r in table.rows if r.key):
+                return Options(table, spec)
     weights = {n: replace(w, coded=c, kept=mask_of(c) if c else None) for n, w in weights_of(spec).items() for c in [spec.codes.get(n)]}
     needs = frozenset().union(*(found.needs for _, found, _ in ready))
     stats = stats_of(spec, gradients="gradients" in needs, step=step) if needs else {}
@@ -169,13 +173,6 @@ def options_of(
         if re.search(stage.only, n) and not found.why_not(w, config) and (n in stats or not found.needs or w.op == "embedding")
     ]  # fmt: skip
     keys = [job.key() for job in jobs]
-    whole = hashlib.sha256(json.dumps([digest_of(spec, ()), score, resident, *keys]).encode()).hexdigest()[:40]
-    kept = cache_dir("options") / f"{whole}.json"
-    if kept.exists():
-        with contextlib.suppress(InputError):
-            table = OptionTable.load(kept)
-            if all(_place(r.key).exists() for r in table.rows if r.key):
-                return Options(table, spec)
     _make(jobs, keys, engine, step)
     rows = [r for n, w in weights.items() for r in _pruned(_rows(w, jobs, keys, stats.get(n), resident))]
     options = Options(OptionTable(model=spec.name, score=score, elements={n: w.matrix.numel() for n, w in weights.items()}, rows=()), spec)
@@ -184,6 +181,23 @@ def options_of(
     with contextlib.suppress(OSError):
         options.table.save(kept)
     return options
+
+
+def _whole_key(spec: ModelSpec, stages: Sequence[Stage], configs: Sequence[Any], score: str, resident: bool) -> str:
+    """What a table is kept under: the weights, their codes, what they are compared with, the calibration inputs, the stages and their sources."""
+    from edgesdk.compress.pipeline import digest_of
+    from edgesdk.plan.fake_quant import samples
+
+    made = [[s.method, s.only, c.model_dump(mode="json"), _version(s.method)] for s, c in zip(stages, configs, strict=True)]
+    reference = digest_of(spec.reference, ()) if spec.reference is not None else ""
+    total = hashlib.sha256(json.dumps([digest_of(spec, ()), reference, score, resident, made], sort_keys=True).encode())
+    for code in spec.codes.values():
+        total.update(pack(code))
+    for method in spec.methods if spec.calibration is not None else ():
+        for sample in samples(spec, method, 64):
+            for x in sample:
+                total.update(x.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()[:40]
 
 
 def _make(jobs: Sequence[_Job], keys: Sequence[str], engine: Engine, step: Step) -> None:
