@@ -99,12 +99,13 @@ class _Job:
     settings: dict[str, Any]
 
     def key(self) -> str:
+        """What the code is kept under. Statistics count as float32: sums in float64 differ in their last bits from run to run."""
         total = hashlib.sha256(json.dumps([self.method, self.settings, _version(self.method)], sort_keys=True).encode())
         for t in (
             self.weight.matrix,
             self.weight.original,
             self.weight.kept,
-            *((self.stats.gram, self.stats.fisher) if self.stats else ()),
+            *((self.stats.gram.float(), self.stats.fisher) if self.stats else ()),
         ):
             total.update(t.detach().contiguous().numpy().tobytes() if t is not None else b"none")
         total.update(pack(self.weight.coded) if self.weight.coded is not None else b"")
