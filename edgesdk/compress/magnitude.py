@@ -9,13 +9,14 @@ stay are fitted in one shot (`masks`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from edgesdk.compress.ecoflap import keeping
-from edgesdk.compress.masks import input_sizes, largest, prunable, report, sparse_code, sparsest
+from edgesdk.compress.masks import input_sizes, largest, one_shot, prunable, report, sparse_code
 from edgesdk.compress.shrink import copy_of, remembered
 from edgesdk.compress.tune import Tuner
 from edgesdk.compress.types import Change, Config, Family, Need, Stats, Step, Weight
@@ -68,12 +69,12 @@ class Magnitude:
         if config.steps:
             masks = gradual(spec, weights, stats, counts, config, step)
         else:
-            masks = one_shot(spec, weights, stats, counts, config, step)
+            masks = at_once(spec, weights, stats, counts, config, step)
         codes = stored(spec, masks, config.store == "float16")
         return Change((), report(weights, masks), codes)
 
 
-def one_shot(
+def at_once(
     spec: ModelSpec,
     weights: Mapping[str, Weight],
     stats: Mapping[str, Stats],
@@ -82,18 +83,8 @@ def one_shot(
     step: Step,
 ) -> dict[str, torch.Tensor]:
     """Prune every weight to its count, in place; the masks."""
-    masks = {}
-    for i, (name, weight) in enumerate(weights.items()):
-        step(f"pruning {name}", i / len(weights))
-        seen, count = stats.get(name), counts[name]
-        if config.fit and seen is not None:
-            matrix, mask = sparsest(weight.matrix, seen.gram, lambda scores, count=count: largest(scores, count))  # type: ignore[misc]
-        else:
-            mask = largest(weight.matrix.abs() * input_sizes(weight, seen if config.inputs else None), count)
-            matrix = weight.matrix * mask
-        masks[name] = mask
-        set_weight(spec, name, matrix)
-    return masks
+    choices = {n: partial(largest, keep=counts[n]) for n in weights}
+    return one_shot(spec, weights, stats, choices, step, inputs=config.inputs, fit=config.fit)
 
 
 def cubic(share: float) -> float:
@@ -116,7 +107,7 @@ def gradual(
     tuner = Tuner(spec, spec.reference or copy_of(spec), steps=config.steps, rate=config.rate)
     last = round(config.ramp * config.steps)
     if not last:  # all at once, then training
-        masks = one_shot(spec, weights, moments, counts, config, step)
+        masks = at_once(spec, weights, moments, counts, config, step)
     try:
         for t in range(config.steps):
             if last and t <= last and (t % config.every == 0 or t == last):

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from edgesdk.compress.types import Stats, Weight
-from edgesdk.compress.weights import weights_of
+from edgesdk.compress.types import Stats, Step, Weight
+from edgesdk.compress.weights import set_weight, weights_of
 from edgesdk.errors import InputError
 from edgesdk.packed import Code, pack
 
@@ -34,6 +34,32 @@ def prunable(spec: ModelSpec, only: str = "") -> dict[str, Weight]:
     if not found:
         raise InputError(f"{spec.name}: no linear or convolution has a name that matches only='{only}'", "leave `only` out, or correct it")
     return found
+
+
+def one_shot(
+    spec: ModelSpec,
+    weights: Mapping[str, Weight],
+    stats: Mapping[str, Stats],
+    choices: Mapping[str, Choice],
+    step: Step,
+    *,
+    inputs: bool,
+    fit: bool,
+) -> dict[str, torch.Tensor]:
+    """Prune every weight by its choice, in place; the masks. `fit`: choose and fit by second moments, where there are any; else by size,
+    with `inputs` times that of the weight's input."""
+    masks = {}
+    for i, (name, weight) in enumerate(weights.items()):
+        step(f"pruning {name}", i / len(weights))
+        seen = stats.get(name)
+        if fit and seen is not None:
+            matrix, mask = sparsest(weight.matrix, seen.gram, choices[name])
+        else:
+            mask = choices[name](weight.matrix.abs() * input_sizes(weight, seen if inputs else None))
+            matrix = weight.matrix * mask
+        masks[name] = mask
+        set_weight(spec, name, matrix)
+    return masks
 
 
 # ---- choosing

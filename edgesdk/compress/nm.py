@@ -10,6 +10,7 @@ and weights come from the second moments of the inputs (`masks.sparsest`), as in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
@@ -17,11 +18,11 @@ from pydantic import Field, model_validator
 
 from edgesdk.compress.ecoflap import of_every_counts
 from edgesdk.compress.magnitude import stored
-from edgesdk.compress.masks import input_sizes, of_every, prunable, report, sparsest
+from edgesdk.compress.masks import input_sizes, of_every, one_shot, prunable, report
 from edgesdk.compress.shrink import copy_of, remembered
 from edgesdk.compress.tune import Tuner
 from edgesdk.compress.types import Change, Config, Family, Need, Stats, Step, Weight
-from edgesdk.compress.weights import holders, set_weight, stats_of
+from edgesdk.compress.weights import holders, stats_of
 
 if TYPE_CHECKING:
     from edgesdk.model import ModelSpec
@@ -82,30 +83,13 @@ class Nm:
         teacher = spec.reference or copy_of(spec)
         masks: dict[str, torch.Tensor] = {}
         if config.recipe != "flow" or not config.steps:
-            masks = one_shot(spec, weights, stats, counts, config, step)
+            choices = {n: partial(of_every, n=counts[n], m=config.m) for n in weights}
+            masks = one_shot(spec, weights, stats, choices, step, inputs=config.inputs, fit=config.fit)
         if config.steps:
             masks = Trained(spec, weights, stats, counts, config, masks).run(step, teacher)
         codes = stored(spec, masks, config.store == "float16", {n: (counts[n], config.m) for n in weights})
         short = tuple(f"{n}: left as it is, its rows are shorter than {config.m}" for n in found if n not in weights)
         return Change((), (*report(weights, masks), *short), codes)
-
-
-def one_shot(
-    spec: ModelSpec, weights: Mapping[str, Weight], stats: Mapping[str, Stats], counts: Mapping[str, int], config: NmConfig, step: Step
-) -> dict[str, torch.Tensor]:
-    """Prune every weight, in place; the masks."""
-    masks = {}
-    for i, (name, weight) in enumerate(weights.items()):
-        step(f"pruning {name}", i / len(weights))
-        seen, n = stats.get(name), counts[name]
-        if config.fit and seen is not None:
-            matrix, mask = sparsest(weight.matrix, seen.gram, lambda s, n=n: of_every(s, n, config.m))  # type: ignore[misc]
-        else:
-            mask = of_every(weight.matrix.abs() * input_sizes(weight, seen if config.inputs else None), n, config.m)
-            matrix = weight.matrix * mask
-        masks[name] = mask
-        set_weight(spec, name, matrix)
-    return masks
 
 
 class Trained:
