@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from edgesdk.compress.layers import need_calibration
 from edgesdk.compress.masks import input_sizes, largest, prunable, report, sparsest
 from edgesdk.compress.tune import batched
 from edgesdk.compress.types import Change, Config, Family, Need, Stats, Step, Weight
@@ -142,7 +143,7 @@ class Ecoflap:
     config: ClassVar[type[EcoflapConfig]] = EcoflapConfig
 
     def why_not(self, spec: ModelSpec, config: EcoflapConfig) -> str | None:
-        return "it has no calibration data" if spec.calibration is None else None
+        return need_calibration(spec)
 
     def options(self, spec: ModelSpec) -> Sequence[EcoflapConfig]:
         return [EcoflapConfig(sparsity=s) for s in (0.8, 0.7, 0.6, 0.5)]

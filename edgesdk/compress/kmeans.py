@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
+from edgesdk.compress.compiled import compiled
 from edgesdk.compress.types import Stats, Weight
 
 Pick = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -65,15 +65,7 @@ def _line(x: Any, w: Any, k: int) -> Any:
     return np.sort(centres)
 
 
-def _compiled(function: Any) -> Any:
-    """Compiled once and kept beside the package or in the user's cache; anew each time where neither can be written."""
-    try:
-        return numba.njit(cache=True)(function)
-    except RuntimeError:
-        return numba.njit(function)
-
-
-_fast_line = _compiled(_line)
+_fast_line = compiled(_line)
 
 
 def line_kmeans(values: Any, weights: Any, k: int, most: int = 4096) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edgesdk.compress.weights import suited_threads
+from edgesdk.compress.weights import need_data, suited_threads
 from edgesdk.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,10 +43,8 @@ class Loss:
     def __init__(self, spec: ModelSpec, most: int = 512, every: int = 1) -> None:
         import torch
 
-        if spec.calibration is None:
-            raise InputError(
-                f"{spec.name} has no calibration data", "give the model a calibration function, or use a method that needs no data"
-            )
+        need_data(spec)
+        assert spec.calibration is not None
         self.given = {m: _distinct(spec.calibration(m))[:most] for m in spec.methods}
         if not any(self.given.values()):
             raise InputError(f"{spec.name}: its calibration function gives no inputs", "let it yield at least a few")

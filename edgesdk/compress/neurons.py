@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from edgesdk.compress.dependency import Family, trace
+from edgesdk.compress.layers import need_calibration
 from edgesdk.compress.shrink import Order, Rows, copy_of, cuttable, damped, matrix_of, module_at, moments, remembered
 from edgesdk.compress.structured import cut, elements
 from edgesdk.compress.types import Change, Config, Need, Step
@@ -46,7 +47,7 @@ class Neurons:
     config: ClassVar[type[NeuronsConfig]] = NeuronsConfig
 
     def why_not(self, spec: ModelSpec, config: NeuronsConfig) -> str | None:
-        return "it has no calibration data" if spec.calibration is None else None
+        return need_calibration(spec)
 
     def options(self, spec: ModelSpec) -> Sequence[NeuronsConfig]:
         return [NeuronsConfig(ratio=r) for r in (0.5, 0.3, 0.2, 0.1)]

@@ -8,25 +8,21 @@ back to the columns that are left is known as soon as a column is done.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import numba
 import numpy as np
 
+from edgesdk.compress.compiled import compiled
 from edgesdk.packed import TRELLIS
 
 FOLLOWING = np.array(TRELLIS, np.int64)
 
 
-def _compiled(function: Any) -> Any:
-    """Compiled once and kept beside the package or in the user's cache; anew each time where neither can be written."""
-    try:
-        return numba.njit(cache=True, fastmath={"reassoc", "contract"})(function)
-    except RuntimeError:
-        return numba.njit(fastmath={"reassoc", "contract"})(function)
+_fast = partial(compiled, fastmath={"reassoc", "contract"})
 
 
-@_compiled
+@_fast
 def _plain(target: Any, step: Any, weight: Any, context: Any, bits: Any, price: float, kept: Any, out: Any) -> None:
     """One column: out [rows] = points of least weight · (target - point · step)² + price · bits[context, |k|]."""
     most = bits.shape[1] - 1
@@ -46,7 +42,7 @@ def _plain(target: Any, step: Any, weight: Any, context: Any, bits: Any, price: 
         out[r] = best if target[r] >= 0 else -best
 
 
-@_compiled
+@_fast
 def _trellis(
     target: Any, step: Any, weight: Any, context: Any, bits: Any, price: float, kept: Any, out: Any, back: Any, following: Any
 ) -> None:
@@ -92,7 +88,7 @@ def _trellis(
         s = back[r, s, 0]
 
 
-@_compiled
+@_fast
 def first_walk(
     w: Any, u: Any, step: Any, rowstep: Any, rowweight: Any, row: Any, col: Any, bits: Any, price: float, trellis: bool, kept: Any
 ) -> Any:
@@ -114,7 +110,7 @@ def first_walk(
     return out
 
 
-@_compiled
+@_fast
 def next_walk(
     w: Any, h: Any, out: Any, step: Any, rowstep: Any, rowweight: Any, row: Any, col: Any, bits: Any, price: float, trellis: bool, kept: Any
 ) -> None:

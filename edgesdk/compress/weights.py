@@ -145,6 +145,14 @@ class _Sums:
         self.absmax = most if self.absmax is None else self.absmax.maximum(most)
 
 
+def need_data(spec: ModelSpec) -> None:
+    """Raises `InputError` where a model has no calibration data."""
+    if spec.calibration is None:
+        raise InputError(
+            f"{spec.name} has no calibration data", "give the model a calibration function, or use a method that needs no data"
+        )
+
+
 def stats_of(spec: ModelSpec, *, gradients: bool = False, most: int = 64, step: Step | None = None) -> dict[str, Stats]:
     """Statistics of the inputs of every linear and convolution weight over at most `most` calibration samples a method.
 
@@ -155,10 +163,7 @@ def stats_of(spec: ModelSpec, *, gradients: bool = False, most: int = 64, step: 
 
     from edgesdk.plan.fake_quant import samples
 
-    if spec.calibration is None:
-        raise InputError(
-            f"{spec.name} has no calibration data", "give the model a calibration function, or use a method that needs no data"
-        )
+    need_data(spec)
     sums: dict[str, _Sums] = {}
     with ExitStack() as undo, torch.no_grad():
         for name, uses in holders(spec).items():

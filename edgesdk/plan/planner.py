@@ -64,8 +64,9 @@ def make_plan(
     at, best = _chosen(made, budget, step)
     if any(c.name == "storage" and not c.fits for c in best.checks):
         smaller, why_not = _compressed([s for s, _ in made if s.subject is made[at][0].subject], budget, step)
-        made += smaller
-        at, best = _chosen(made, budget, step)
+        if smaller:
+            made += smaller
+            at, best = _chosen(made, budget, step)
         if why_not:
             best = best.model_copy(update={"reasons": (*best.reasons, why_not)})
     plans = [p for _, p in made]
