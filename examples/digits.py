@@ -65,6 +65,19 @@ def digits_cnn() -> ModelSpec:
     )  # fmt: skip
 
 
+def fit(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epochs: int = 25) -> nn.Module:
+    """Train a model on images [n, 1, 8, 8] and their labels [n], in place."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=epochs * (len(x) // 64 + 1))
+    for _ in range(epochs):
+        for batch in torch.randperm(len(x)).split(64):
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+            optimiser.step()
+            schedule.step()
+    return model.eval()
+
+
 def train(seed: int = 0) -> float:
     """Train on four fifths of scikit-learn's digits and write weights and data; returns the held-out accuracy."""
     from sklearn.datasets import load_digits
@@ -77,17 +90,8 @@ def train(seed: int = 0) -> float:
     np.savez_compressed(DATA, test_images=images[test], test_labels=labels[test], calibration_images=images[rest[:64]])
     x = torch.from_numpy(images[rest].astype(np.float32)[:, None] / 16.0)
     y = torch.from_numpy(labels[rest].astype(np.int64))
-    model, epochs = DigitsCnn(), 25
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=epochs * (len(x) // 64 + 1))
-    for _ in range(epochs):
-        for batch in torch.randperm(len(x)).split(64):
-            optimiser.zero_grad()
-            nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
-            optimiser.step()
-            schedule.step()
+    model = fit(DigitsCnn(), x, y)
     np.savez_compressed(WEIGHTS, **{k: v.numpy() for k, v in model.state_dict().items()})
-    model.eval()
     with torch.no_grad():
         return accuracy(lambda _, inputs: [model(torch.from_numpy(inputs[0])).numpy()])
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from edgesdk.compress.layers import need_calibration
-from edgesdk.compress.masks import input_sizes, largest, prunable, report, sparsest
+from edgesdk.compress.masks import input_sizes, largest, one_shot, prunable, report
 from edgesdk.compress.tune import batched
 from edgesdk.compress.types import Change, Config, Family, Need, Stats, Step, Weight
-from edgesdk.compress.weights import replaced, set_weight, stats_of
+from edgesdk.compress.weights import replaced, stats_of
 from edgesdk.plan.fake_quant import samples
 
 if TYPE_CHECKING:
@@ -154,16 +155,9 @@ class Ecoflap:
 
         weights = prunable(spec, config.only)
         stats = stats_of(spec, step=step)
-        counts, masks = keeping(spec, weights, stats, config.sparsity, "ecoflap", step=step), {}
-        for i, (name, weight) in enumerate(weights.items()):
-            step(f"pruning {name}", i / len(weights))
-            count, seen = counts[name], stats.get(name)
-            if config.local == "fit" and seen is not None:
-                matrix, masks[name] = sparsest(weight.matrix, seen.gram, lambda scores, count=count: largest(scores, count))  # type: ignore[misc]
-            else:
-                masks[name] = largest(weight.matrix.abs() * input_sizes(weight, seen), count)
-                matrix = weight.matrix
-            set_weight(spec, name, matrix * masks[name])
+        counts = keeping(spec, weights, stats, config.sparsity, "ecoflap", step=step)
+        choices = {n: partial(largest, keep=counts[n]) for n in weights}
+        masks = one_shot(spec, weights, stats, choices, step, inputs=True, fit=config.local == "fit")
         return Change((), report(weights, masks), stored(spec, masks, config.store == "float16"))
 
 

@@ -54,16 +54,7 @@ def trained(scale: float, seed: int) -> ModelSpec:
     x = torch.from_numpy(data.images[rest].astype(np.float32)[:, None] / 16.0)
     y = torch.from_numpy(data.target[rest].astype(np.int64))
     torch.manual_seed(seed)
-    model, epochs = Twin(scale), 25
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=epochs * (len(x) // 64 + 1))
-    for _ in range(epochs):
-        for batch in torch.randperm(len(x)).split(64):
-            optimiser.zero_grad()
-            nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
-            optimiser.step()
-            schedule.step()
-    model.eval().requires_grad_(False)
+    model = digits.fit(Twin(scale), x, y).requires_grad_(False)
     calibration = digits._calibration("forward")
     return ModelSpec(f"twin-{scale}", f"{seed:064d}", {"forward": Method(model, calibration[0])}, calibration=lambda _: calibration)
 
