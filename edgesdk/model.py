@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 SEPARATOR = "::"
 """Between a model's reference and a recipe: `example:normalizer::gptq:bits=4` is that model, compressed."""
-Layout = Literal["plain", "encoder-decoder", "deep-encoder", "decoder-only"]
+Layout = Literal["plain", "encoder-decoder", "deep-encoder", "decoder-only", "encoder-ctc", "decoder-decoder"]
 
 
 @dataclass(frozen=True)

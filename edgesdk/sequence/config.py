@@ -1,0 +1,112 @@
+"""What a model of the family is: stacks of layers, how they attend, normalise and place tokens. Plain data; no framework is imported."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from edgesdk.noun import Noun, Part
+
+SequenceLayout = Literal["decoder-only", "encoder-decoder", "encoder-ctc", "decoder-decoder"]
+
+
+class Stack(Part):
+    """Equal layers of one width. `windows` is each layer's attention span in tokens, 0 for all of them; empty: all layers see all."""
+
+    layers: PositiveInt
+    dim: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    head: PositiveInt  # size of one head
+    ffn: PositiveInt
+    windows: tuple[NonNegativeInt, ...] = ()
+
+    @model_validator(mode="after")
+    def _agree(self) -> Stack:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} heads of keys and values evenly")
+        if self.windows and len(self.windows) != self.layers:
+            raise ValueError(f"{len(self.windows)} windows for {self.layers} layers")
+        return self
+
+    def window(self, layer: int) -> int:
+        return self.windows[layer] if self.windows else 0
+
+
+class Sound(Part):
+    """Features instead of source tokens: two convolutions of width 3 over `features` bins, the second with stride 2."""
+
+    features: PositiveInt
+    frames: PositiveInt  # what one call takes; the encoder sees half of them
+
+
+class SequenceConfig(Noun):
+    KIND: ClassVar[str] = "sequence-config"
+
+    layout: SequenceLayout
+    vocab: PositiveInt
+    encoder: Stack | None = None
+    decoder: Stack | None = None
+    shared_from: PositiveInt | None = None  # decoder-decoder: the first layer that reads the one shared cache
+    sound: Sound | None = None
+
+    norm: Literal["rms", "layer"] = "rms"
+    norm_place: Literal["pre", "post"] = "pre"
+    norm_eps: PositiveFloat = 1e-6
+    final_norm: bool = True
+    embed_norm: bool = False  # BART normalises its embeddings
+    qk_norm: bool = False  # Qwen3 normalises queries and keys
+    qkv_bias: bool = False
+    out_bias: bool = False
+    ffn_bias: bool = False
+    k_bias: bool = True  # Whisper's keys have none where queries and values have one; without `qkv_bias` it says nothing
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    gated: bool = True
+    positions: Literal["rope", "learned", "sinusoidal", "relative", "none"] = "rope"
+    max_positions: PositiveInt = 4096
+    position_offset: NonNegativeInt = 0  # rows that a learned table keeps for itself
+    rope_theta: PositiveFloat = 10000.0
+    relative_buckets: PositiveInt = 32  # T5
+    relative_distance: PositiveInt = 128
+    attention_scale: PositiveFloat | None = None  # None: head ** -0.5
+    embed_scale: PositiveFloat = 1.0
+    logit_scale: PositiveFloat = 1.0
+    tied: bool = True  # the head is the (decoder's) embedding
+    head_bias: bool = False
+
+    @model_validator(mode="after")
+    def _whole(self) -> SequenceConfig:
+        wants = {
+            "decoder-only": (False, True),
+            "encoder-decoder": (True, True),
+            "encoder-ctc": (True, False),
+            "decoder-decoder": (False, True),
+        }
+        encoder, decoder = wants[self.layout]
+        if (self.encoder is not None) != encoder or (self.decoder is not None) != decoder:
+            raise ValueError(f"layout {self.layout} has {'an' if encoder else 'no'} encoder and {'a' if decoder else 'no'} decoder")
+        if (self.shared_from is not None) != (self.layout == "decoder-decoder"):
+            raise ValueError("shared_from goes with the layout decoder-decoder")
+        if self.decoder and self.shared_from is not None and self.shared_from >= self.decoder.layers:
+            raise ValueError(f"shared_from = {self.shared_from} of {self.decoder.layers} layers")
+        return self
+
+    def _attention(self, stack: Stack, memory: int) -> int:
+        return 2 * stack.dim * stack.heads * stack.head + 2 * memory * stack.kv_heads * stack.head
+
+    @property
+    def parameters(self) -> int:
+        """Weights of all matrices (norms, biases and tables of positions left out), the embedding once where it is tied."""
+        total = self.vocab * (self.encoder or self.decoder).dim  # type: ignore[union-attr]
+        for stack in (self.encoder, self.decoder):
+            if stack:
+                total += stack.layers * (self._attention(stack, stack.dim) + (3 if self.gated else 2) * stack.dim * stack.ffn)
+        if self.encoder and self.decoder:
+            total += self.decoder.layers * self._attention(self.decoder, self.encoder.dim)
+            total += self.vocab * self.decoder.dim if self.encoder.dim != self.decoder.dim else 0
+        if self.decoder and self.shared_from is not None:
+            shared = self.decoder.layers - self.shared_from
+            total -= (shared - 1) * 2 * self.decoder.dim * self.decoder.kv_heads * self.decoder.head
+        out = self.decoder or self.encoder
+        return total + (0 if self.tied else self.vocab * out.dim)  # type: ignore[union-attr]
