@@ -41,6 +41,20 @@ class Sound(Part):
     frames: PositiveInt  # what one call takes; the encoder sees half of them
 
 
+class RopeScaling(Part):
+    """Rotary positions stretched beyond the length a model was first trained for, after Position Interpolation (linear) or Llama 3.1.
+
+    With the wavelength λ of a pair of channels: below `original / high` it stays, above `original / low` its frequency is divided by
+    `factor`, between them it is the mean of both weighted by (original / λ - low) / (high - low). `linear` divides all of them.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: PositiveFloat
+    low: PositiveFloat = 1.0
+    high: PositiveFloat = 4.0
+    original: PositiveInt = 8192
+
+
 class SequenceConfig(Noun):
     KIND: ClassVar[str] = "sequence-config"
 
@@ -67,6 +81,7 @@ class SequenceConfig(Noun):
     max_positions: PositiveInt = 4096
     position_offset: NonNegativeInt = 0  # rows that a learned table keeps for itself
     rope_theta: PositiveFloat = 10000.0
+    rope_scaling: RopeScaling | None = None
     relative_buckets: PositiveInt = 32  # T5
     relative_distance: PositiveInt = 128
     attention_scale: PositiveFloat | None = None  # None: head ** -0.5
