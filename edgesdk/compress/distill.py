@@ -20,7 +20,7 @@ from pydantic import Field
 from edgesdk.compress.features import Comparison, Kind
 from edgesdk.compress.generated import Values
 from edgesdk.compress.lessons import Lessons
-from edgesdk.compress.training import Outcome, TrainConfig, Training, free_parameters, teacher_of, why_no_training
+from edgesdk.compress.training import Outcome, TrainConfig, Training, free_parameters, lessons_of, teacher_of, why_no_training
 from edgesdk.compress.types import Change, Family, Need, Step
 from edgesdk.errors import InputError
 
@@ -34,7 +34,6 @@ class DistillConfig(TrainConfig):
     rate: Annotated[float, Field(gt=0, le=1)] = 0.003  # a student that starts from nothing wants about 0.1
     features: Literal["none", "mse", "cka", "mi", "stages", "auto"] = "none"  # "auto": tries each shortly and takes the best
     weight: Annotated[float, Field(ge=0)] = 1.0  # of the features' loss
-    mix: bool = True  # also mixtures of two inputs (float inputs only)
     perturb: Annotated[float, Field(ge=0, le=1)] = 0.0  # noise on the weights, as a share of their size
     stages: str = ""  # a regular expression over module names that are compared; by default up to 4 blocks that both models have
 
@@ -97,10 +96,7 @@ def student(
 def teach(pupil: Pupil, config: DistillConfig, step: Step) -> Outcome:
     """Train `pupil.spec` in place."""
     spec, teacher = pupil.spec, pupil.teacher
-    lessons = Lessons(
-        spec, teacher, data=config.data, pool=config.pool, batch=config.batch, loss=config.loss, mix=config.mix, cache_bits=config.cache, whole=config.whole,
-        seed=config.seed,
-    )  # fmt: skip
+    lessons = lessons_of(spec, config, teacher)
     free = free_parameters(spec, spec.codes)
     try:
         compared = _Stages(pupil, lessons, config) if config.features != "none" and config.weight > 0 else None

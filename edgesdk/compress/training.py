@@ -1,4 +1,4 @@
-"""The training that recovery methods share: Adam on trainable codes and free parameters towards the uncompressed model's answers.
+"""The one training of all methods that train: Adam on trainable codes and free parameters towards the uncompressed model's answers.
 
 Bounded by its number of steps, decided by its seed alone, and resumed where it was cut off (its state is kept in the cache while it runs).
 """
@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from edgesdk.cache import cache_dir
 from edgesdk.compress.learned import Learned
 from edgesdk.compress.lessons import Data, Lessons, Loss
 from edgesdk.compress.types import Config, Step
-from edgesdk.compress.weights import holders, set_weight
+from edgesdk.compress.weights import holders, set_weight, suited_threads
 from edgesdk.errors import InputError
 from edgesdk.packed import Code, decode, pack
 
@@ -41,6 +41,7 @@ class TrainConfig(Config):
     batch: Annotated[int, Field(ge=1, le=1024)] = 32
     pool: Annotated[int, Field(ge=2, le=100_000)] = 512  # different inputs
     data: Data = "auto"  # calibration inputs, with more of their kind; those alone; or none, the model's own
+    mix: bool = True  # also mixtures of two inputs (float inputs only)
     loss: Loss = "auto"  # "logits": also the divergence of distributions
     activations: Literal[4, 8, 16] = 16  # bits of the inputs of coded weights while training (a range for each row); 16: as they are
     cache: Literal[4, 8, 16] = 16  # bits of a sequence model's caches while training
@@ -56,11 +57,11 @@ def teacher_of(spec: ModelSpec) -> ModelSpec:
     return found
 
 
-def lessons_of(spec: ModelSpec, config: TrainConfig) -> Lessons:
+def lessons_of(spec: ModelSpec, config: TrainConfig, teacher: ModelSpec | None = None) -> Lessons:
     """Raises `InputError` where there is nothing to train on."""
     return Lessons(
-        spec, teacher_of(spec), data=config.data, pool=config.pool, batch=config.batch, loss=config.loss, cache_bits=config.cache,
-        whole=config.whole, seed=config.seed,
+        spec, teacher or teacher_of(spec), data=config.data, pool=config.pool, batch=config.batch, loss=config.loss, mix=config.mix,
+        cache_bits=config.cache, whole=config.whole, seed=config.seed,
     )  # fmt: skip
 
 
@@ -72,29 +73,33 @@ def why_no_training(spec: ModelSpec, config: TrainConfig) -> str | None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The loss on held-out samples before and after, and the codes to keep (those from before where training did not help)."""
+    """The loss on held-out samples before and after, and the codes to keep; `back`: those from before, as training did not help."""
 
     before: float
     after: float
     codes: dict[str, Code]
+    back: bool = False
 
     def note(self, name: str, steps: int) -> str:
         done = f"{name}: loss on held-out inputs {self.before:.4g} → {self.after:.4g} in {steps} steps"
-        return done if self.after < self.before else f"{done}; what was there before is kept"
+        return f"{done}; what was there before is kept" if self.back else done
 
 
 class Training:
     """`learned`: weight name → its trainable code; `free`: parameters of `spec` that are trained as they are.
 
     `extra(step, values)` adds to the loss. With `ramp`, the weights go from float to coded over that share of the steps.
+    `each(step)` comes before every step; `state` is what it changes, which is saved with the rest. With `each`, what there is before
+    training is no answer yet, so that what comes out is kept in any case.
     """
 
     def __init__(
         self, spec: ModelSpec, lessons: Lessons, learned: Mapping[str, Learned], free: Sequence[torch.nn.Parameter], config: TrainConfig, *,
-        ramp: float = 0.0, extra: Any = None, more: Sequence[torch.Tensor] = (), name: str = "training",
+        ramp: float = 0.0, extra: Any = None, more: Sequence[torch.Tensor] = (), each: Callable[[int], None] | None = None,
+        state: Sequence[torch.Tensor] = (), name: str = "training",
     ) -> None:  # fmt: skip
         self.spec, self.lessons, self.learned, self.config, self.name = spec, lessons, learned, config, name
-        self.ramp, self.extra, self.free = ramp, extra, list(free)
+        self.ramp, self.extra, self.each, self.free, self.state = ramp, extra, each, list(free), list(state)
         self.places = {n: [(m, f"{p}.weight" if p else "weight", module) for m, p, module in uses] for n, uses in holders(spec).items()}
         pairs = [x for made in learned.values() for x in made.parameters]
         pairs += [(p, max(FLOOR, float(p.detach().square().mean().sqrt()))) for p in self.free]
@@ -114,29 +119,29 @@ class Training:
         return answer
 
     def run(self, step: Step) -> Outcome:
-        """Train, keep the better of before and after, and put its weights into the modules. Raises `InputError` when the loss is not finite."""
+        """Train, put back what was there before where that is better, and put the weights into the modules. Raises `InputError` when the loss is not finite."""
         start = {n: made.code() for n, made in self.learned.items()}
         first = [t.detach().clone() for t in self.tensors]
         wanted = [p.requires_grad for p in self.free]
-        with ExitStack() as undo, torch.enable_grad():
+        with ExitStack() as undo, torch.enable_grad(), suited_threads(self.spec):
             for p in self.free:
                 p.requires_grad_(True)
             self._round_inputs(undo)
             before = self.lessons.held_out(self.values(1.0))
             self._steps(step)
             after = self.lessons.held_out(self.values(1.0))
-        kept = not after < before
+        back = self.each is None and not after < before
         with torch.no_grad():
             for t, old in zip(self.tensors, first, strict=True):
-                if kept:
+                if back:
                     t.copy_(old)
                 t.grad = None
         for p, flag in zip(self.free, wanted, strict=True):
             p.requires_grad_(flag)
-        codes = start if kept else {n: made.code() for n, made in self.learned.items()}
+        codes = start if back else {n: made.code() for n, made in self.learned.items()}
         for name, code in codes.items():
             set_weight(self.spec, name, torch.from_numpy(decode(code)))
-        return Outcome(before, after, codes)
+        return Outcome(before, after, codes, back)
 
     def _steps(self, step: Step) -> None:
         steps, path = self.config.steps, cache_dir("training") / f"{self._key()}.pt"
@@ -150,6 +155,8 @@ class Training:
             for group in optimiser.param_groups:
                 group["lr"] = rate * group["size"]
             optimiser.zero_grad()
+            if self.each:
+                self.each(n)
             values = self.values(min(1.0, share / self.ramp) if self.ramp > 0 else 1.0)
             loss = self.lessons.loss(n, values) if self.extra is None else self.extra(n, values)
             if not bool(torch.isfinite(loss)):
@@ -184,7 +191,8 @@ class Training:
     def _save(self, path: Path, optimiser: torch.optim.Adam, done: int) -> None:
         part = path.with_suffix(f".{time.monotonic_ns()}.part")
         with contextlib.suppress(OSError):  # a full disk costs time, not the answer
-            torch.save({"done": done, "tensors": [t.detach() for t in self.tensors], "adam": optimiser.state_dict()}, part)
+            held = [t.detach() for t in (*self.tensors, *self.state)]
+            torch.save({"done": done, "tensors": held, "adam": optimiser.state_dict()}, part)
             part.replace(path)
 
     def _resumed(self, path: Path, optimiser: torch.optim.Adam) -> int:
@@ -195,7 +203,7 @@ class Training:
             state = torch.load(path, weights_only=True)
             optimiser.load_state_dict(state["adam"])
             with torch.no_grad():
-                for t, old in zip(self.tensors, state["tensors"], strict=True):
+                for t, old in zip((*self.tensors, *self.state), state["tensors"], strict=True):
                     t.copy_(old)
             return int(state["done"])
         except Exception:  # a damaged state: from the beginning
