@@ -42,7 +42,7 @@ def _program(path: str) -> bytes | None:
     with open(path, "rb") as file:
         if file.read(8) not in (b"EDGEPACK", b"EDGEDIFF"):
             return None
-    packed = importlib.import_module("edgesdk.packed" if __name__.startswith("edgesdk.") else "packed")
+    packed = importlib.import_module(("edgesdk." if __name__.startswith("edgesdk.") else "") + "packed.difference")
     return bytes(packed.load_program(path))
 
 

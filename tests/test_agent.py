@@ -43,8 +43,10 @@ def test_the_agent_stands_alone_and_is_python_3_9():
     for name, source in agent_files().items():
         tree = ast.parse(source, feature_version=(3, 9))
         tops = {n.names[0].name.split(".")[0] for n in tree.body if isinstance(n, ast.Import)}
-        tops |= {str(n.module).split(".")[0] for n in tree.body if isinstance(n, ast.ImportFrom)}
-        assert tops <= sys.stdlib_module_names | ({"numpy"} if name in ("runner.py", "packed.py") else set()), name
+        tops |= {str(n.module).split(".")[0] for n in tree.body if isinstance(n, ast.ImportFrom) and not n.level}
+        assert tops <= sys.stdlib_module_names | ({"numpy"} if name != "agent.py" else set()), name
+        beside = {n.module or "__init__" for n in tree.body if isinstance(n, ast.ImportFrom) and n.level == 1}
+        assert all(f"packed/{module}.py" in agent_files() for module in beside) and (name.startswith("packed/") or not beside), name
         assert not [n for n in ast.walk(tree) if isinstance(n, ast.Match)]
 
 
@@ -82,6 +84,7 @@ def test_a_crash_of_the_runtime_is_an_answer(device, monkeypatch, tmp_path):
     folder = tmp_path / "agent"
     folder.mkdir()
     for name, source in agent_files().items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(source)
     (folder / "runner.py").write_text("import os\ndef open_program(*a):\n    os.kill(os.getpid(), 4)\n")
     process = subprocess.Popen([sys.executable, str(folder / "agent.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)

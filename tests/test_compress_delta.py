@@ -27,18 +27,10 @@ from edgesdk.compress.weights import weights_of
 from edgesdk.errors import CheckFailed, InputError
 from edgesdk.flash import flash
 from edgesdk.model import Method, ModelSpec
-from edgesdk.packed import (
-    Code,
-    PackedError,
-    Piece,
-    Place,
-    decode,
-    expand_difference,
-    load_program,
-    pack,
-    pack_difference,
-    pack_program,
-)  # fmt: skip
+from edgesdk.packed import Code, decode, pack
+from edgesdk.packed.difference import Place, expand_difference, load_program, pack_difference
+from edgesdk.packed.entropy import PackedError
+from edgesdk.packed.program import Piece, pack_program
 from edgesdk.plan.harm import one_thread
 from edgesdk.runner import open_program
 from edgesdk.transport.local import LocalTransport

@@ -17,7 +17,7 @@ from edgesdk.compress.weights import weights_of
 from edgesdk.errors import CheckFailed, InputError
 from edgesdk.intake import load_model
 from edgesdk.lower import build
-from edgesdk.packed import expand_program, is_packed
+from edgesdk.packed.program import expand_program, is_packed
 from edgesdk.plan import plan
 from edgesdk.plan.types import Budget
 from edgesdk.runner import open_program

@@ -21,7 +21,8 @@ from edgesdk.compress.shrink import copy_of
 from edgesdk.compress.types import Weight
 from edgesdk.compress.weights import weights_of
 from edgesdk.errors import InputError
-from edgesdk.packed import Code, PackedError, decode, pack, unpack
+from edgesdk.packed import Code, decode, pack, unpack
+from edgesdk.packed.entropy import PackedError
 from tests.small_models import Concat, Residual, Transformer, seeded, spec_of
 
 torch.set_num_threads(1)

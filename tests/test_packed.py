@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import io
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from edgesdk.packed import (
-    TRELLIS,
-    Code,
-    PackedError,
-    Piece,
-    decode,
-    expand_program,
-    expand_to,
-    is_packed,
-    pack,
-    pack_bytes,
-    pack_chunks,
-    pack_program,
-    rans_decode,
-    rans_encode,
-    rotate,
-    to_trellis,
-    unpack,
-    unpack_bytes,
-    unpack_chunks,
-)  # fmt: skip
+from edgesdk.packed import Code, decode, pack, rotate, unpack
+from edgesdk.packed.difference import base_of, expand_difference
+from edgesdk.packed.entropy import PackedError, pack_bytes, pack_chunks, rans_decode, rans_encode, unpack_bytes, unpack_chunks
+from edgesdk.packed.matrices import TRELLIS, to_trellis
+from edgesdk.packed.program import Piece, expand_program, expand_to, is_packed, pack_program
 
 NONE = np.zeros(0, np.uint8)
 
@@ -138,7 +125,7 @@ def test_a_third_of_bfloat16_is_saved() -> None:
 
 
 def test_bytes_stream_chunk_by_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgesdk.packed.CHUNK", 1 << 17)
+    monkeypatch.setattr("edgesdk.packed.entropy.CHUNK", 1 << 17)
     raw = bfloat16(300_000)
     stored = b"".join(pack_chunks(io.BytesIO(raw).read, len(raw), 2))
     assert len(stored) < 0.68 * len(raw)
@@ -224,3 +211,21 @@ def test_a_trellis_is_seen_and_a_damaged_one_refused() -> None:
     for at in range(20, len(data), 97):
         with contextlib.suppress(PackedError):
             unpack(data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :])
+
+
+def test_what_earlier_versions_wrote_is_read_as_before() -> None:
+    """tests/packed_before.json: one of every way to write an array, a packed program and a difference to it, written before packed/ was a folder."""
+
+    def arrays(code: Code) -> bytes:
+        return b"".join(a.tobytes() for a in code.arrays) + b"".join(arrays(part) for part in code.parts)
+
+    stored = json.loads((Path(__file__).parent / "packed_before.json").read_text())
+    data = {name: base64.b64decode(entry["bytes"]) for name, entry in stored.items()}
+    found = {name: arrays(unpack(b)) for name, b in data.items() if name not in ("program", "difference")}
+    found["program"] = expand_program(data["program"])
+    found["difference"] = expand_difference(data["difference"], found["program"])
+    assert base_of(data["difference"]) == "base.pte"
+    for name, content in found.items():
+        assert hashlib.sha256(content).hexdigest().startswith(stored[name]["sha256"]), name
+    for name in ("dense", "modelled", "trellis", "ternary", "pattern", "sum"):
+        assert pack(unpack(data[name])) == data[name], name  # and is written so still

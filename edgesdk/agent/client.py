@@ -17,11 +17,12 @@ START_S = 60.0
 
 def agent_files() -> dict[str, bytes]:
     """The files the device needs, by name."""
-    return {
-        "agent.py": files("edgesdk.agent").joinpath("agent.py").read_bytes(),
-        "runner.py": files("edgesdk").joinpath("runner.py").read_bytes(),
-        "packed.py": files("edgesdk").joinpath("packed.py").read_bytes(),
+    top = files("edgesdk")
+    places = {"agent.py": top / "agent" / "agent.py", "runner.py": top / "runner.py"}
+    places |= {
+        f"packed/{file.name}": file for file in sorted((top / "packed").iterdir(), key=lambda f: f.name) if file.name.endswith(".py")
     }
+    return {name: place.read_bytes() for name, place in places.items()}
 
 
 def agent_folder(root: str) -> str:

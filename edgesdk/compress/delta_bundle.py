@@ -1,6 +1,6 @@
 """A bundle as a small package over another one: what differs, and names for all that the device or the host has already.
 
-Its program is a difference to the base bundle's program (`packed.pack_difference`), which stays in the bundle as a member of its own. Installs share
+Its program is a difference to the base bundle's program (`packed.difference.pack_difference`), which stays in the bundle as a member of its own. Installs share
 members by their sha256, so `edgesdk flash` sends the difference alone to a device that has the base bundle, and both stay whole when the other one goes.
 The package itself leaves out every member that the base bundle has; `apply` puts the whole bundle together again, with the very digest it was made with.
 """
@@ -16,7 +16,10 @@ from edgesdk.bundle import Manifest
 from edgesdk.bundles import bundle_digest, member_names, read_manifest, read_member, sha256, verify_bundle, write_bundle, write_members
 from edgesdk.errors import CheckFailed, InputError
 from edgesdk.noun import Noun
-from edgesdk.packed import DIFFERENCE, Code, PackedError, Piece, Place, expand_program, is_packed, pack_difference
+from edgesdk.packed import Code
+from edgesdk.packed.difference import DIFFERENCE, Place, pack_difference
+from edgesdk.packed.entropy import PackedError
+from edgesdk.packed.program import Piece, expand_program, is_packed
 
 if TYPE_CHECKING:
     from edgesdk.compress.pipeline import Compressed

@@ -2,11 +2,11 @@
 
 Exponents of trained weights repeat and mantissas do not. DFloat11 ("70% Size, 100% Accuracy: Lossless LLM Compression for Efficient GPU Inference via
 Dynamic-Length Float", arXiv:2504.11651) codes the exponents of bfloat16, ZipNN ("Lossless Compression for AI Models", arXiv:2411.05239) every byte plane
-apart. Both are `packed.pack_bytes`: numbers are turned left by one bit, so that the exponent fills one plane, and each plane is coded by rANS, within a
+apart. Both are `packed.entropy.pack_bytes`: numbers are turned left by one bit, so that the exponent fills one plane, and each plane is coded by rANS, within a
 few thousandths of its entropy (their Huffman codes take whole bits), or kept as it is. A weight is stored in the narrowest of bfloat16, float16 and
 float32 that holds all its values: what was trained or shipped in 16 bits and loaded as float32 has 16 bits again.
 
-`packed.unpack_chunks` and `packed.expand_to` expand from a stream into a file with the memory of a few chunks of 4 MiB and of one weight; a packed
+`unpack_chunks` and `expand_to` (packed/program.py) expand from a stream into a file with the memory of a few chunks of 4 MiB and of one weight; a packed
 program carries a sha256 over all its bytes. Nothing here runs on coded weights: in memory they have their full size.
 
 Measured (x86, one core, the three built-in normalizers, 3.6 MB in 16 bits; bytes left and decoding speed of the 16-bit numbers):

@@ -2,7 +2,7 @@
 
 GPTQ's order and feedback (arXiv:2210.17323) with three changes that each follow from rate-distortion theory. With H⁻¹ = Uᵀ·U and rounding errors r,
 the output error is Σ_j (r_j / U_jj)² and every column's bits fall by one per octave of its step, so at equal total bits the steps are to be
-proportional to U_jj (reverse water-filling). Indices are entropy-coded with the model of `packed.best_model`, so grids need no bound, no groups and
+proportional to U_jj (reverse water-filling). Indices are entropy-coded with the model of `packed.matrices.best_model`, so grids need no bound, no groups and
 no clipping; a point is chosen by error + λ·bits (λ by the slope of uniform rounding, D = Δ²/12 at high rate). Points of a trellis (see `walk`)
 save up to another 0.17 bits a weight. The step Δ is searched until the stored bytes are what was asked for.
 """
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgesdk.compress.walk import first_walk, next_walk
-from edgesdk.packed import Code, Model, best_model, model_of, pack, to_trellis
+from edgesdk.packed import Code, pack
+from edgesdk.packed.matrices import Model, best_model, model_of, to_trellis
 
 if TYPE_CHECKING:
     from edgesdk.compress.gptq import Problem

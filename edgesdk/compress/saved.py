@@ -19,7 +19,8 @@ from edgesdk.bundles import member_names, read_member, write_members
 from edgesdk.compress.surgery import apply_edits
 from edgesdk.compress.weights import holders, set_weight, weights_of
 from edgesdk.errors import EdgeError, InputError
-from edgesdk.packed import Code, PackedError, decode, pack, pack_bytes, unpack, unpack_bytes
+from edgesdk.packed import Code, decode, pack, unpack
+from edgesdk.packed.entropy import PackedError, pack_bytes, unpack_bytes
 
 if TYPE_CHECKING:
     from edgesdk.compress.pipeline import Compressed

@@ -26,7 +26,8 @@ from edgesdk.compress.types import Step
 from edgesdk.compress.weights import output_error, replaced, stats_of, weights_of
 from edgesdk.errors import InputError
 from edgesdk.noun import Noun, Part
-from edgesdk.packed import Code, PackedError, decode, pack, unpack
+from edgesdk.packed import Code, decode, pack, unpack
+from edgesdk.packed.entropy import PackedError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,6 +1,6 @@
 """Compiled loops of entropy-constrained rounding: columns one after the other, each taking the points of least error + λ · bits.
 
-Arrays are [cols, rows] (a column is contiguous), float32; indices are as `packed.Model` counts them. A point is an integer number of steps: in plain
+Arrays are [cols, rows] (a column is contiguous), float32; indices are as `packed.matrices.Model` counts them. A point is an integer number of steps: in plain
 rounding the index itself; on the trellis 2k in its states 0 and 1, and 2k - sign(k) in 2 and 3 (trellis-coded quantization: Marcellin and Fischer
 1990; with zero in both halves as in Versatile Video Coding's dependent quantization). The trellis runs down each column, so that what is fed
 back to the columns that are left is known as soon as a column is done.
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from edgesdk.compress.compiled import compiled
-from edgesdk.packed import TRELLIS
+from edgesdk.packed.matrices import TRELLIS
 
 FOLLOWING = np.array(TRELLIS, np.int64)
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgesdk.packed import Code, decode, to_int8
+from edgesdk.packed import Code, decode
+from edgesdk.packed.program import to_int8
 
 if TYPE_CHECKING:
     from edgesdk.model import ModelSpec

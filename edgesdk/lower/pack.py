@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgesdk.lower.inject import is_grid
-from edgesdk.packed import Code, Piece, decode, pack, pack_program, to_int8
+from edgesdk.packed import Code, decode, pack
+from edgesdk.packed.program import Piece, pack_program, to_int8
 
 if TYPE_CHECKING:
     from edgesdk.model import ModelSpec

@@ -30,7 +30,7 @@ from edgesdk.examples.generate import Run, generate
 from edgesdk.examples.normalizer import tokenizer
 from edgesdk.intake import load_model
 from edgesdk.model import ModelSpec
-from edgesdk.packed import pack_bytes
+from edgesdk.packed.entropy import pack_bytes
 from edgesdk.plan.fake_quant import run as runner
 
 STEPS, SIZE = 300, 64

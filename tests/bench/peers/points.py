@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from edgesdk.packed import _pack_array, pack
+from edgesdk.packed import pack
+from edgesdk.packed.matrices import pack_integers
 from peers.subjects import Subject
 
 HERE = Path(__file__).parent
@@ -134,7 +135,7 @@ def ours(store: Store, subject: Subject, budgets: Iterable[float], say: Say) -> 
     import edgesdk.compress
 
     package = Path(edgesdk.compress.__file__).parent
-    source = sources([*package.glob("*.py"), package.parent / "packed.py"])
+    source = sources([*package.glob("*.py"), *package.parent.glob("packed/*.py")])
     points = []
     for budget in sorted(budgets, reverse=True):
         for recipes in our_recipes(budget):
@@ -200,7 +201,7 @@ def coded_bytes(arrays: dict[str, np.ndarray], name: str, exact: bool) -> int:
         narrow = np.float16 if kind == "floats" else np.uint8 if array.max(initial=0) < 256 else np.uint16
         flat = array.reshape(array.shape[0], -1).astype(narrow)
         if exact:
-            total += len(_pack_array(flat, True))
+            total += len(pack_integers(flat, True))
         elif kind == "floats":
             total += flat.nbytes
         else:
