@@ -85,7 +85,8 @@ def _keep(key: str, content: bytes) -> None:
 @cache
 def _version(method: str) -> str:
     """sha256 of a method's own source and of the shared pieces codes are made of: an edited method makes its codes again."""
-    names = [METHODS[method], "edgesdk.packed", *(f"edgesdk.compress.{n}" for n in ("weights", "gptq", "rate", "walk"))]
+    packed = ("edgesdk.packed", *(f"edgesdk.packed.{n}" for n in ("entropy", "arrays", "matrices")))
+    names = [METHODS[method], *packed, *(f"edgesdk.compress.{n}" for n in ("weights", "gptq", "rate", "walk"))]
     text = "".join(inspect.getsource(importlib.import_module(name)) for name in names)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
