@@ -105,7 +105,22 @@ class SequenceConfig(Noun):
             raise ValueError("shared_from goes with the layout decoder-decoder")
         if self.decoder and self.shared_from is not None and self.shared_from >= self.decoder.layers:
             raise ValueError(f"shared_from = {self.shared_from} of {self.decoder.layers} layers")
+        if self.sound and not self.encoder:
+            raise ValueError("sound goes with an encoder")
+        if self.sound and not self.decoder and self.tied:
+            raise ValueError("tied = True, but a model from sound to CTC has no embedding")
+        if self.decoder:
+            self._windows(self.decoder)
         return self
+
+    def _windows(self, decoder: Stack) -> None:
+        """Raises `ValueError` for what one `window_mask` cannot say, and for what a ring of slots cannot (positions of its keys)."""
+        if len(set(decoder.windows) - {0}) > 1:
+            raise ValueError(f"decoder.windows = {decoder.windows}: all windows of a decoder are of one size")
+        if self.shared_from is not None and any(decoder.windows[self.shared_from :]):
+            raise ValueError(f"decoder.windows = {decoder.windows}: layers from shared_from = {self.shared_from} on see all")
+        if self.positions == "relative" and (any(decoder.windows) or self.shared_from is not None):
+            raise ValueError("relative positions go with neither a decoder's windows nor a shared cache")
 
     def _attention(self, stack: Stack, memory: int) -> int:
         return 2 * stack.dim * stack.heads * stack.head + 2 * memory * stack.kv_heads * stack.head
