@@ -27,6 +27,16 @@ def load_hugging_face(ref: str) -> ModelSpec:
     models of images take pixel_values float32 [1, channels, height, width], of sound input_values float32 [1, 16000].
     Raises `InputError` (not complete, offline, not known) or `MissingTool`.
     """
+    config, inner, _ = load_model_of(ref)
+    inputs = _inputs(config, inner)
+    return _spec(ref, config, inner, inputs)
+
+
+def load_model_of(ref: str) -> tuple[Any, Any, list[str]]:
+    """(configuration of transformers, its model in eval mode, float32, names of weights that it has no use for) of a folder or an id.
+
+    Raises `InputError` or `MissingTool`.
+    """
     local = Path(ref).is_dir()
     if local and not (Path(ref) / "config.json").exists():
         raise InputError(f"{ref}: has no config.json", "give a folder that save_pretrained wrote")
@@ -34,9 +44,7 @@ def load_hugging_face(ref: str) -> ModelSpec:
         raise MissingTool(
             f"--model {ref}: transformers is not installed", "pip install 'edgesdk[hub]'; or give another form: " + MODEL_HELP
         )
-    config, inner = _load(ref, local)
-    inputs = _inputs(config, inner)
-    return _spec(ref, config, inner, inputs)
+    return _load(ref, local)
 
 
 @contextlib.contextmanager
@@ -57,8 +65,8 @@ def _quiet_hub() -> Iterator[None]:
             told.enable_progress_bar()
 
 
-def _load(ref: str, local: bool) -> tuple[Any, Any]:
-    """(config, model in eval mode, float32). Code that comes with a model is never run."""
+def _load(ref: str, local: bool) -> tuple[Any, Any, list[str]]:
+    """See `load_model_of`. Code that comes with a model is never run."""
     import torch
 
     with _quiet_hub():
@@ -68,14 +76,24 @@ def _load(ref: str, local: bool) -> tuple[Any, Any]:
         try:
             config = transformers.AutoConfig.from_pretrained(ref, **options)
             kind = getattr(transformers, (config.architectures or [""])[0] or "AutoModel", transformers.AutoModel)
-            model = kind.from_pretrained(ref, config=config, dtype=torch.float32, attn_implementation="eager", **options_of(kind, options))
+            options = options_of(kind, options) | {"dtype": torch.float32, "attn_implementation": "eager"}
+            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what is wrong is said below
+            model, told = kind.from_pretrained(ref, config=config, **options)
         except Exception as error:
             hint = "the folder is not complete, or transformers does not know the model"
             if not local:
                 hint = "no network, or no such model: download it where there is a network, then give its folder"
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise InputError(f"--model {ref}: {reason[:200]}", hint) from None
-    return config, model.eval().requires_grad_(False)
+    for name, given, wanted in sorted(told["mismatched_keys"]):
+        raise InputError(
+            f"--model {ref}: {name} is {list(given)}, wanted {list(wanted)}", "its config.json and its weights are of two models"
+        )
+    if missing := sorted(told["missing_keys"]):  # transformers would leave them random
+        raise InputError(
+            f"--model {ref}: its weights lack {missing[0]} ({len(missing)} in all)", "the checkpoint is not complete: get it again"
+        )
+    return config, model.eval().requires_grad_(False), sorted(told["unexpected_keys"])
 
 
 def options_of(kind: Any, options: dict[str, Any]) -> dict[str, Any]:

@@ -223,8 +223,7 @@ class Stack(nn.Module):
         """Cosines and sines [B, 1, N, D / 2] of rotary positions."""
         if self.config.positions != "rope":
             return None
-        steps = torch.arange(0, self.stack.head, 2, device=positions.device, dtype=torch.float32) / self.stack.head
-        angles = positions[:, None, :, None].to(torch.float32) * self.config.rope_theta**-steps
+        angles = positions[:, None, :, None].to(torch.float32) * frequencies(self.config, self.stack.head, positions.device)
         return torch.cos(angles), torch.sin(angles)
 
     def scores_mask(self, mask: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
@@ -240,6 +239,18 @@ class Stack(nn.Module):
             mask = bias + mask
             return mask.reshape(mask.shape[0], self.stack.kv_heads, -1, mask.shape[-1])
         return torch.cat([mask] * groups, 2) if mask.shape[2] > 1 and groups > 1 else mask
+
+
+def frequencies(config: SequenceConfig, head: int, device: torch.device) -> Tensor:
+    """[D / 2]: radians by which a step turns each pair of channels, scaled as `rope_scaling` says."""
+    turn = config.rope_theta ** -(torch.arange(0, head, 2, device=device, dtype=torch.float32) / head)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return turn
+    if scaling.kind == "linear":
+        return turn / scaling.factor
+    kept = ((scaling.original / (2 * math.pi) * turn - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+    return turn * (kept + (1 - kept) / scaling.factor)
 
 
 def sinusoids(positions: Tensor, dim: int) -> Tensor:
