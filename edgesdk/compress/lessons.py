@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -40,6 +40,15 @@ class Set:
     @property
     def held(self) -> int:
         return min(64, self.count // HELD)
+
+
+class Course(Protocol):
+    """What a training follows: the loss of step n, and that on what is held out; `digest` says what it is made of."""
+
+    @property
+    def digest(self) -> str: ...
+    def loss(self, step: int, values: Values | None = None) -> torch.Tensor: ...
+    def held_out(self, values: Values | None = None) -> float: ...
 
 
 class Lessons:
@@ -84,6 +93,10 @@ class Lessons:
                 found += [(r.reshape(found[0][0].shape),) for r in more_rows(rows, pool - len(found), seed=self.seed)]
             answer[method] = found
         return answer
+
+    @property
+    def digest(self) -> str:
+        return self.teacher.spec.digest
 
     def drawn(self, step: int) -> tuple[Set, torch.Tensor, torch.Generator]:
         """The set and the indices of a step's samples."""

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from edgesdk.cache import cache_dir
 from edgesdk.compress.learned import Learned
-from edgesdk.compress.lessons import Data, Lessons, Loss
+from edgesdk.compress.lessons import Course, Data, Lessons, Loss
 from edgesdk.compress.types import Config, Step
 from edgesdk.compress.weights import holders, set_weight, suited_threads
 from edgesdk.errors import InputError
@@ -94,7 +94,7 @@ class Training:
     """
 
     def __init__(
-        self, spec: ModelSpec, lessons: Lessons, learned: Mapping[str, Learned], free: Sequence[torch.nn.Parameter], config: TrainConfig, *,
+        self, spec: ModelSpec, lessons: Course, learned: Mapping[str, Learned], free: Sequence[torch.nn.Parameter], config: TrainConfig, *,
         ramp: float = 0.0, extra: Any = None, more: Sequence[torch.Tensor] = (), each: Callable[[int], None] | None = None,
         state: Sequence[torch.Tensor] = (), name: str = "training",
     ) -> None:  # fmt: skip
@@ -182,10 +182,10 @@ class Training:
     def _key(self) -> str:
         total = hashlib.sha256(f"{torch.__version__} {self.name} {self.ramp} {self.config!r}".encode())
         for t in self.tensors:
-            total.update(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            total.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         for made in self.learned.values():
             total.update(pack(made.code(), entropy=False))
-        total.update(self.lessons.teacher.spec.digest.encode())
+        total.update(self.lessons.digest.encode())
         return total.hexdigest()
 
     def _save(self, path: Path, optimiser: torch.optim.Adam, done: int) -> None:
