@@ -10,6 +10,14 @@ NAME = "sequence.json"
 ROLES = ("encode", "prefill", "decode")
 
 
+class SequenceError(ValueError):
+    """`what` cannot be generated from; `hint` says what to do."""
+
+    def __init__(self, what: str, hint: str = "") -> None:
+        super().__init__(what)
+        self.what, self.hint = what, hint
+
+
 class Card:
     """The content of `sequence.json`, checked.
 

@@ -1,0 +1,101 @@
+"""Keys and values of self-attention in numpy: written in place, slot by slot, as a ring where a layer has a window; and the masks over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .card import Card, SequenceError
+
+HIDDEN = np.float32(-1e4)
+
+
+class Caches:
+    """`arrays`: keys and values in the order of the inputs, float32 [rows, K, slots, D]; `lengths` [rows]: tokens kept of each row.
+
+    A token's slot is its position; in a layer with a window W it is the position modulo W.
+    """
+
+    def __init__(self, card: Card, rows: int, slots: int) -> None:
+        self.slots, self.rows = slots, rows
+        self.windows = [int(c.get("window", 0)) for c in card.caches]
+        if len({w for w in self.windows if w}) > 1:
+            raise SequenceError(f"layers with windows of {sorted(set(self.windows) - {0})} tokens", "one window a model is supported")
+        self.window = max(self.windows, default=0)
+        self.lengths = np.zeros(rows, np.int64)
+        self.arrays: list[Any] = []
+        for c, window in zip(card.caches, self.windows):  # noqa: B905 (Python 3.9)
+            shape = (rows, int(c["heads"]), window or slots, int(c["head"]))
+            self.arrays += [np.zeros(shape, np.float32), np.zeros(shape, np.float32)]
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the slots run out: not so where every layer has a window."""
+        return not all(self.windows)
+
+    def grow(self, slots: int) -> None:
+        """Move to caches of more slots."""
+        for i, old in enumerate(self.arrays):
+            if not self.windows[i // 2]:
+                new = np.zeros((*old.shape[:2], slots, old.shape[3]), old.dtype)
+                new[:, :, : self.slots] = old
+                self.arrays[i] = new
+        self.slots = slots
+
+    def write(self, new: Sequence[Any], counts: Any) -> None:
+        """Keep the first `counts[b]` tokens of each row of `new`, arrays [rows, K, N, D] in the order of `arrays`."""
+        rows = np.flatnonzero(counts)
+        if len(rows) and int(np.max(counts)) == 1:
+            at = self.lengths[rows]
+            for i, array in enumerate(self.arrays):
+                window = self.windows[i // 2]
+                if len(rows) == 1:
+                    array[rows[0], :, at[0] % window if window else at[0]] = new[i][rows[0], :, 0]
+                else:
+                    array[rows, :, at % window if window else at] = new[i][rows, :, 0]
+        else:
+            for b in rows:
+                self._write_row(new, int(b), int(counts[b]))
+        self.lengths += counts
+
+    def _write_row(self, new: Sequence[Any], b: int, count: int) -> None:
+        first = int(self.lengths[b])
+        for i, array in enumerate(self.arrays):
+            window = self.windows[i // 2]
+            if window:
+                kept = np.arange(max(0, count - window), count)
+                array[b][:, (first + kept) % window] = new[i][b][:, kept]
+            else:
+                array[b, :, first : first + count] = new[i][b, :, :count]
+
+    def reorder(self, order: Any) -> None:
+        """Row b becomes what row `order[b]` was: a beam goes on from another one."""
+        filled = int(self.lengths.max())
+        for array in self.arrays:
+            part = array[:, :, : min(filled, array.shape[2])]
+            part[...] = part[order]
+        self.lengths = self.lengths[order]
+
+    def take(self, order: Any) -> None:
+        """The rows `order`, which may be more than there were."""
+        self.arrays = [np.ascontiguousarray(a[order]) for a in self.arrays]
+        self.lengths, self.rows = self.lengths[order], len(order)
+
+    def mask(self, tokens: int) -> Any:
+        """float32 [rows, tokens, slots + tokens]: what the next `tokens` may see."""
+        mask = np.empty((self.rows, tokens, self.slots + tokens), np.float32)
+        mask[:, :, : self.slots] = np.where(np.arange(self.slots) < self.lengths[:, None], np.float32(0), HIDDEN)[:, None]
+        mask[:, :, self.slots :] = np.triu(np.full((tokens, tokens), HIDDEN), 1)
+        return mask
+
+    def window_mask(self, tokens: int) -> Any:
+        """The same for layers with a window: float32 [rows, tokens, W + tokens]."""
+        window, last = self.window, self.lengths[:, None] - 1
+        held = last - (last - np.arange(window)) % window  # the position in each slot; negative: none yet
+        query = self.lengths[:, None] + np.arange(tokens)
+        seen = (held >= 0)[:, None] & (query[:, :, None] - held[:, None] < window)
+        ahead = np.arange(tokens)[:, None] - np.arange(tokens)
+        own = np.broadcast_to((ahead >= 0) & (ahead < window), (self.rows, tokens, tokens))
+        return np.where(np.concatenate([seen, own], 2), np.float32(0), HIDDEN)

@@ -1,0 +1,96 @@
+"""Which token comes next: the likeliest, or one drawn by temperature, top-k and top-p with a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .card import Card, SequenceError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to generate. A temperature of 0 takes the likeliest token; `top_k` 0 and `top_p` 1 leave every token in."""
+
+    max_tokens: int | None = None  # None: what the card allows
+    max_time_s: float | None = None  # for the whole call
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    repetition_penalty: float = 1.0  # above 1: tokens that were there lose
+    beams: int = 1
+    best: int = 1  # answers of a beam search that are given
+    length_penalty: float = 1.0  # a beam's score is its log probability / tokens ** this
+    stop: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def check(self, card: Card) -> int:
+        """The number of tokens to write at most. Raises `SequenceError` naming what is wrong."""
+        bounds: tuple[tuple[str, float | None, float, float], ...] = (
+            ("max_tokens", self.max_tokens, 1, card.max_output),
+            ("max_time_s", self.max_time_s, 1e-9, 1e9),
+            ("temperature", self.temperature, 0, 1e3),
+            ("top_k", self.top_k, 0, card.vocab),
+            ("top_p", self.top_p, 1e-6, 1),
+            ("seed", self.seed, 0, 2**63),
+            ("repetition_penalty", self.repetition_penalty, 1e-3, 1e3),
+            ("beams", self.beams, 1, card.vocab),
+            ("best", self.best, 1, self.beams),
+            ("length_penalty", self.length_penalty, -100, 100),
+        )
+        for name, value, low, high in bounds:
+            if value is not None and not low <= value <= high:
+                raise SequenceError(f"{name} = {value}", f"from {low:g} to {high:g} for this bundle")
+        if self.beams > 1 and self.temperature:
+            raise SequenceError("beams and a temperature", "a beam search takes the likeliest answers; leave one of the two out")
+        if (self.top_k or self.top_p < 1) and not self.temperature:
+            raise SequenceError("top_k and top_p say what is drawn from, but nothing is drawn", "give a temperature, such as 1")
+        return card.max_output if self.max_tokens is None else int(self.max_tokens)
+
+
+def penalized(logits: Any, seen: Iterable[int], penalty: float) -> Any:
+    """Logits [V] where tokens that were `seen` are made less likely (Keskar et al. 2019: positive ones divided, negative ones multiplied)."""
+    at = np.asarray(sorted(set(seen)), np.int64)
+    if penalty == 1.0 or not len(at):
+        return logits
+    logits = np.array(logits, np.float64)
+    logits[at] = np.where(logits[at] > 0, logits[at] / penalty, logits[at] * penalty)
+    return logits
+
+
+def log_softmax(logits: Any) -> Any:
+    """Over the last axis, in float64."""
+    x = np.asarray(logits, np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def probabilities(logits: Any, settings: Settings) -> Any:
+    """What is drawn from [V]: after temperature, the `top_k` likeliest, of those the fewest that hold `top_p`."""
+    log = log_softmax(np.asarray(logits, np.float64) / settings.temperature)
+    order = np.argsort(-log, kind="stable")
+    p = np.exp(log[order])
+    if settings.top_k:
+        p[settings.top_k :] = 0.0
+    p /= p.sum()
+    p[np.cumsum(p) - p >= settings.top_p] = 0.0  # the token that reaches top_p stays in
+    out = np.zeros_like(p)
+    out[order] = p / p.sum()
+    return out
+
+
+def choose(logits: Any, settings: Settings, rng: Any, seen: Iterable[int] = ()) -> int:
+    """The next token of one row."""
+    if settings.repetition_penalty != 1.0:
+        logits = penalized(logits, seen, settings.repetition_penalty)
+    if not settings.temperature:
+        return int(np.argmax(logits))
+    edges = np.cumsum(probabilities(logits, settings))
+    return int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))
