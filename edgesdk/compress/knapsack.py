@@ -1,8 +1,9 @@
 """One option for every unit, least loss within several budgets: a multiple-choice knapsack, answered with a certified gap.
 
 Lagrangian relaxation (Everett 1963; Fisher, Management Science 27, 1981): for prices of the budgets every unit chooses for itself, and the
-priced sum less what the budgets are worth bounds every answer from below. Prices come from the linear relaxation; the answer at these prices
-is repaired and improved by exchanges. Where the gap stays open, HiGHS solves what is left once options that cost too much at these prices are out.
+priced sum less what the budgets are worth bounds every answer from below. The answer at the best prices is repaired and improved by exchanges. What
+an answer costs over the bound is the extra price of its options and the worth of what it leaves of the budgets; so all sets of exchanges up to some
+extra can be looked at, and those not looked at cost more: that closes most gaps. HiGHS solves the rest, over the options that are not too dear.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from edgesdk.compress import knapsack_loops as loops
 from edgesdk.errors import DoesNotFit
 
 
@@ -30,6 +32,8 @@ class Choice:
 
 AROUND = (1.0, 1.02, 0.98, 1.06, 0.94, 1.15)
 """Shares of the prices at which answers are looked for."""
+MOST_FLIPS, MOST_SETS, ROUNDS = 400, 2_000_000, (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+"""Exchanges that the enumeration considers, sets of them in one round (about 10 ns each), and extra losses of its rounds over the gap asked for."""
 
 
 def choose(loss: Any, use: Any, limits: Any, *, gap: float = 1e-3) -> Choice:
@@ -45,20 +49,111 @@ def choose(loss: Any, use: Any, limits: Any, *, gap: float = 1e-3) -> Choice:
         need = float(np.where(known, use[k], np.inf).min(1).sum())
         if need > limit * (1 + 1e-12):
             raise DoesNotFit(f"budget {k}: the smallest options need {need:g} of {limit:g}", "raise the budget, or allow smaller options")
-    scaled = np.where(known, use, 0.0) / np.maximum(limits, 1e-30)[:, None, None]
-    bound, prices = _relaxed(loss, scaled)
-    picked = None
-    for factor in AROUND:
-        found = _repaired(loss, scaled, (loss + np.tensordot(factor * prices, scaled, 1)).argmin(1))
-        if found is not None:
-            found = _exchanged(loss, scaled, found)
-            picked = found if picked is None or _sum(loss, found) < _sum(loss, picked) else picked
-            if _sum(loss, picked) - bound <= gap * max(abs(_sum(loss, picked)), 1e-30):
-                return _choice(loss, picked, bound, began, "Lagrangian")
-    if picked is not None:
-        priced = loss + np.tensordot(prices, scaled, 1)
-        known = known & (priced - priced.min(1)[:, None] <= _sum(loss, picked) - bound)
-    return _milp(loss, scaled, known, gap, bound, picked, began)
+    search = _Search(loss, np.where(known, use, 0.0) / np.maximum(limits, 1e-30)[:, None, None], gap)
+    for step in (search.start, search.enumerate, search.relax, search.enumerate):
+        step()
+        if search.done:
+            return _choice(loss, search.picked, search.bound, began, "Lagrangian")
+    return _milp(loss, search.scaled, search.useful(known), gap, search.bound, search.picked, began)
+
+
+class _Search:
+    """An answer and a bound that approach each other. `scaled` [budgets, units, options] are uses as shares of their limits."""
+
+    def __init__(self, loss: Any, scaled: Any, gap: float) -> None:
+        self.loss, self.scaled, self.gap = loss, scaled, gap
+        self.use = np.ascontiguousarray(np.moveaxis(scaled, 0, 2))
+        self.picked: Any = None
+        self.value, self.bound = np.inf, -np.inf
+        self.prices, self.floor = np.zeros(len(scaled)), -np.inf  # `floor` is the Lagrangian bound at `prices`
+
+    @property
+    def done(self) -> bool:
+        return self.value - self.bound <= self.gap * max(abs(self.value), 1e-30)
+
+    def useful(self, known: Any) -> Any:
+        """Options that an answer better than this one can hold: the others' extra alone is too much."""
+        return known if self.picked is None else known & (self._extra() <= self.value - self.floor)
+
+    def _extra(self) -> Any:
+        priced = self.loss + np.tensordot(self.prices, self.scaled, 1)
+        return priced - priced.min(1)[:, None]
+
+    def _take(self, picked: Any) -> None:
+        if _sum(self.loss, picked) < self.value:
+            self.picked, self.value = picked, _sum(self.loss, picked)
+
+    def start(self) -> None:
+        """Prices by the ellipsoid method, answers by repair and exchange around them."""
+        reach = np.where(np.isfinite(self.loss), self.loss, 0)
+        radius = 4 * max(float((reach.max(1) - self.loss.min(1)).sum()), 1e-30)
+        wide = self.use if len(self.scaled) > 1 else np.concatenate([self.use, np.zeros_like(self.use)], 2)
+        bound, prices = loops.prices(self.loss, wide, radius, 250 * wide.shape[2])
+        self.prices = prices[: len(self.scaled)]
+        self.bound = self.floor = float(bound)
+        self._around()
+
+    def relax(self) -> None:
+        """The same with the prices of the linear relaxation, where they are better ones."""
+        bound, prices = _relaxed(self.loss, self.scaled)
+        if bound > self.floor:
+            self.prices, self.floor, self.bound = prices, bound, max(bound, self.bound)
+            self._around()
+
+    def _around(self) -> None:
+        for factor in AROUND:
+            start = (self.loss + np.tensordot(factor * self.prices, self.scaled, 1)).argmin(1)
+            found = _repaired(self.loss, self.scaled, start)
+            if found is None:
+                continue
+            self._exchange(found)
+            if self.done:
+                return
+
+    def _exchange(self, picked: Any) -> None:
+        """Single options and pairs of options exchanged as long as that lowers the loss and fits."""
+        known, rows = np.isfinite(self.loss), np.arange(len(picked))
+        room = 1 + 1e-12 - self.use[rows, picked].sum(0)
+        for _ in range(400):
+            value = _sum(self.loss, picked)
+            units, options = np.nonzero(known & (self._extra() <= max(value - self.floor, 0.0)))
+            gain = self.loss[rows, picked][units] - self.loss[units, options]
+            need = self.use[units, options] - self.use[units, picked[units]]
+            if value - self.bound <= 0.9 * self.gap * abs(value) or not len(gain):
+                break
+            chosen = [c for c in loops.pair(gain, need, units, np.argsort(-gain), room) if c >= 0]
+            if not chosen:
+                break
+            picked[units[chosen]] = options[chosen]
+            room = room - need[chosen].sum(0)
+        self._take(picked)
+
+    def enumerate(self) -> None:
+        """Sets of exchanges at the prices, in rounds of growing extra loss. A round that saw all sets raises the bound: what is left costs more."""
+        extra = self._extra()
+        base = extra.argmin(1)
+        units, options = np.nonzero(np.isfinite(extra) & (np.arange(extra.shape[1]) != base[:, None]))
+        order = np.argsort(extra[units, options], kind="stable")[:MOST_FLIPS]
+        units, options = units[order], options[order]
+        extras, need = extra[units, options], self.use[units, options] - self.use[units, base[units]]
+        room = 1 + 1e-12 - self.use[np.arange(len(base)), base].sum(0)
+        each = np.maximum(extras, 1e-300)
+        relief = np.maximum.accumulate((np.maximum(-need, 0) / each[:, None])[::-1])[::-1]
+        filling = np.maximum.accumulate((need @ self.prices / each)[::-1])[::-1]
+        size = max(abs(self.value) if np.isfinite(self.value) else abs(self.floor), 1e-30)
+        for share in ROUNDS:
+            limit = share * size * self.gap
+            _, chosen, whole = loops.enumerate_sets(
+                extras, need, units, len(base), room, self.prices, relief, filling, limit, self.value - self.floor, 0.99 * self.gap * size, MOST_SETS
+            )  # fmt: skip
+            if len(chosen):
+                picked = base.copy()
+                picked[units[chosen]] = options[chosen]
+                self._take(picked)
+            if whole and (limit < extras[-1] or len(extras) < MOST_FLIPS):
+                self.bound = max(self.bound, min(self.floor + limit, self.value))
+            if self.done or not whole:
+                return
 
 
 def _choice(loss: Any, picked: Any, bound: float, began: float, by: str) -> Choice:
@@ -113,49 +208,6 @@ def _repaired(loss: Any, scaled: Any, picked: Any) -> Any:
             return None
         picked[at[0]] = at[1]
     return None
-
-
-def _exchanged(loss: Any, scaled: Any, picked: Any) -> Any:
-    """Single options and pairs of options exchanged as long as that lowers the loss and fits."""
-    picked, units = picked.copy(), np.arange(len(picked))
-    for _ in range(200):
-        room = 1 + 1e-12 - scaled[:, units, picked].sum(1)
-        gain = loss[units, picked][:, None] - loss  # [units, options]
-        more = scaled - scaled[:, units, picked][:, :, None]
-        gain = np.where(np.isfinite(loss), gain, -np.inf)
-        alone = np.where((more <= room[:, None, None]).all(0), gain, 0.0)
-        at = np.unravel_index(np.argmax(alone), alone.shape)
-        if alone[at] > 1e-15:
-            picked[at[0]] = at[1]
-            continue
-        pair = _pair(gain, more, room)
-        if pair is None:
-            return picked
-        for i, j in pair:
-            picked[i] = j
-    return picked
-
-
-def _pair(gain: Any, more: Any, room: Any, most: int = 400) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """Two exchanges in different units whose gains add up to the most and which fit together."""
-    options = gain.shape[1]
-    flat, need = gain.reshape(-1), more.reshape(len(more), -1)
-    known = np.isfinite(flat) & (flat != 0)
-    value = np.where(known, flat, -np.inf)
-    better = np.argsort(-value)[:most]
-    better = better[value[better] > 0]
-    relief = np.flatnonzero(known & (flat < 0) & (need < 0).any(0))
-    relief = relief[np.argsort(-flat[relief])][: 2 * most]
-    if not len(better) or not len(relief):
-        return None
-    both = flat[better][:, None] + flat[relief][None]
-    fits = ((need[:, better][:, :, None] + need[:, relief][:, None]) <= room[:, None, None]).all(0)
-    both = np.where(fits & (better[:, None] // options != relief[None] // options), both, -np.inf)
-    at = np.unravel_index(np.argmax(both), both.shape)
-    if both[at] <= 1e-15:
-        return None
-    a, b = int(better[at[0]]), int(relief[at[1]])
-    return (a // options, a % options), (b // options, b % options)
 
 
 def _milp(loss: Any, scaled: Any, known: Any, gap: float, bound: float, picked: Any, began: float) -> Choice:
