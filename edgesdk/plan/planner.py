@@ -3,46 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import median
 
 from edgesdk import __version__
-from edgesdk.device import ComputeUnit, DeviceProfile
 from edgesdk.devices import load_device
-from edgesdk.efficiency import Efficiency
 from edgesdk.errors import EdgeError, InputError, UnknownName
-from edgesdk.graph.memory import memory_answer, weight_bytes
-from edgesdk.graph.memory_plan import dry_plan, known
+from edgesdk.graph.memory import weight_bytes
+from edgesdk.graph.memory_plan import dry_plan
 from edgesdk.graph.types import ModelGraph, Unit
 from edgesdk.model import SEPARATOR
-from edgesdk.plan.cost import Z80, UnitCost, call_seconds, fused, total, unit_cost, working_set
-from edgesdk.plan.harm import Harm, Step, harm_of, quality_of
-from edgesdk.plan.options import options
-from edgesdk.plan.rates import efficiency_for
-from edgesdk.plan.solve import Option, Solution, solve
+from edgesdk.plan.cost import Z80, UnitCost, call_seconds, fused, total, working_set
+from edgesdk.plan.harm import Step, harm_of, quality_of
+from edgesdk.plan.setting import Setting, cost_of, group_of, memory_of, offered_by, runtimes_of, setting_of, table_of
+from edgesdk.plan.solve import Solution, solve
 from edgesdk.plan.subject import Subject
-from edgesdk.plan.types import Budget, BudgetCheck, Candidate, Estimate, MemoryAnswer, Plan, Precision, UnitPlan, Workload
-from edgesdk.target import target_for
+from edgesdk.plan.types import Budget, BudgetCheck, Candidate, Estimate, Plan, Precision, UnitPlan, Workload
 
 DEFAULT_DROP = 0.01
 """Quality a plan may lose when the user names no limit and quality can be measured."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One candidate's surroundings: everything but the precisions."""
-
-    subject: Subject
-    graph: ModelGraph
-    device: DeviceProfile
-    compute: ComputeUnit
-    runtime: str
-    threads: int
-    efficiency: Efficiency
-    harm: Harm
-    workload: Workload
-    lost: float = 0.0  # quality that compressing the model before has cost already
-    whole: bool = False  # the whole model in static int8, nothing rounded in between; else each weight for itself
 
 
 def make_plan(
@@ -58,8 +37,8 @@ def make_plan(
     for ref in [refs[layout]] if layout else list(refs.values()):
         subject = asked if ref == model else Subject(ref)
         graph, harm = _answering(subject.graph, workload), harm_of(subject, step)
-        for name in _runtimes(profile, runtime, graph):
-            setting = _setting(subject, graph, harm, profile, name, threads, workload)
+        for name in runtimes_of(profile, runtime, graph):
+            setting = setting_of(subject, graph, harm, profile, name, threads, workload)
             made.append((setting, _candidate(setting, budget)))
     at, best = _chosen(made, budget, step)
     if any(c.name == "storage" and not c.fits for c in best.checks):
@@ -98,7 +77,7 @@ def _compressed(settings: list[Setting], budget: Budget, step: Step) -> tuple[li
     if first.graph.source != "torch" or first.subject.facts.coded:
         return [], ""
     weights = first.graph.weights().values()
-    fixed = max(_memory(s, {}).weights_bytes - sum(weight_bytes(u, "fp32", s.runtime) for u in weights) for s in settings)
+    fixed = max(memory_of(s, {}).weights_bytes - sum(weight_bytes(u, "fp32", s.runtime) for u in weights) for s in settings)
     room = int(budget.storage_bytes - fixed - sum(4 * u.rows for u in weights))
     recipe = f"auto:bytes={room}"
     try:
@@ -165,23 +144,6 @@ def _rank(plan: Plan, best_quality: float | None, budget: Budget) -> tuple[bool,
     return not plan.fits, worse, 0.0 if plan.fits else over, plan.latency.value
 
 
-def _runtimes(device: DeviceProfile, asked: str | None, graph: ModelGraph) -> list[str]:
-    """Runtimes to consider, in the target's order: what the device has and edgesdk lowers for."""
-    here = {r.name for r in device.runtimes}
-    if asked is not None:
-        if asked not in here:
-            raise UnknownName(f"runtime on {device.name}", asked, here)
-        return [asked]
-    target = target_for(device)
-    kept: list[str] = [r for r in target.runtimes if r in here and not (graph.source == "tflite" and r.startswith("executorch"))]
-    if not kept:
-        raise InputError(
-            f"{device.name} has no runtime that takes {graph.name}",
-            f"its runtimes: {', '.join(sorted(here)) or 'none'}; name one with --runtime",
-        )
-    return kept
-
-
 def _answering(graph: ModelGraph, workload: Workload) -> ModelGraph:
     """The graph with its decode method called once for every token of an answer. Raises `InputError` where that cannot be."""
     n = workload.output_length
@@ -202,99 +164,6 @@ def _answering(graph: ModelGraph, workload: Workload) -> ModelGraph:
             method = method.model_copy(update={"unroll": n})
         methods.append(method)
     return graph.model_copy(update={"methods": tuple(methods)})
-
-
-def _setting(
-    subject: Subject, graph: ModelGraph, harm: Harm, device: DeviceProfile, runtime: str, threads: int | None, workload: Workload
-) -> Setting:
-    compute = device.unit(next(r.unit for r in device.runtimes if r.name == runtime))
-    n = threads or target_for(device).default_threads
-    if n > compute.cores:
-        raise InputError(f"--threads {n}: {device.name}'s {compute.name} has {compute.cores} cores", "ask for fewer threads")
-    return Setting(subject, graph, device, compute, runtime, n, efficiency_for(device, compute, runtime, n), harm, workload)
-
-
-def _group(method: str, unit: Unit) -> str:
-    return unit.weight or f"{method}/{unit.name}"
-
-
-def _cost(s: Setting, unit: Unit, precision: str, touched: float) -> UnitCost:
-    """`touched`: bytes a call of the whole method touches, as float: what decides the memory level its weights come from."""
-    cost = unit_cost(unit, precision, s.device, s.runtime, s.threads, s.efficiency, working_set=touched)
-    clock = s.compute.clock_hz / s.compute.sustained_clock_hz if s.workload.sustained and s.compute.sustained_clock_hz else 1.0
-    factor = clock * s.workload.batch
-    if precision == "int8-static" and not s.whole and cost.seconds:  # alone among floats it rounds its input and turns its output back
-        ends = [Unit(name="turn", op="quantize", in_elements=n, out_elements=n) for n in (unit.in_elements, unit.out_elements)]
-        turns = sum(unit_cost(end, "fp32", s.device, s.runtime, s.threads, s.efficiency).seconds for end in ends)
-        factor *= 1 + turns / cost.seconds
-    return replace(cost, seconds=cost.seconds * factor, low=cost.low * factor, high=cost.high * factor)
-
-
-def _offered(s: Setting, unit: Unit, method: str) -> list[Precision]:
-    """Precisions of a unit; static int8 needs data for its ranges, and no attention masks, which would stretch every range."""
-    static = s.subject.facts.layout == "plain" and s.subject.facts.has_calibration
-    found = options(unit, method, s.runtime, s.device, source=s.graph.source, static=static)
-    if s.whole:
-        return ["int8-static"] if "int8-static" in found else found[:1]
-    return found if unit.weight_elements else found[:1]
-
-
-def _table(s: Setting, slower: bool) -> tuple[list[Option], dict[str, float], int]:
-    """Options by group, the fixed part of every metric, and how many options were refused for being slower than float."""
-    uses: dict[tuple[str, str], dict[str, float]] = {}
-    choices: dict[str, list[Precision]] = {}
-    fixed: dict[str, float] = {"latency": 0.0}
-    for method in s.graph.methods:
-        call = call_seconds(method, "fp32", s.efficiency) * s.workload.batch
-        fixed[f"latency:{method.name}"] = call
-        fixed["latency"] += call * method.unroll
-        touched, quiet = working_set(method, {}), fused(method)
-        for unit in (u for u in method.units if u.name not in quiet):
-            group, offered = _group(method.name, unit), _offered(s, unit, method.name)
-            if not unit.weight_elements:
-                value = _cost(s, unit, offered[0], touched).seconds
-                fixed["latency"] += value * method.unroll
-                fixed[f"latency:{method.name}"] += value
-                continue
-            choices[group] = [p for p in offered if p in choices.get(group, offered)]
-            for precision in offered:
-                use = uses.setdefault((group, precision), {"memory": weight_bytes(unit, precision, s.runtime), "latency": 0.0, "harm": 0.0})
-                value = _cost(s, unit, precision, touched).seconds
-                use["latency"] += value * method.unroll
-                use[f"latency:{method.name}"] = use.get(f"latency:{method.name}", 0.0) + value
-                use["harm"] += s.harm.of(unit.weight or "", precision)
-                use["storage"] = _stored(s, unit, precision)
-    kept = [Option(g, p, u) for (g, p), u in uses.items() if p in choices[g]]
-    fast = [o for o in kept if slower or o.use["latency"] <= uses[(o.group, choices[o.group][0])]["latency"] * 1.0001]
-    held = {g: float(weight_bytes(u, "fp32", s.runtime)) for g, u in s.graph.weights().items() if g in choices}
-    answer = _memory(s, {})
-    fixed["memory"] = answer.peak_bytes - sum(held.values())
-    fixed["storage"] = answer.weights_bytes - sum(held.values())
-    return fast, fixed, len(kept) - len(fast)
-
-
-def _stored(s: Setting, unit: Unit, precision: str) -> float:
-    """Bytes of a weight in the program's file: its code, where the model is compressed, with what the precision adds to it."""
-    held = float(weight_bytes(unit, precision, s.runtime))
-    code = s.subject.facts.coded.get(unit.weight or "")
-    if code is None or (precision == "int4-g32" and unit.weight not in s.subject.facts.int4):
-        return held
-    return min(held, code + (4.0 * unit.rows if precision.startswith("int8") else 0.0))
-
-
-RUNTIME_BYTES = {"litert": 13_300_000, "tflite-runtime": 13_300_000, "executorch": 343_000_000}
-"""Growth of resident memory when the runtime's Python package is loaded with a small program: x86-64 Linux, ai-edge-litert 2.3.0,
-executorch 1.4.1 with libtorch. Used where a profile has no figure of its own."""
-
-
-def _memory(s: Setting, precisions: dict[tuple[str, str], str]) -> MemoryAnswer:
-    """The memory answer; a runtime whose size the profile does not know counts as measured on x86-64."""
-    answer = memory_answer(s.graph, precisions, s.runtime, s.device, known(s.graph.model_digest, s.runtime, precisions.values()))
-    own = RUNTIME_BYTES.get(s.runtime)
-    if answer.runtime_bytes is not None or own is None:
-        return answer
-    left = tuple(n for n in answer.not_counted if not n.startswith("the runtime itself"))
-    return answer.model_copy(update={"runtime_bytes": own, "peak_bytes": answer.peak_bytes + own, "not_counted": left})
 
 
 def _limits(s: Setting, budget: Budget) -> dict[str, float]:
@@ -325,7 +194,7 @@ def _candidate(s: Setting, budget: Budget, strict: float = 1.0) -> Plan:
     plans = [_solved(s, budget, strict)]
     weighted = [(m.name, u) for m in s.graph.methods for u in m.units if u.weight_elements]
     whole = replace(s, whole=True)
-    if weighted and all(_offered(whole, u, m) == ["int8-static"] for m, u in weighted):
+    if weighted and all(offered_by(whole, u, m) == ["int8-static"] for m, u in weighted):
         plans.append(_solved(whole, budget, strict))
     best = min(plans, key=lambda p: (not p.fits, p.latency.value if p.fits else p.checks[0].reached / p.checks[0].limit))
     front = tuple(c for p in plans for c in p.front)
@@ -336,11 +205,11 @@ def _solved(s: Setting, budget: Budget, strict: float) -> Plan:
     limits = _limits(s, budget)
     if "harm" in limits:
         limits["harm"] *= strict
-    fast, fixed, refused = _table(s, slower=s.whole)
+    fast, fixed, refused = table_of(s, slower=s.whole)
     solution = solve(fast, fixed, limits)
     forced = False
     if solution.stretch > 1 and refused:
-        every, fixed, _ = _table(s, slower=True)
+        every, fixed, _ = table_of(s, slower=True)
         wider = solve(every, fixed, limits)
         forced = wider.stretch < solution.stretch
         solution = wider if forced else solution
@@ -362,10 +231,10 @@ def _plan(
     for method in s.graph.methods:
         own, touched, quiet = [], working_set(method, {}), fused(method)
         for unit in method.units:
-            group = _group(method.name, unit)
-            offered = _offered(s, unit, method.name)
+            group = group_of(method.name, unit)
+            offered = offered_by(s, unit, method.name)
             precision = solution.chosen[group].precision if group in solution.chosen else offered[0]
-            cost = _cost(s, unit, precision, touched) if unit.name not in quiet else UnitCost(0.0, 0.0, 0.0, "overhead", 0.0)
+            cost = cost_of(s, unit, precision, touched) if unit.name not in quiet else UnitCost(0.0, 0.0, 0.0, "overhead", 0.0)
             own.append(cost)
             estimate = Estimate(value=cost.seconds, low=cost.low, high=cost.high)
             size = 0 if group in seen else weight_bytes(unit, precision, s.runtime)
@@ -382,7 +251,7 @@ def _plan(
         call = call_seconds(method, "int8-static" if int8 else "fp32", s.efficiency) * s.workload.batch
         per_method[method.name] = total(own, s.efficiency, call)
     latency = _whole(s.graph, per_method)
-    memory = _memory(s, {(u.method, u.unit): u.precision for u in units})
+    memory = memory_of(s, {(u.method, u.unit): u.precision for u in units})
     checks = tuple(
         sorted(
             (
@@ -419,7 +288,7 @@ STEPS_OF_FRONT = 3
 
 def _front(s: Setting, limits: dict[str, float]) -> list[Candidate]:
     """All-float, the smallest and the fastest choice within the quality budget, and the fastest at memory limits between these two."""
-    table, fixed, _ = _table(s, slower=True)
+    table, fixed, _ = table_of(s, slower=True)
     kept = {k: v for k, v in limits.items() if k == "harm"}
     floats = solve([o for o in table if o.precision in ("fp32", "as-is")], fixed, {})
     ends = [solve(table, fixed, kept, objective) for objective in ("latency", "memory")]
@@ -438,7 +307,7 @@ def _point(s: Setting, fixed: dict[str, float], solution: Solution) -> Candidate
         memory_bytes=round(_reached(solution, fixed, "memory")), storage_bytes=round(_reached(solution, fixed, "storage")),
         latency=Estimate(value=value, low=value / 2.72**spread, high=value * 2.72**spread),
         quality_drop=s.lost + _reached(solution, fixed, "harm") if s.harm.quality is not None else None,
-        choice={f"{m.name}/{u.name}": taken[g] for m in s.graph.methods for u in m.units if (g := _group(m.name, u)) in taken},
+        choice={f"{m.name}/{u.name}": taken[g] for m in s.graph.methods for u in m.units if (g := group_of(m.name, u)) in taken},
     )  # fmt: skip
 
 
@@ -459,7 +328,7 @@ def _why(s: Setting, unit: Unit, precision: str, offered: list[Precision], touch
         return "the only choice here"
     if precision == "fp32":
         return "float is fastest here, or needed for quality"
-    float_s, own_s = _cost(s, unit, "fp32", touched).seconds, _cost(s, unit, precision, touched).seconds
+    float_s, own_s = cost_of(s, unit, "fp32", touched).seconds, cost_of(s, unit, precision, touched).seconds
     smaller = weight_bytes(unit, "fp32", s.runtime) / max(weight_bytes(unit, precision, s.runtime), 1)
     return f"{float_s / own_s:.2g}x the speed of float, {smaller:.2g}x smaller" if own_s > 0 else f"{smaller:.2g}x smaller"
 

@@ -1,0 +1,147 @@
+"""What one candidate of a plan is made of, and what every unit would take at every precision: the planner's table, which compression uses, too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from edgesdk.device import ComputeUnit, DeviceProfile
+from edgesdk.efficiency import Efficiency
+from edgesdk.errors import InputError, UnknownName
+from edgesdk.graph.memory import memory_answer, weight_bytes
+from edgesdk.graph.memory_plan import known
+from edgesdk.graph.types import ModelGraph, Unit
+from edgesdk.plan.cost import UnitCost, call_seconds, fused, unit_cost, working_set
+from edgesdk.plan.harm import Harm
+from edgesdk.plan.options import options
+from edgesdk.plan.rates import efficiency_for
+from edgesdk.plan.solve import Option
+from edgesdk.plan.subject import Subject
+from edgesdk.plan.types import MemoryAnswer, Precision, Workload
+from edgesdk.target import target_for
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One candidate's surroundings: everything but the precisions."""
+
+    subject: Subject
+    graph: ModelGraph
+    device: DeviceProfile
+    compute: ComputeUnit
+    runtime: str
+    threads: int
+    efficiency: Efficiency
+    harm: Harm
+    workload: Workload
+    lost: float = 0.0  # quality that compressing the model before has cost already
+    whole: bool = False  # the whole model in static int8, nothing rounded in between; else each weight for itself
+
+
+def runtimes_of(device: DeviceProfile, asked: str | None, graph: ModelGraph) -> list[str]:
+    """Runtimes to consider, in the target's order: what the device has and edgesdk lowers for."""
+    here = {r.name for r in device.runtimes}
+    if asked is not None:
+        if asked not in here:
+            raise UnknownName(f"runtime on {device.name}", asked, here)
+        return [asked]
+    target = target_for(device)
+    kept: list[str] = [r for r in target.runtimes if r in here and not (graph.source == "tflite" and r.startswith("executorch"))]
+    if not kept:
+        raise InputError(
+            f"{device.name} has no runtime that takes {graph.name}",
+            f"its runtimes: {', '.join(sorted(here)) or 'none'}; name one with --runtime",
+        )
+    return kept
+
+
+def setting_of(
+    subject: Subject, graph: ModelGraph, harm: Harm, device: DeviceProfile, runtime: str, threads: int | None, workload: Workload
+) -> Setting:
+    compute = device.unit(next(r.unit for r in device.runtimes if r.name == runtime))
+    n = threads or target_for(device).default_threads
+    if n > compute.cores:
+        raise InputError(f"--threads {n}: {device.name}'s {compute.name} has {compute.cores} cores", "ask for fewer threads")
+    return Setting(subject, graph, device, compute, runtime, n, efficiency_for(device, compute, runtime, n), harm, workload)
+
+
+def group_of(method: str, unit: Unit) -> str:
+    return unit.weight or f"{method}/{unit.name}"
+
+
+def cost_of(s: Setting, unit: Unit, precision: str, touched: float) -> UnitCost:
+    """`touched`: bytes a call of the whole method touches, as float: what decides the memory level its weights come from."""
+    cost = unit_cost(unit, precision, s.device, s.runtime, s.threads, s.efficiency, working_set=touched)
+    clock = s.compute.clock_hz / s.compute.sustained_clock_hz if s.workload.sustained and s.compute.sustained_clock_hz else 1.0
+    factor = clock * s.workload.batch
+    if precision == "int8-static" and not s.whole and cost.seconds:  # alone among floats it rounds its input and turns its output back
+        ends = [Unit(name="turn", op="quantize", in_elements=n, out_elements=n) for n in (unit.in_elements, unit.out_elements)]
+        turns = sum(unit_cost(end, "fp32", s.device, s.runtime, s.threads, s.efficiency).seconds for end in ends)
+        factor *= 1 + turns / cost.seconds
+    return replace(cost, seconds=cost.seconds * factor, low=cost.low * factor, high=cost.high * factor)
+
+
+def offered_by(s: Setting, unit: Unit, method: str) -> list[Precision]:
+    """Precisions of a unit; static int8 needs data for its ranges, and no attention masks, which would stretch every range."""
+    static = s.subject.facts.layout == "plain" and s.subject.facts.has_calibration
+    found = options(unit, method, s.runtime, s.device, source=s.graph.source, static=static)
+    if s.whole:
+        return ["int8-static"] if "int8-static" in found else found[:1]
+    return found if unit.weight_elements else found[:1]
+
+
+def table_of(s: Setting, slower: bool) -> tuple[list[Option], dict[str, float], int]:
+    """Options by group, the fixed part of every metric, and how many options were refused for being slower than float."""
+    uses: dict[tuple[str, str], dict[str, float]] = {}
+    choices: dict[str, list[Precision]] = {}
+    fixed: dict[str, float] = {"latency": 0.0}
+    for method in s.graph.methods:
+        call = call_seconds(method, "fp32", s.efficiency) * s.workload.batch
+        fixed[f"latency:{method.name}"] = call
+        fixed["latency"] += call * method.unroll
+        touched, quiet = working_set(method, {}), fused(method)
+        for unit in (u for u in method.units if u.name not in quiet):
+            group, offered = group_of(method.name, unit), offered_by(s, unit, method.name)
+            if not unit.weight_elements:
+                value = cost_of(s, unit, offered[0], touched).seconds
+                fixed["latency"] += value * method.unroll
+                fixed[f"latency:{method.name}"] += value
+                continue
+            choices[group] = [p for p in offered if p in choices.get(group, offered)]
+            for precision in offered:
+                use = uses.setdefault((group, precision), {"memory": weight_bytes(unit, precision, s.runtime), "latency": 0.0, "harm": 0.0})
+                value = cost_of(s, unit, precision, touched).seconds
+                use["latency"] += value * method.unroll
+                use[f"latency:{method.name}"] = use.get(f"latency:{method.name}", 0.0) + value
+                use["harm"] += s.harm.of(unit.weight or "", precision)
+                use["storage"] = stored_bytes(s, unit, precision)
+    kept = [Option(g, p, u) for (g, p), u in uses.items() if p in choices[g]]
+    fast = [o for o in kept if slower or o.use["latency"] <= uses[(o.group, choices[o.group][0])]["latency"] * 1.0001]
+    held = {g: float(weight_bytes(u, "fp32", s.runtime)) for g, u in s.graph.weights().items() if g in choices}
+    answer = memory_of(s, {})
+    fixed["memory"] = answer.peak_bytes - sum(held.values())
+    fixed["storage"] = answer.weights_bytes - sum(held.values())
+    return fast, fixed, len(kept) - len(fast)
+
+
+def stored_bytes(s: Setting, unit: Unit, precision: str) -> float:
+    """Bytes of a weight in the program's file: its code, where the model is compressed, with what the precision adds to it."""
+    held = float(weight_bytes(unit, precision, s.runtime))
+    code = s.subject.facts.coded.get(unit.weight or "")
+    if code is None or (precision == "int4-g32" and unit.weight not in s.subject.facts.int4):
+        return held
+    return min(held, code + (4.0 * unit.rows if precision.startswith("int8") else 0.0))
+
+
+RUNTIME_BYTES = {"litert": 13_300_000, "tflite-runtime": 13_300_000, "executorch": 343_000_000}
+"""Growth of resident memory when the runtime's Python package is loaded with a small program: x86-64 Linux, ai-edge-litert 2.3.0,
+executorch 1.4.1 with libtorch. Used where a profile has no figure of its own."""
+
+
+def memory_of(s: Setting, precisions: dict[tuple[str, str], str]) -> MemoryAnswer:
+    """The memory answer; a runtime whose size the profile does not know counts as measured on x86-64."""
+    answer = memory_answer(s.graph, precisions, s.runtime, s.device, known(s.graph.model_digest, s.runtime, precisions.values()))
+    own = RUNTIME_BYTES.get(s.runtime)
+    if answer.runtime_bytes is not None or own is None:
+        return answer
+    left = tuple(n for n in answer.not_counted if not n.startswith("the runtime itself"))
+    return answer.model_copy(update={"runtime_bytes": own, "peak_bytes": answer.peak_bytes + own, "not_counted": left})
