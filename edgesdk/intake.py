@@ -25,14 +25,24 @@ METHOD_SETS = ({"forward"}, {"encode", "prefill", "decode"}, {"prefill", "decode
 """The methods a model may have."""
 
 
-def load_model(ref: str) -> ModelSpec:
-    """The model that `ref` names (see `MODEL_HELP`). Raises `InputError`, `UnknownName` or `MissingTool`."""
+def load_model(ref: str, *, input_length: int | None = None, output_length: int | None = None) -> ModelSpec:
+    """The model that `ref` names (see `MODEL_HELP`).
+
+    The lengths, in tokens, are those that a sequence model from Hugging Face is made into programs for: of its source or prompt, and of its
+    answer. Other models have programs already; they take no `input_length`. Raises `InputError`, `UnknownName` or `MissingTool`.
+    """
     path = Path(ref)
     if SEPARATOR in ref:
         from edgesdk.compress.saved import compressed_model
 
         base, _, recipe = ref.rpartition(SEPARATOR)
-        return compressed_model(base, recipe)
+        return compressed_model(base, recipe, input_length=input_length, output_length=output_length)
+    if _is_hub(ref):
+        from edgesdk.intake_hub import load_hugging_face
+
+        return load_hugging_face(ref, input_length, output_length)
+    if input_length is not None:
+        raise InputError(f"--input-length {input_length}: {ref} has programs of fixed lengths", "it goes with a Hugging Face folder or id")
     if ref.startswith("example:"):
         return _example(ref.removeprefix("example:"))
     if path.suffix == ".tflite":
@@ -47,11 +57,16 @@ def load_model(ref: str) -> ModelSpec:
         return _factory(*ref.rsplit(":", 1))
     if path.suffix in OTHER_FILES:
         raise InputError(f"--model {ref}: a {path.suffix} file is not a form it takes", OTHER_FILES[path.suffix])
-    if path.is_dir() or (ref.count("/") == 1 and not ref.startswith((".", "/", "~")) and not path.exists()):
-        from edgesdk.intake_hub import load_hugging_face
-
-        return load_hugging_face(ref)
     raise InputError(f"--model {ref}: {'not a form it takes' if path.exists() else 'no such file, folder or model'}", _near_example(ref))
+
+
+def _is_hub(ref: str) -> bool:
+    """Whether it is a folder, or looks like the id `owner/name`."""
+    path = Path(ref)
+    if path.is_dir():
+        return True
+    other = ":" in ref or path.suffix in OTHER_FILES or path.suffix in (".tflite", ".pt2", ".edgec")
+    return ref.count("/") == 1 and not other and not ref.startswith((".", "/", "~")) and not path.exists()
 
 
 def _example(name: str) -> ModelSpec:

@@ -20,15 +20,15 @@ TOKENS = 64
 """Input length of text models, or the model's longest where that is less."""
 
 
-def load_hugging_face(ref: str) -> ModelSpec:
+def load_hugging_face(ref: str, input_length: int | None = None, output_length: int | None = None) -> ModelSpec:
     """One static `forward` of a local folder, or of an id through the hub's cache or network.
 
-    Text models take input_ids int64 [1, 64] (encoder-decoders decoder_input_ids [1, 64] as well) and give logits or hidden states;
-    models of images take pixel_values float32 [1, channels, height, width], of sound input_values float32 [1, 16000].
+    Text models take input_ids int64 [1, 64] (encoder-decoders decoder_input_ids [1, 64] as well), or the lengths asked for, and give logits or
+    hidden states; models of images take pixel_values float32 [1, channels, height, width], of sound input_values float32 [1, 16000].
     Raises `InputError` (not complete, offline, not known) or `MissingTool`.
     """
     config, inner, _ = load_model_of(ref)
-    inputs = _inputs(config, inner)
+    inputs = _inputs(config, inner, input_length, output_length)
     return _spec(ref, config, inner, inputs)
 
 
@@ -101,7 +101,7 @@ def options_of(kind: Any, options: dict[str, Any]) -> dict[str, Any]:
     return options if kind.__name__.startswith("Auto") else {k: v for k, v in options.items() if k != "trust_remote_code"}
 
 
-def _inputs(config: Any, model: Any) -> tuple[torch.Tensor, ...]:
+def _inputs(config: Any, model: Any, input_length: int | None, output_length: int | None) -> tuple[torch.Tensor, ...]:
     """Example inputs by the model's main input. Raises `InputError` for a kind of input that is not taken."""
     import torch
 
@@ -109,8 +109,14 @@ def _inputs(config: Any, model: Any) -> tuple[torch.Tensor, ...]:
     if main == "input_ids":
         text = config.get_text_config()
         longest = int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or TOKENS)
-        ids = torch.randint(0, int(text.vocab_size), (1, min(TOKENS, longest)), generator=seed)
-        return (ids, ids.clone()) if config.is_encoder_decoder else (ids,)
+        lengths = [n or min(TOKENS, longest) for n in (input_length, output_length)]
+        if max(lengths) > longest:
+            raise InputError(f"{max(lengths)} tokens: the model has positions for {longest}", "ask for a shorter input and output")
+        ids = torch.randint(0, int(text.vocab_size), (1, max(lengths)), generator=seed)
+        source, target = (ids[:, :n].clone() for n in lengths)
+        return (source, target) if config.is_encoder_decoder else (source,)
+    if input_length:
+        raise InputError(f"--input-length {input_length}: a model of {main} takes no text", "leave it out")
     if main == "pixel_values":
         size = getattr(config, "image_size", 224) or 224
         height, width = (size, size) if isinstance(size, int) else tuple(size)

@@ -52,12 +52,12 @@ def layouts(model: str, device: str, *, budget: Budget | None = None, workload: 
     from edgesdk.plan import plan
     from edgesdk.plan.subject import Subject
 
-    asked = Subject(model)
-    wanted = {asked.facts.layout: model, **asked.facts.alternatives}
     budget, workload = budget or Budget(), workload or Workload()
+    asked = Subject(model, workload)
+    wanted = {asked.facts.layout: model, **asked.facts.alternatives}
     found = []
     for name, ref in wanted.items():
-        own = asked if ref == model else Subject(ref)
+        own = asked if ref == model else Subject(ref, workload)
         found.append((name, plan(ref, device, budget=budget, workload=workload, layout=own.facts.layout)))
     rows = sorted((_row(name, p) for name, p in found), key=lambda r: r.whole_answer.value)
     return LayoutTable(device=found[0][1].device, rows=tuple(rows))

@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgesdk.cli.common import Json, console, emit_json, progress
-from edgesdk.cli.plan import Device, Latency, Layout, Memory, Model, QualityDrop, Runtime, Storage, Threads, read_budget
+from edgesdk.cli.plan import (
+    Device,
+    InputLength,
+    Latency,
+    Layout,
+    Memory,
+    Model,
+    OutputLength,
+    QualityDrop,
+    Runtime,
+    Storage,
+    Threads,
+    read_budget,
+)
 
 if TYPE_CHECKING:
     from edgesdk.bundle import Manifest
@@ -28,6 +41,8 @@ def build(
     runtime: Runtime = None,
     threads: Threads = None,
     layout: Layout = None,
+    input_length: InputLength = None,
+    output_length: OutputLength = None,
     out: Annotated[str | None, typer.Option(help="The bundle to write. Default: MODEL-DEVICE.edge.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -36,7 +51,7 @@ def build(
     from edgesdk.errors import DoesNotFit, InputError
     from edgesdk.intake import load_model
     from edgesdk.lower import build as make
-    from edgesdk.plan import DEFAULT_MODEL, Plan
+    from edgesdk.plan import DEFAULT_MODEL, Plan, Workload
     from edgesdk.plan import plan as make_plan
 
     if plan_file is not None and model is not None:
@@ -46,13 +61,16 @@ def build(
             plan = Plan.load(plan_file)
         else:
             budget = read_budget(memory, latency, storage, quality_drop)
-            plan = make_plan(model or DEFAULT_MODEL, device, budget=budget, runtime=runtime, threads=threads, layout=layout, step=step)
+            workload = Workload(input_length=input_length, output_length=output_length)
+            plan = make_plan(
+                model or DEFAULT_MODEL, device, budget=budget, workload=workload, runtime=runtime, threads=threads, layout=layout, step=step
+            )
         if not plan.fits:
             worst = plan.checks[0]
             raise DoesNotFit(
                 f"the plan does not fit: {worst.name} needs {worst.reached / worst.limit:.2f}x its limit", "raise that limit and plan again"
             )
-        path = make(plan, load_model(plan.model), Path(out or f"{plan.model_name}-{plan.device}.edge"), step=step)
+        path = make(plan, load_model(plan.model, **plan.workload.lengths), Path(out or f"{plan.model_name}-{plan.device}.edge"), step=step)
     manifest = read_manifest(path)
     if as_json:
         emit_json(

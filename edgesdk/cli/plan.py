@@ -48,6 +48,14 @@ Runtime = Annotated[str | None, typer.Option("--runtime", help="Only this runtim
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: 1.")]
 Layout = Annotated[str | None, typer.Option("--layout", help="Only this layout of a sequence model. Default: all are weighed.")]
 
+InputLength = Annotated[
+    int | None,
+    typer.Option("--input-length", min=1, help="Tokens of source or prompt that a sequence model is made for. Default: the model's own."),
+]
+OutputLength = Annotated[
+    int | None, typer.Option("--output-length", min=1, help="Tokens of one answer of a sequence model. Default: the model's own.")
+]
+
 
 def plan(
     model: Model = None,
@@ -61,9 +69,8 @@ def plan(
     threads: Threads = None,
     layout: Layout = None,
     batch: Annotated[int, typer.Option(min=1, help="Inputs in one answer, run one after another.")] = 1,
-    output_length: Annotated[
-        int | None, typer.Option("--output-length", min=1, help="Tokens of one answer of a sequence model. Default: the model's own.")
-    ] = None,
+    input_length: InputLength = None,
+    output_length: OutputLength = None,
     sustained: Annotated[
         bool, typer.Option("--sustained", help="Plan with the clocks the device holds for long, where its profile has them.")
     ] = False,
@@ -81,7 +88,7 @@ def plan(
     if model is None:
         say(f"no --model: planning the built-in {DEFAULT_MODEL}")
     budget = read_budget(memory, latency, storage, quality_drop, method_latency)
-    workload = Workload(batch=batch, output_length=output_length, sustained=sustained)
+    workload = Workload(batch=batch, input_length=input_length, output_length=output_length, sustained=sustained)
     with progress("plan") as step:
         answer = make(
             model or DEFAULT_MODEL,

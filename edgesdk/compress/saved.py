@@ -85,14 +85,19 @@ def base_of(path: str | Path) -> str:
     return Compression.from_json(read_member(Path(path), "compression.json"), f"{path}: compression.json").base
 
 
-def compressed_model(ref: str, recipe: str, step: Step | None = None) -> ModelSpec:
-    """`ref` compressed by a recipe in text, its stages divided by `;`. Kept in the cache by content. Raises what `compress` raises."""
+def compressed_model(
+    ref: str, recipe: str, step: Step | None = None, *, input_length: int | None = None, output_length: int | None = None
+) -> ModelSpec:
+    """`ref`, loaded for these lengths (see `load_model`), compressed by a recipe in text, its stages divided by `;`.
+
+    Kept in the cache by content. Raises what `compress` raises.
+    """
     from edgesdk import __version__
     from edgesdk.cache import cache_dir
     from edgesdk.compress.pipeline import compress
     from edgesdk.intake import load_model
 
-    base = load_model(ref)
+    base = load_model(ref, input_length=input_length, output_length=output_length)
     key = hashlib.sha256(json.dumps([base.digest, ref, recipe, __version__]).encode()).hexdigest()[:40]
     kept = cache_dir("compressed") / f"{key}.edgec"
     if kept.exists():

@@ -36,6 +36,6 @@ def plan(
         from edgesdk.plan.subject import Subject
         from edgesdk.plan.verify import verify as build_all
 
-        facts = Subject(model).facts
+        facts = Subject(model, workload).facts
         answer = build_all(answer, {facts.layout: model, **facts.alternatives}, step)
     return answer

@@ -29,13 +29,13 @@ def make_plan(
 ) -> Plan:
     """See `edgesdk.plan.plan`."""
     profile = load_device(device)
-    asked = Subject(model)
+    asked = Subject(model, workload)
     refs = {asked.facts.layout: model, **asked.facts.alternatives}
     if layout is not None and layout not in refs:
         raise UnknownName("layout", layout, refs)
     made: list[tuple[Setting, Plan]] = []
     for ref in [refs[layout]] if layout else list(refs.values()):
-        subject = asked if ref == model else Subject(ref)
+        subject = asked if ref == model else Subject(ref, workload)
         graph, harm = _answering(subject.graph, workload), harm_of(subject, step)
         for name in runtimes_of(profile, runtime, graph):
             setting = setting_of(subject, graph, harm, profile, name, threads, workload)
@@ -81,10 +81,10 @@ def _compressed(settings: list[Setting], budget: Budget, step: Step) -> tuple[li
     room = int(budget.storage_bytes - fixed - sum(4 * u.rows for u in weights))
     recipe = f"auto:bytes={room}"
     try:
-        compressed_model(first.subject.ref, recipe, step=step)
+        compressed_model(first.subject.ref, recipe, step=step, **first.workload.lengths)
     except EdgeError as error:
         return [], f"compressing the weights to {budget.storage_bytes} bytes does not help: {error.what}"
-    subject = Subject(f"{first.subject.ref}{SEPARATOR}{recipe}")
+    subject = Subject(f"{first.subject.ref}{SEPARATOR}{recipe}", first.workload)
     graph, harm = _answering(subject.graph, first.workload), harm_of(subject, step)
     before = first.harm.quality
     lost = max(0.0, before - harm.quality) if before is not None and harm.quality is not None else 0.0

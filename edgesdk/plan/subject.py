@@ -12,6 +12,7 @@ from pydantic import Field
 from edgesdk.graph.types import ModelGraph
 from edgesdk.model import SEPARATOR
 from edgesdk.noun import Noun
+from edgesdk.plan.types import Workload
 
 if TYPE_CHECKING:
     from edgesdk.model import ModelSpec
@@ -67,11 +68,12 @@ def _compressed_key(ref: str) -> str | None:
 class Subject:
     """`facts`, `graph` and, loaded only when something new must be measured, `spec`."""
 
-    def __init__(self, ref: str) -> None:
+    def __init__(self, ref: str, workload: Workload | None = None) -> None:
+        """`workload` says for which lengths a sequence model is loaded."""
         from edgesdk import __version__
         from edgesdk.cache import cache_dir, cached
 
-        self.ref = ref
+        self.ref, self._lengths = ref, (workload or Workload()).lengths
         key = _content_key(ref)
         self.facts = cached("facts", f"{key}-{__version__}", Facts, self._facts) if key else self._facts()
         saved = cache_dir("graphs") / f"{self.facts.model_digest[:32]}-{__version__}.json"
@@ -93,7 +95,7 @@ class Subject:
         """The loaded model. Raises what `load_model` raises."""
         from edgesdk.intake import load_model
 
-        return load_model(self.ref)
+        return load_model(self.ref, **self._lengths)
 
     @cached_property
     def graph(self) -> ModelGraph:

@@ -14,8 +14,14 @@ Precision = Literal["fp32", "fp16", "int8-static", "int8-dynamic", "int8-weight-
 
 class Workload(Part):
     batch: PositiveInt = 1
+    input_length: PositiveInt | None = None  # tokens of source or prompt that a sequence model's programs take; None: the model's own
     output_length: PositiveInt | None = None  # tokens of one answer of a sequence model; None: the model's own `unroll`
     sustained: bool = False
+
+    @property
+    def lengths(self) -> dict[str, int | None]:
+        """As `load_model` takes them."""
+        return {"input_length": self.input_length, "output_length": self.output_length}
 
 
 class Budget(Part):
