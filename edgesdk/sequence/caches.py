@@ -45,11 +45,11 @@ class Caches:
         self.slots = slots
 
     def write(self, new: Sequence[Any], counts: Any) -> None:
-        """Keep the first `counts[b]` tokens of each row of `new`, arrays [rows, K, N, D] in the order of `arrays`."""
+        """Keep the first `counts[b]` tokens of each row of `new`, arrays [rows, K, N, D] in the order of `arrays` (or of its first ones)."""
         rows = np.flatnonzero(counts)
         if len(rows) and int(np.max(counts)) == 1:
             at = self.lengths[rows]
-            for i, array in enumerate(self.arrays):
+            for i, array in enumerate(self.arrays[: len(new)]):
                 window = self.windows[i // 2]
                 if len(rows) == 1:
                     array[rows[0], :, at[0] % window if window else at[0]] = new[i][rows[0], :, 0]

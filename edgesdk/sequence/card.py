@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 NAME = "sequence.json"
-ROLES = ("encode", "prefill", "decode")
+ROLES = ("encode", "prefill", "decode", "draft")
 
 
 class SequenceError(ValueError):
@@ -24,6 +24,7 @@ class Card:
     `methods`: name → {"role", "batch", "source" (S, 0 without encoder), "cache" (T, 0 where it has none), "tokens" (N)}.
     `caches`: one entry per self-attention cache, in the order of the inputs: {"heads": K, "head": D, "window": W or 0}; `cross`: the
     same for cross-attention, {"heads", "head"}. `start`: tokens a generation begins with; `eos`: tokens that end it.
+    `draft`, where it is there: the kind of guesses (see `drafts`) that pay with these programs.
     `vocab`, `layout`, `pad`, `max_output` (tokens) and `tokenizer` ({"kind": "characters" | "bytes" | "hugging-face" | "none", …}).
     """
 
@@ -42,6 +43,7 @@ class Card:
         self.eos: tuple[int, ...] = tuple(int(t) for t in fields["eos"])
         self.pad, self.max_output = int(fields["pad"]), int(fields["max_output"])
         self.tokenizer: dict[str, Any] = dict(fields["tokenizer"])
+        self.draft = str(fields.get("draft", ""))
         for name, method in self.methods.items():
             if method.get("role") not in ROLES:
                 raise ValueError(f"{NAME}: method {name} has role {method.get('role')!r}, known: {', '.join(ROLES)}")
@@ -55,5 +57,5 @@ class Card:
         return cls(data)
 
     def to_bytes(self) -> bytes:
-        fields = {f: getattr(self, f) for f in self.FIELDS}
+        fields = {f: getattr(self, f) for f in (*self.FIELDS, *(("draft",) if self.draft else ()))}
         return json.dumps({"kind": "sequence", "schema_version": 1, **fields}, indent=1, sort_keys=True).encode()

@@ -10,6 +10,9 @@ import numpy as np
 
 from .card import Card, SequenceError
 
+KINDS = ("copy", "count", "exit")
+"""Ways of guessing, see `drafts`."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -27,6 +30,9 @@ class Settings:
     length_penalty: float = 1.0  # a beam's score is its log probability / tokens ** this
     stop: tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] = field(default=())
+    draft: str = (
+        "auto"  # guesses that are checked several at once: "copy", "count", "exit" (see `drafts`), "none", "auto": what the card says
+    )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,7 +58,32 @@ class Settings:
             raise SequenceError("beams and a temperature", "a beam search takes the likeliest answers; leave one of the two out")
         if (self.top_k or self.top_p < 1) and not self.temperature:
             raise SequenceError("top_k and top_p say what is drawn from, but nothing is drawn", "give a temperature, such as 1")
+        self._check_draft(card)
         return card.max_output if self.max_tokens is None else int(self.max_tokens)
+
+    @property
+    def greedy(self) -> bool:
+        return not self.temperature and self.beams == 1 and self.repetition_penalty == 1.0
+
+    def drafts(self, card: Card) -> str:
+        """The kind of guesses to make, or ""."""
+        return "" if self.draft == "none" or not self.greedy else card.draft if self.draft == "auto" else self.draft
+
+    def _check_draft(self, card: Card) -> None:
+        if self.draft in ("none", "auto"):
+            return
+        if self.draft not in KINDS:
+            raise SequenceError(f"draft = {self.draft}", f"known: {', '.join(KINDS)}, none, auto")
+        if not self.greedy:
+            raise SequenceError(
+                f"draft = {self.draft} with drawing, beams or a penalty", "guesses are checked against greedy decoding; leave one out"
+            )
+        if not any(m["role"] == "decode" and m["tokens"] > 1 for m in card.methods.values()):
+            raise SequenceError("the bundle has no program that decodes several tokens at once", "build it with some, or leave --draft out")
+        if self.draft == "exit" and not any(m["role"] == "draft" for m in card.methods.values()):
+            raise SequenceError(
+                "the bundle has no program with the role 'draft'", "build it from a model with an early exit, or use copy or count"
+            )
 
 
 def penalized(logits: Any, seen: Iterable[int], penalty: float) -> Any:

@@ -1,6 +1,6 @@
 """The sequence runtime: prompts in, tokens and text out, over any `run(method, arrays) → arrays`.
 
-The files beside it (`card`, `programs`, `caches`, `session`, `choose`, `beam`, `tokens`) stand alone with it: standard library and numpy, Python 3.9
+The files beside it (`card`, `programs`, `caches`, `session`, `choose`, `drafts`, `beam`, `tokens`) stand alone with it: standard library and numpy, Python 3.9
 and later. They go to a device as they are. What is wrong is a `SequenceError`, which says what to do.
 
     card = Card.read(…); tokenizer = tokenizer_of(card, read)
@@ -23,6 +23,7 @@ import numpy as np
 from .beam import Hypothesis, Search, search
 from .card import Card, SequenceError
 from .choose import Settings, choose
+from .drafts import Counted, Speculation, drafter_of
 from .programs import Halt, Programs, Run
 from .session import Input, Session, encode
 from .tokens import Text, Tokenizer
@@ -50,6 +51,7 @@ class Result:
     alternatives: list[dict[str, Any]] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
     call_s: dict[str, float] = field(default_factory=dict)
+    drafts: dict[str, Any] = field(default_factory=dict)  # where tokens were guessed: how many, and how many were right
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -96,7 +98,7 @@ class _Job:
 
     def __init__(self, run: Run, card: Card, settings: Settings, tokenizer: Tokenizer | None, cancelled: Callable[[], bool] | None) -> None:
         self.card, self.settings, self.tokenizer = card, settings, tokenizer or Tokenizer({})
-        self.cap = settings.check(card)
+        self.cap, self.counted = settings.check(card), Counted()
         self.programs, self.begun = Programs(card, run), time.perf_counter()
         self.programs.watch = self._watch
         self._cancelled = cancelled
@@ -158,6 +160,35 @@ class _Job:
                 if not row.stopped:
                     row.stopped = halt.reason
                     yield self.finish(row, inputs[b])
+
+    def guessed(self, first: int, inputs: Sequence[Input]) -> Iterator[Event]:
+        """Greedy, one row after the other, by guesses that are checked several at once."""
+        for b, x in enumerate(inputs):
+            self.open_lot()
+            row, told = self.row(first + b, x), {}
+            try:
+                session = Session(self.programs, [x])
+                prompt = [] if np.ndim(x) == 2 else [int(t) for t in x]
+                speculation = Speculation(session, drafter_of(self.settings.drafts(self.card), session, prompt, self.counted))
+                told = speculation.told
+                yield from self._follow(row, session, speculation)
+            except Halt as halt:
+                row.stopped = halt.reason
+            yield self.finish(row, x, drafts=told)
+
+    def _follow(self, row: _Row, session: Session, speculation: Speculation) -> Iterator[Event]:
+        output: list[int] = []
+        new = [int(np.argmax(session.logits[0]))]
+        while True:
+            for token in new:
+                output.append(token)
+                event = row.take(token, self.now(), self.cap, self.card, self.settings)
+                if event:
+                    yield event
+                if row.stopped:
+                    return
+            row.last = not session.room[0]
+            new = speculation.step(output, self.cap - len(row.tokens))
 
     def beams(self, first: int, inputs: Sequence[Input]) -> Iterator[Event]:
         self.open_lot()
@@ -236,7 +267,8 @@ def stream(
         raise SequenceError(f"beams = {job.settings.beams} for the layout {card.layout}", "leave --beams out")
     batches = [m["batch"] for m in job.programs.need("encode" if ctc else "decode", 1 << 30).values()]
     lot = max(1, max(batches) // job.settings.beams)
-    answer = job.ctc if ctc else job.beams if job.settings.beams > 1 else job.plain
+    guesses = lot == 1 and not ctc and job.settings.drafts(card)
+    answer = job.ctc if ctc else job.beams if job.settings.beams > 1 else job.guessed if guesses else job.plain
     for first in range(0, len(inputs), lot):
         yield from answer(first, inputs[first : first + lot])
 

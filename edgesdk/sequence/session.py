@@ -177,6 +177,28 @@ class Session:
             self.caches.grow(int(self.decodes[name]["cache"]))
         self.caches.write(self._pending, fill)
 
+    def sketch(self, token: int, most: int, sure: float) -> list[int]:
+        """At most `most` tokens that the model's first layers (role "draft", with `layers` of them) put behind `token` in the first row,
+        as long as they give each a probability of `sure`. What the caches held is as it was; slots behind it are written over."""
+        found = {n: m for n, m in self.programs.role("draft").items() if m["source"] == self.source and m["cache"] == self.caches.slots}
+        if not found or self.caches.window:
+            return []
+        name, method = next(iter(found.items()))
+        held, layers = self.caches.lengths.copy(), int(method["layers"])
+        own, cross = self.caches.arrays[: 2 * layers], self._grouped[0][: 1 + 2 * layers] if self._cross else []
+        drafted: list[int] = []
+        while len(drafted) < most and self.caches.lengths[0] < self.caches.slots:
+            fed = np.asarray([[token]], np.int64)
+            out = self.programs.call(name, [fed, self.caches.lengths[:1, None].copy(), self.caches.mask(1)[:1], *cross, *own])
+            logits = np.asarray(out[0])[0, -1].astype(np.float64)
+            token = int(np.argmax(logits))
+            if 1 / np.exp(logits - logits[token]).sum() < sure:
+                break
+            drafted.append(token)
+            self.caches.write(out[1:], np.asarray([1]))
+        self.caches.lengths = held
+        return drafted
+
     def reorder(self, order: Any) -> None:
         """Row b goes on from what row `order[b]` was; both of the same prompt."""
         whole = np.arange(self.caches.rows)
