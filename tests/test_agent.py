@@ -46,7 +46,7 @@ def test_the_agent_stands_alone_and_is_python_3_9():
         tops |= {str(n.module).split(".")[0] for n in tree.body if isinstance(n, ast.ImportFrom) and not n.level}
         assert tops <= sys.stdlib_module_names | ({"numpy"} if name != "agent.py" else set()), name
         beside = {n.module or "__init__" for n in tree.body if isinstance(n, ast.ImportFrom) and n.level == 1}
-        assert all(f"packed/{module}.py" in agent_files() for module in beside) and (name.startswith("packed/") or not beside), name
+        assert all(f"{name.rpartition('/')[0]}/{module}.py" in agent_files() for module in beside), name
         assert not [n for n in ast.walk(tree) if isinstance(n, ast.Match)]
 
 

@@ -7,6 +7,7 @@ It answers requests, one framed line each (`LENGTH CRC32 JSON`), from stdin on s
     check   folder [repeat]                           golden inputs through the program in `folder`, against golden outputs
     profile folder runs warmup [method]                 raw times and memory, in a process of its own
     run     folder method inputs                         one call, arrays as base64 .npy
+    generate folder prompts settings                     answers, event by event, until a request `cancel` comes or the line ends
     health  folder                                    digest of the manifest and sha256 of every member
 """
 
@@ -20,6 +21,7 @@ import json
 import math
 import os
 import platform
+import select
 import subprocess
 import sys
 import tempfile
@@ -363,17 +365,28 @@ def health(folder: str) -> dict[str, Any]:
 OPEN: dict[str, Any] = {}
 
 
-def run(folder: str, method: str, inputs: list[str]) -> dict[str, Any]:
-    """One call; the program stays open for the next one."""
+def opened(folder: str) -> Any:
+    """A runner of the program in `folder`, which stays open for the next call."""
     folder = os.path.realpath(folder)
     if folder not in OPEN:
         OPEN.clear()
         OPEN[folder] = open_runner(folder, manifest_of(folder))
+    return OPEN[folder]
+
+
+def array_of(text: str) -> Any:
+    """An array from base64 of .npy."""
+    return sys.modules["numpy"].load(io.BytesIO(base64.b64decode(text)), allow_pickle=False)
+
+
+def run(folder: str, method: str, inputs: list[str]) -> dict[str, Any]:
+    """One call."""
+    runner = opened(folder)
     numpy = sys.modules["numpy"]
-    arrays = [numpy.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) for text in inputs]
+    arrays = [array_of(text) for text in inputs]
     start = time.perf_counter_ns()
     try:
-        outputs = OPEN[folder].run(method, arrays)
+        outputs = runner.run(method, arrays)
     except Exception as error:
         bad_input = type(error).__name__ == "RunnerError"
         raise Refused(str(error).splitlines()[0], "give one array for each input, in order, of the shape named", bad_input) from None
@@ -386,10 +399,54 @@ def run(folder: str, method: str, inputs: list[str]) -> dict[str, Any]:
     return {"outputs": texts, "seconds": seconds}
 
 
+def generate(
+    folder: str, prompts: list[Any], settings: dict[str, Any], tell: Callable[[dict[str, Any]], None], cancelled: Callable[[], bool]
+) -> dict[str, Any]:
+    """Answers to prompts (token ids; sound as base64 .npy); the whole loop runs here."""
+    runner = opened(folder)
+    serve = importlib.import_module("sequence.serve")
+    inputs = [array_of(p) if isinstance(p, str) else p for p in prompts]
+    try:
+        serve.serve(runner.run, folder, inputs, settings, tell, cancelled)
+    except serve.SequenceError as error:
+        raise Refused(error.what, error.hint, True) from None
+    return {}
+
+
 # ---- serving
 
 FRESH: dict[str, Callable[..., dict[str, Any]]] = {"check": check, "profile": profile}
-VERBS: dict[str, Callable[..., dict[str, Any]]] = {"facts": facts, "health": health, "run": run, **FRESH}
+VERBS: dict[str, Callable[..., dict[str, Any]]] = {"facts": facts, "health": health, "run": run, "generate": generate, **FRESH}
+
+
+class Lines:
+    """Lines from a file descriptor, and whether one waits."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd, self.held, self.ended = fd, bytearray(), False
+
+    def _more(self) -> None:
+        chunk = os.read(self.fd, 1 << 20)
+        self.ended = not chunk
+        self.held += chunk
+
+    def next(self) -> bytes:
+        """The next line; nothing at the end."""
+        at = 0
+        while (end := self.held.find(b"\n", at)) < 0:
+            if self.ended:
+                return b""
+            at = len(self.held)
+            self._more()
+        line = bytes(self.held[: end + 1])
+        del self.held[: end + 1]
+        return line
+
+    def cancelled(self) -> bool:
+        """Whether a request has come (the only one that comes before an answer is `cancel`) or the other side is gone."""
+        while not self.ended and b"\n" not in self.held and select.select([self.fd], [], [], 0)[0]:
+            self._more()
+        return self.ended or b"\n" in self.held
 
 
 def in_fresh_process(request: dict[str, Any], write: Write) -> None:
@@ -415,7 +472,7 @@ def in_fresh_process(request: dict[str, Any], write: Write) -> None:
         write({"id": request["id"], "error": f"the runtime crashed on the device ({reason})", "hint": hint})
 
 
-def answer(request: dict[str, Any], write: Write, fresh: bool) -> None:
+def answer(request: dict[str, Any], write: Write, fresh: bool, lines: Lines) -> None:
     verb = request.pop("verb", "")
     number = request.pop("id", 0)
     try:
@@ -423,6 +480,8 @@ def answer(request: dict[str, Any], write: Write, fresh: bool) -> None:
             raise Refused(f"the agent has no verb '{verb}'", "known: " + ", ".join(sorted(VERBS)))
         if verb == "profile":
             request["tell"] = lambda text, share: write({"id": number, "progress": [text, share]})
+        if verb == "generate":
+            request.update(tell=lambda event: write({"id": number, "event": event}), cancelled=lines.cancelled)
         if verb in FRESH and not fresh:
             request.pop("tell", None)
             in_fresh_process({"verb": verb, "id": number, **request}, write)
@@ -446,13 +505,16 @@ def main() -> None:
     sys.path.insert(0, HERE)
     if not fresh:
         write({"hello": "edgesdk-agent", "version": VERSION})
-    for line in iter(sys.stdin.buffer.readline, b""):
+    lines = Lines(0)
+    for line in iter(lines.next, b""):
         try:
             request = decode(line)
+            if request.get("verb") == "cancel":
+                continue  # what it ends has ended
         except (Refused, ValueError):
             write({"id": 0, "error": "the request was damaged on the way", "hint": "run the command again"})
             continue
-        answer(request, write, fresh)
+        answer(request, write, fresh, lines)
 
 
 if __name__ == "__main__":

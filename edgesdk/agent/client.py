@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -13,6 +14,9 @@ from edgesdk.transport.base import Stream, Transport
 
 Tell = Callable[[str, float], None]
 START_S = 60.0
+POLL_S = 0.05
+SEQUENCE = ("__init__", "card", "programs", "caches", "session", "choose", "beam", "tokens", "drafts", "generate", "serve")
+"""The files of `edgesdk.sequence` that run on a device."""
 
 
 def agent_files() -> dict[str, bytes]:
@@ -22,6 +26,7 @@ def agent_files() -> dict[str, bytes]:
     places |= {
         f"packed/{file.name}": file for file in sorted((top / "packed").iterdir(), key=lambda f: f.name) if file.name.endswith(".py")
     }
+    places |= {f"sequence/{name}.py": top / "sequence" / f"{name}.py" for name in SEQUENCE}
     return {name: place.read_bytes() for name, place in places.items()}
 
 
@@ -76,22 +81,30 @@ class Agent:
 
     def ask(self, verb: str, timeout_s: float = 600.0, tell: Tell | None = None, **arguments: Any) -> dict[str, Any]:
         """The answer to one request; `tell(text, share)` hears of its progress. `timeout_s` is between two lines."""
+        self._request(verb, arguments)
+        while True:
+            answer = self._answer(timeout_s)
+            if "progress" not in answer:
+                ok = answer["ok"]
+                assert isinstance(ok, dict)
+                return ok
+            if tell:
+                tell(*answer["progress"])
+
+    def _request(self, verb: str, arguments: Mapping[str, Any]) -> None:
         self._number += 1
         self._stream.send(encode({"verb": verb, "id": self._number, **arguments}))
+
+    def _answer(self, timeout_s: float) -> dict[str, Any]:
+        """The next message about the last request; an error is raised."""
         while True:
             answer = decode(self._stream.readline(timeout_s))
             if answer.get("id") != self._number:
                 continue
-            if "progress" in answer:
-                if tell:
-                    tell(*answer["progress"])
-                continue
             if "error" in answer:
                 kind = InputError if answer.get("bad_input") else DeviceError
                 raise kind(f"{self.link}: {answer['error']}", str(answer.get("hint", "")))
-            ok = answer["ok"]
-            assert isinstance(ok, dict)
-            return ok
+            return answer
 
     def run(self, folder: str, method: str, arrays: list[Any]) -> list[Any]:
         """One call of an installed program: numpy arrays in, numpy arrays out."""
@@ -102,6 +115,37 @@ class Agent:
         texts = [base64.b64encode(array_bytes(a)).decode() for a in arrays]
         answer = self.ask("run", folder=folder, method=method, inputs=texts)
         return [read_array(base64.b64decode(t)) for t in answer["outputs"]]
+
+    def generate(
+        self,
+        folder: str,
+        prompts: Sequence[Any],
+        settings: Mapping[str, Any],
+        cancelled: Callable[[], bool] = lambda: False,
+        timeout_s: float = 600.0,
+    ) -> Iterator[dict[str, Any]]:
+        """The events (see `edgesdk.sequence.generate`) of answers to `prompts`, token ids or arrays, by an installed sequence bundle.
+
+        Once `cancelled()` is true the device is told to end with what there is; its last events still come.
+        """
+        import base64
+
+        from edgesdk.bundles import array_bytes
+
+        sent = [base64.b64encode(array_bytes(p)).decode() if hasattr(p, "dtype") else p for p in prompts]
+        self._request("generate", {"folder": folder, "prompts": sent, "settings": settings})
+        told, until = False, time.monotonic() + timeout_s
+        while True:
+            if not told and cancelled():
+                self._stream.send(encode({"verb": "cancel"}))
+                told = True
+            if not self._stream.ready(POLL_S) and time.monotonic() < until:
+                continue
+            answer = self._answer(max(POLL_S, until - time.monotonic()))
+            if "ok" in answer:
+                return
+            until = time.monotonic() + timeout_s
+            yield answer["event"]
 
     def close(self) -> None:
         self._stream.close()

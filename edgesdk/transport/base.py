@@ -72,6 +72,8 @@ class Stream(Protocol):
 
     def readline(self, timeout_s: float) -> bytes: ...
 
+    def ready(self, timeout_s: float) -> bool: ...
+
     def close(self) -> None: ...
 
 
@@ -138,7 +140,9 @@ class PipeStream:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
         pipe = subprocess.PIPE
         try:
-            self._process = subprocess.Popen(argv, cwd=cwd, stdin=pipe, stdout=pipe, stderr=self._stderr, bufsize=0)
+            self._process = subprocess.Popen(  # in a session of its own: Ctrl-C is the host's to handle
+                argv, cwd=cwd, stdin=pipe, stdout=pipe, stderr=self._stderr, bufsize=0, start_new_session=True
+            )
         except BaseException:
             self._stderr.close()
             raise
@@ -165,6 +169,11 @@ class PipeStream:
             self._buffer += chunk
         line, self._buffer = self._buffer.split(b"\n", 1)
         return line
+
+    def ready(self, timeout_s: float) -> bool:
+        """Whether `readline` has something to read, waited for `timeout_s` at most."""
+        assert self._process.stdout is not None
+        return b"\n" in self._buffer or bool(select.select([self._process.stdout.fileno()], [], [], timeout_s)[0])
 
     def _ended(self) -> EdgeError:
         try:

@@ -170,5 +170,8 @@ class _FakeAgent:
     def readline(self, timeout_s: float) -> bytes:
         return self._lines.pop(0).rstrip(b"\n")
 
+    def ready(self, timeout_s: float) -> bool:
+        return True
+
     def close(self) -> None:
         pass

@@ -1,0 +1,36 @@
+"""What an agent does on a device: answer prompts with the bundle that lies in a folder. Stands alone with `generate`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .card import NAME, Card, SequenceError
+from .choose import Settings
+from .generate import Event, stream
+from .programs import Run
+from .tokens import tokenizer_of
+
+
+def serve(
+    run: Run,
+    folder: str,
+    prompts: Sequence[Any],
+    settings: Mapping[str, Any],
+    tell: Callable[[Event], None],
+    cancelled: Callable[[], bool] | None = None,
+) -> None:
+    """Tell the events of answers to `prompts` (token ids, or sound) with `run`, the programs of the bundle in `folder`. Raises `SequenceError`."""
+
+    def read(name: str) -> bytes:
+        try:
+            with open(os.path.join(folder, name), "rb") as file:
+                return file.read()
+        except OSError:
+            raise SequenceError(f"the bundle in {folder} has no {name}", "it is no sequence model: give it inputs, not a prompt") from None
+
+    card = Card.read(read(NAME))
+    fields = {**settings, "stop": tuple(settings["stop"]), "stop_tokens": tuple(settings["stop_tokens"])}
+    for event in stream(run, card, prompts, Settings(**fields), tokenizer_of(card, read), cancelled):
+        tell(event)
