@@ -57,8 +57,10 @@ def test_any_shape_comes_back(shape: tuple[int, ...], bits: int, by_channel: boo
         assert np.abs(back - x).max() <= (x.max() - x.min()) / (2**bits - 1) * 1.1 + 0.01
         per = 8 // bits
         vectors = shape[0] * shape[1] * (shape[3] if by_channel else shape[2])
-        groups = vectors * -(-(shape[2] if by_channel else shape[3]) // 64)
-        assert packed.codes.nbytes == -(-groups * 64 // per)
+        length = shape[2] if by_channel else shape[3]
+        group = min(64, length)
+        groups = vectors * -(-length // group)
+        assert packed.codes.nbytes == -(-groups * group // per)
         assert packed.nbytes == packed.codes.nbytes + 4 * groups + 6 * len(packed.at) + 2 * (packed.left.size + packed.right.size)
 
 

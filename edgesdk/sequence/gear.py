@@ -64,7 +64,7 @@ def pack(array: Any, *, bits: int = 4, rank: int = 2, outliers: float = 0.01, by
     if not np.isfinite(array).all():
         raise ValueError("keys or values that are not finite")
     rows, heads, tokens, size = array.shape
-    rank = min(rank, tokens, size)
+    rank, group = min(rank, tokens, size), max(1, min(group, tokens if by_channel else size))
     left, right = np.zeros((rows, heads, tokens, 0), np.float16), np.zeros((rows, heads, 0, size), np.float16)
     if not rank:
         return _grid(array, array, outliers, bits, by_channel, group, left, right)

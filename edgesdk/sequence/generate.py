@@ -1,6 +1,6 @@
 """The sequence runtime: prompts in, tokens and text out, over any `run(method, arrays) → arrays`.
 
-The files beside it (`card`, `programs`, `caches`, `session`, `choose`, `drafts`, `beam`, `tokens`) stand alone with it: standard library and numpy, Python 3.9
+The files beside it (`card`, `programs`, `caches`, `session`, `choose`, `drafts`, `prefixes`, `gear`, `beam`, `tokens`) stand alone with it: standard library and numpy, Python 3.9
 and later. They go to a device as they are. What is wrong is a `SequenceError`, which says what to do.
 
     card = Card.read(…); tokenizer = tokenizer_of(card, read)
@@ -24,6 +24,7 @@ from .beam import Hypothesis, Search, search
 from .card import Card, SequenceError
 from .choose import Settings, choose
 from .drafts import Counted, Speculation, drafter_of
+from .prefixes import Prefixes
 from .programs import Halt, Programs, Run
 from .session import Input, Session, encode
 from .tokens import Text, Tokenizer
@@ -96,7 +97,16 @@ class _Row:
 class _Job:
     """One call of `stream`."""
 
-    def __init__(self, run: Run, card: Card, settings: Settings, tokenizer: Tokenizer | None, cancelled: Callable[[], bool] | None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        card: Card,
+        settings: Settings,
+        tokenizer: Tokenizer | None,
+        cancelled: Callable[[], bool] | None,
+        prefixes: Prefixes | None,
+    ) -> None:
+        self.prefixes = prefixes
         self.card, self.settings, self.tokenizer = card, settings, tokenizer or Tokenizer({})
         self.cap, self.counted = settings.check(card), Counted()
         self.programs, self.begun = Programs(card, run), time.perf_counter()
@@ -134,7 +144,7 @@ class _Job:
         self.open_lot()
         rows = [self.row(first + b, x) for b, x in enumerate(inputs)]
         try:
-            session = Session(self.programs, inputs)
+            session = Session(self.programs, inputs, prefixes=self.prefixes)
             logits = session.logits
             while True:
                 for b, row in enumerate(rows):
@@ -167,7 +177,7 @@ class _Job:
             self.open_lot()
             row, told = self.row(first + b, x), {}
             try:
-                session = Session(self.programs, [x])
+                session = Session(self.programs, [x], prefixes=self.prefixes)
                 prompt = [] if np.ndim(x) == 2 else [int(t) for t in x]
                 speculation = Speculation(session, drafter_of(self.settings.drafts(self.card), session, prompt, self.counted))
                 told = speculation.told
@@ -196,7 +206,7 @@ class _Job:
         searches = [Search([Hypothesis([], 0.0, 0)], row.seen) for row in rows]
         reason = ""
         try:
-            search(Session(self.programs, inputs, self.settings.beams), searches, self.settings, self.cap, self._ends)
+            search(Session(self.programs, inputs, self.settings.beams, self.prefixes), searches, self.settings, self.cap, self._ends)
         except Halt as halt:
             reason = halt.reason
         for row, s, x in zip(rows, searches, inputs):  # noqa: B905 (Python 3.9)
@@ -255,12 +265,14 @@ def stream(
     settings: Settings | None = None,
     tokenizer: Tokenizer | None = None,
     cancelled: Callable[[], bool] | None = None,
+    prefixes: Prefixes | None = None,
 ) -> Iterator[Event]:
     """Answer `prompts`, each a text, token ids, or float32 [F, frames] of sound, and give events as they come.
 
-    `cancelled()` is asked before each call of a program; once it is true, every answer ends with what there is. Raises `SequenceError`.
+    `cancelled()` is asked before each call of a program; once it is true, every answer ends with what there is. `prefixes`, kept
+    by the caller from call to call, spares reading again what prompts have in common (one prompt at a time). Raises `SequenceError`.
     """
-    job = _Job(run, card, settings or Settings(), tokenizer, cancelled)
+    job = _Job(run, card, settings or Settings(), tokenizer, cancelled, prefixes)
     inputs = [_input(p, card, job.tokenizer) for p in prompts]
     ctc = card.layout == "encoder-ctc"
     if ctc and job.settings.beams > 1:
@@ -280,10 +292,11 @@ def generate(
     settings: Settings | None = None,
     tokenizer: Tokenizer | None = None,
     cancelled: Callable[[], bool] | None = None,
+    prefixes: Prefixes | None = None,
 ) -> list[Result]:
     """`stream` to its end: one `Result` for each prompt, in their order."""
     results: dict[int, Result] = {}
-    for event in stream(run, card, prompts, settings, tokenizer, cancelled):
+    for event in stream(run, card, prompts, settings, tokenizer, cancelled, prefixes):
         if event["event"] == "done":
             results[event["prompt"]] = Result(**event["result"])
     return [results[i] for i in range(len(prompts))]

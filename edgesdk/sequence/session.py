@@ -12,13 +12,16 @@ import numpy as np
 
 from .caches import HIDDEN, Caches
 from .card import SequenceError
+from .prefixes import Prefixes
 from .programs import Programs, largest, nearest, smallest
 
+CHUNK = 16
+"""So many tokens of a prefill are taken to cost what one call of decode costs: both read all weights."""
 Input = Any
 """Token ids, or the float32 [F, frames] of sound."""
 
 
-def encode(programs: Programs, inputs: Sequence[Input]) -> tuple[list[Any], Any, int]:
+def encode(programs: Programs, inputs: Sequence[Input], prefixes: Prefixes | None = None) -> tuple[list[Any], Any, int]:
     """The encoder's outputs for `inputs`, [rows, …] each, the mask over the source [rows, S], and S."""
     methods = programs.need("encode", len(inputs))
     sound = bool(np.ndim(inputs[0]) == 2)
@@ -36,21 +39,28 @@ def encode(programs: Programs, inputs: Sequence[Input]) -> tuple[list[Any], Any,
     for b, x in enumerate(inputs):
         source[b, ..., : np.shape(x)[-1]] = x
     mask = np.where(np.arange(size) < np.asarray(lengths)[:, None], np.float32(0), HIDDEN)
-    return programs.call_rows(name, [source, mask]), mask, size
+    alone = prefixes if rows == 1 and not sound else None
+    if alone and (known := alone.source(inputs[0])):
+        return known, mask, size
+    outputs = programs.call_rows(name, [source, mask])
+    if alone:
+        alone.keep_source(inputs[0], outputs)
+    return outputs, mask, size
 
 
 class Session:
     """`logits` [rows, V] are those of each row's next token, once it is begun. Raises `SequenceError` for what cannot be generated from."""
 
-    def __init__(self, programs: Programs, inputs: Sequence[Input], copies: int = 1) -> None:
-        """`copies`: rows for each input, side by side (beams); the input is read once."""
+    def __init__(self, programs: Programs, inputs: Sequence[Input], copies: int = 1, prefixes: Prefixes | None = None) -> None:
+        """`copies`: rows for each input, side by side (beams); the input is read once. `prefixes` serve where there is one input."""
         self.programs, card = programs, programs.card
+        self._prefixes = prefixes if len(inputs) == 1 else None
         self.rows, self.prompts = len(inputs) * copies, len(inputs)
         self.decodes = programs.need("decode", self.rows)
         self.batch = int(next(iter(self.decodes.values()))["batch"])
         self.source, self._cross, begin = 0, [], [[*x, *card.start] for x in inputs] if not programs.role("encode") else []
         if programs.role("encode"):
-            outputs, mask, self.source = encode(programs, inputs)
+            outputs, mask, self.source = encode(programs, inputs, self._prefixes)
             self._cross, begin = [mask, *outputs], [list(card.start) for _ in inputs]
         self.decodes = {n: m for n, m in self.decodes.items() if m["source"] == self.source}
         if not self.decodes:
@@ -92,8 +102,10 @@ class Session:
         if not lengths.all():
             raise SequenceError("the prompt is empty", "give some text")
         done, logits = np.zeros(len(begin), np.int64), None
+        if self._prefixes and not self.source:
+            done[0] = self._prefixes.fill(begin[0], self.caches, self._worth(len(begin[0])))
         prefills = {n: m for n, m in self.programs.role("prefill", len(begin)).items() if m["source"] == self.source}
-        if prefills:
+        if prefills and not done.any():
             name = nearest(prefills, "tokens", int(lengths.max()))
             if lengths.max() > 1 or prefills[name]["tokens"] == 1:
                 done = np.minimum(lengths, prefills[name]["tokens"])
@@ -109,7 +121,14 @@ class Session:
             done = done + counts
             behind = out[np.arange(len(begin)), np.maximum(counts, 1) - 1]
             logits = behind if logits is None else np.where((counts > 0)[:, None], behind, logits)
+        if self._prefixes and not self.source:
+            self._prefixes.keep(begin[0], self.caches)
         return logits
+
+    def _worth(self, length: int) -> int:
+        """How many tokens of a prompt a kept beginning must have to be worth it: the rest goes through `decode`."""
+        calls = 1 + length // CHUNK
+        return max(1, length - calls * largest(self._sized(), "tokens"))
 
     def _prefill(self, name: str, begin: list[list[int]], counts: Any) -> Any:
         size, rows = int(self.programs.card.methods[name]["tokens"]), len(begin)
