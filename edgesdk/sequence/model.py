@@ -89,15 +89,23 @@ def split(x: Tensor, heads: int) -> Tensor:
 
 
 def attend(q: Tensor, parts: Sequence[Pair], mask: Tensor) -> Tensor:
-    """Softmax over all parts together, each of which stays where it is: q [B, K, G·N, D], mask [B, 1 or K, 1 or G·N, all their times]."""
-    scores = [q @ k.transpose(-1, -2) for k, _ in parts]
-    weights = torch.softmax((scores[0] if len(parts) == 1 else torch.cat(scores, -1)) + mask, -1)
-    out, at = None, 0
-    for _, v in parts:
-        mixed = weights[..., at : at + v.shape[2]] @ v if len(parts) > 1 else weights @ v
-        out, at = mixed if out is None else out + mixed, at + v.shape[2]
-    assert out is not None
-    return out
+    """Softmax over all parts together, each of which stays where it is: q [B, K, R, D], mask [B, 1 or K, 1 or R, all their times].
+
+    Products are of three dimensions: of four, exporters copy both sides first.
+    """
+    b, heads, rows, size = q.shape
+    q = q.reshape(b * heads, rows, size)
+    keys, values = ([x.reshape(b * heads, -1, size) for x in side] for side in zip(*parts, strict=True))
+    scores = [torch.bmm(q, k.transpose(1, 2)) for k in keys]
+    weights = scores[0] if len(parts) == 1 else torch.cat(scores, -1)
+    if b == 1:
+        weights = torch.softmax(weights + mask[0], -1)
+    else:
+        weights = torch.softmax(weights.reshape(b, heads, rows, -1) + mask, -1).reshape(b * heads, rows, -1)
+    out = torch.bmm(weights[..., : values[0].shape[1]], values[0])
+    if len(parts) == 2:
+        out = out + torch.bmm(weights[..., values[0].shape[1] :], values[1])
+    return out.reshape(b, heads, rows, size)
 
 
 class KeysValues(nn.Module):
