@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,13 +34,11 @@ class Parent:
 
 @dataclass(frozen=True)
 class Piece:
-    """`value` came from the parent's `source`, whole or in part; where `source` is empty it has no origin and keeps what it begins with."""
+    """`value` came from the parent's `source`; None: it has no origin and keeps what it begins with."""
 
     source: str
     value: Tensor | None
-
-    def whole(self, parent: Mapping[str, Tensor]) -> bool:
-        return self.value is not None and self.value.shape == parent[self.source].shape
+    how: Literal["whole", "part", "averaged", "new"]
 
 
 def spread(count: int, of: int) -> tuple[int, ...]:
@@ -85,17 +84,21 @@ def inherited(
     for name, shape in shapes.items():
         parent = parents["encoder" if name.startswith(("encoder.", "source_embed.", "sound.")) and "encoder" in parents else "decoder"]
         source = origin(name, parent, layers, cross)
-        value = parent.weights[source] if source else None
-        if value is not None and re.search(r"_attn\.[kv]\.", name):
-            value = _averaged(value, config, parent, name)
-        if value is not None and (value.dim() != len(shape) or any(n > had for n, had in zip(shape, value.shape, strict=True))):
-            if ".cross_attn." not in name:
-                raise InputError(
-                    f"{name}: {list(shape)} cannot be cut out of {list(value.shape)}", "a model is made of parts of another: take no more"
-                )
-            source, value = "", None  # an encoder wider than the decoder: keys and values of its own
-        answer[name] = Piece(source, None if value is None else value[tuple(slice(n) for n in shape)])
+        answer[name] = _piece(name, tuple(shape), config, parent, source) if source else Piece("", None, "new")
     return answer
+
+
+def _piece(name: str, shape: tuple[int, ...], config: SequenceConfig, parent: Parent, source: str) -> Piece:
+    had = parent.weights[source]
+    value = _averaged(had, config, parent, name) if re.search(r"_attn\.[kv]\.", name) else had
+    if value.dim() != len(shape) or any(n > most for n, most in zip(shape, value.shape, strict=True)):
+        if ".cross_attn." in name:  # an encoder wider than the decoder: keys and values of its own
+            return Piece("", None, "new")
+        raise InputError(
+            f"{name}: {list(shape)} cannot be cut out of {list(value.shape)}", "a model is made of parts of another: take no more"
+        )
+    averaged, whole = value is not had, tuple(value.shape) == shape
+    return Piece(source, value[tuple(slice(n) for n in shape)], "averaged" if averaged else "whole" if whole else "part")
 
 
 def _stacks(config: SequenceConfig, parents: Mapping[str, Parent]) -> list[tuple[str, Stack, Stack]]:
