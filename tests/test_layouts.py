@@ -9,7 +9,7 @@ import pytest
 from edgesdk.errors import InputError
 from edgesdk.plan.lengths import Lengths, parse_lengths, quantile
 from edgesdk.sequence.config import SequenceConfig, Stack
-from edgesdk.sequence.costs import decode, encode, methods, prefill
+from edgesdk.sequence.costs import decode, encode, prefill, programs
 
 
 def small(layout: str = "encoder-decoder", **changes: object) -> SequenceConfig:
@@ -53,15 +53,25 @@ class TestPrograms:
     def test_weights_are_the_configuration_s(self) -> None:
         for layout in ("encoder-decoder", "decoder-only", "encoder-ctc", "decoder-decoder"):
             config = small(layout)
-            held = {u.weight: u.rows * u.cols for m in methods(config, 1, 16, 8, 4) for u in m.units if u.op in ("linear", "embedding")}
-            assert sum(held.values()) == config.parameters, layout
+            held = {
+                u.weight: u.rows * u.cols for p in programs(config, 1, 16, 8, 4) for u in p.graph.units if u.op in ("linear", "embedding")
+            }
+            assert sum(held.values()) == config.parameters + 50 * 64, layout  # the head is a matrix of its own
+
+    def test_equal_layers_written_once_are_the_same_work(self) -> None:
+        for layout in ("encoder-decoder", "decoder-only", "encoder-ctc", "decoder-decoder"):
+            whole, alike = (programs(small(layout), 2, 16, 8, 4, alike=a) for a in (False, True))
+            for one, two in zip(whole, alike, strict=True):
+                assert one.macs == two.macs == one.graph.macs
+                assert len(one.graph.units) == sum(two.times) > len(two.graph.units)
+                assert one.graph.peak_activation_bytes == two.graph.peak_activation_bytes
 
     def test_macs_follow_the_lengths(self) -> None:
         config = small("decoder-only")
         one, two = (prefill(config, 1, n) for n in (8, 16))
-        linear = [sum(u.macs for u in m.units if u.op == "linear" and u.name != "head") for m in (one, two)]
+        linear = [sum(u.macs for u in m.graph.units if u.op == "linear" and u.name != "head") for m in (one, two)]
         assert linear[1] == 2 * linear[0]
-        scores = [sum(u.macs for u in m.units if u.name.startswith("matmul")) for m in (one, two)]
+        scores = [sum(u.macs for u in m.graph.units if u.name.startswith("matmul")) for m in (one, two)]
         assert scores[1] == 4 * scores[0]
 
     def test_decode_pays_for_every_slot(self) -> None:
@@ -72,7 +82,7 @@ class TestPrograms:
         config = small("decoder-only")
         assert config.decoder is not None
         windowed = config.model_copy(update={"decoder": config.decoder.model_copy(update={"windows": (0, 8, 8)})})
-        method = decode(windowed, 1, 64)
+        method = decode(windowed, 1, 64).graph
         assert sorted({t.shape[2] for t in method.inputs if t.name in method.cache_inputs}) == [8, 64]
 
     def test_batch_multiplies_the_work(self) -> None:

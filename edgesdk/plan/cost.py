@@ -171,10 +171,29 @@ def method_costs(
     held = {u.weight: precision_of(u) for u in method.units if u.weight}
     size, quiet = working_set(method, held), fused(method)
     nothing = UnitCost(0.0, 0.0, 0.0, "overhead", 0.0)
-    costs = {
-        u.name: nothing if u.name in quiet else unit_cost(u, precision_of(u), device, runtime, threads, efficiency, working_set=size)
-        for u in method.units
-    }
+    costs: dict[str, UnitCost] = {}
+    known: dict[tuple[object, ...], UnitCost] = {}  # the equal layers of a deep model cost the same
+    for u in method.units:
+        if u.name in quiet:
+            costs[u.name] = nothing
+            continue
+        precision = precision_of(u)
+        alike = (
+            kind_of(u),
+            u.op,
+            u.weight_dtype,
+            u.rows,
+            u.cols,
+            u.bias_elements,
+            u.macs,
+            u.in_elements,
+            u.out_elements,
+            u.act_bytes,
+            precision,
+        )
+        if alike not in known:
+            known[alike] = unit_cost(u, precision, device, runtime, threads, efficiency, working_set=size)
+        costs[u.name] = known[alike]
     whole = {precision_of(u) for u in method.units if u.weight_elements} or {precision_of(u) for u in method.units}
     int8 = whole == {"int8-static"} or any(t.dtype in ("int8", "uint8") for t in method.inputs)
     return costs, call_seconds(method, "int8-static" if int8 else "fp32", efficiency)

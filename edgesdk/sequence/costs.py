@@ -6,6 +6,7 @@ modules of `edgesdk.sequence.model`, whose operators these are. No framework is 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +37,16 @@ class Tape:
     config: SequenceConfig
     call: Call
     units: list[Unit] = field(default_factory=list)
+    times: list[int] = field(default_factory=list)  # how often each unit stands for one
     taken: dict[str, int] = field(default_factory=dict)
+    alike: bool = False  # equal layers are written once
+    layers: int = 1  # those that are being written
     alive: int = 0  # most elements alive between two operators
 
     def add(self, name: str, op: Op, into: int, out: int, **fields: Any) -> None:
         n = self.taken[name] = self.taken.get(name, 0) + 1
         self.units.append(Unit.model_construct(name=name if n == 1 else f"{name}#{n}", op=op, in_elements=into, out_elements=out, **fields))
+        self.times.append(self.layers)
 
     def linear(self, name: str, width: int, out: int, bias: bool = False, *, rows: int | None = None, weight: str = "") -> None:
         """`rows` vectors (all of the call's tokens) of `width` to `out`."""
@@ -61,13 +66,14 @@ class Tape:
             self.add(op, op, into, out)
 
     def norm(self, name: str, dim: int, rows: int | None = None) -> None:
+        """Means are products with a vector, which is how programs are exported."""
         n = self.call.rows if rows is None else rows
         every = n * dim
         if self.config.norm == "layer":
-            self.add("mean", "pool", every, n)
+            self.add(f"{name}.mean", "matmul", every, n, macs=every)
             self.plain("elementwise", (every + n, every))
         self.plain("elementwise", (every, every))
-        self.add("mean", "pool", every, n)
+        self.add(f"{name}.mean", "matmul", every, n, macs=every)
         self.plain("elementwise", (n, n), (n, n), (every + n, every))
         self.add(name, "elementwise", every, every, weight=f"{name}.weight", bias_elements=dim)
         if self.config.norm == "layer":
@@ -118,9 +124,12 @@ class Tape:
         self.alive = max(self.alive, 2 * self.call.rows * stack.dim + (3 if self.config.gated else 2) * inner)
         if self.config.gated:
             self.linear(f"{name}.gate", stack.dim, stack.ffn, self.config.ffn_bias)
-            self.plain("activation", (inner, inner))
+            self.add(self.config.activation, "activation", inner, inner)
         self.linear(f"{name}.up", stack.dim, stack.ffn, self.config.ffn_bias)
-        self.plain(*("elementwise", (2 * inner, inner)) if self.config.gated else ("activation", (inner, inner)))
+        if self.config.gated:
+            self.plain("elementwise", (2 * inner, inner))
+        else:
+            self.add(self.config.activation, "activation", inner, inner)
         self.linear(f"{name}.down", stack.ffn, stack.dim, self.config.ffn_bias)
 
     def embed(self, name: str, dim: int) -> None:
@@ -128,8 +137,30 @@ class Tape:
         self.add(name, "embedding", n, n, weight=f"{name}.weight", weight_shape=(self.config.vocab, dim), rows=self.config.vocab, cols=dim)
 
     def head(self, dim: int, rows: int) -> None:
-        weight = "embed.weight" if self.config.tied else "head.weight"
-        self.linear("head", dim, self.config.vocab, self.config.head_bias, rows=rows, weight=weight)
+        """A matrix of its own in every program, even where the model ties it to the embedding: the two are stored differently."""
+        self.linear("head", dim, self.config.vocab, self.config.head_bias, rows=rows)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A method's units; where equal layers were written once, `times` says how many each unit stands for."""
+
+    graph: MethodGraph
+    times: tuple[int, ...]
+
+    @property
+    def macs(self) -> int:
+        return sum(u.macs * n for u, n in zip(self.graph.units, self.times, strict=True))
+
+
+def _runs(tape: Tape, kinds: list[tuple[int, ...]]) -> Iterator[int]:
+    """The layers to write: every one, or the first of each run of equal `kinds`."""
+    for i, kind in enumerate(kinds):
+        if tape.alike and i and kinds[i - 1] == kind:
+            continue
+        tape.layers = next((j for j in range(i, len(kinds)) if kinds[j] != kind), len(kinds)) - i if tape.alike else 1
+        yield i
+    tape.layers = 1
 
 
 def _layer(tape: Tape, name: str, stack: Stack, self_parts: tuple[int, ...], reads: bool, source: int) -> None:
@@ -157,20 +188,21 @@ def _pairs(kind: str, count: int, *shape: int) -> list[TensorInfo]:
     return [_info(f"{kind}_{part}_{i}", *shape) for i in range(count) for part in ("k", "v")]
 
 
-def _method(name: str, tape: Tape, inputs: list[TensorInfo], outputs: list[TensorInfo], calls: int = 1) -> MethodGraph:
-    return MethodGraph.model_construct(
+def _method(name: str, tape: Tape, inputs: list[TensorInfo], outputs: list[TensorInfo], calls: int = 1) -> Program:
+    graph = MethodGraph.model_construct(
         name=name, units=tuple(tape.units), inputs=tuple(inputs), outputs=tuple(outputs), peak_activation_bytes=4 * tape.alive, unroll=calls,
         cache_inputs=tuple(t.name for t in inputs if t.name.startswith("self_")), cross_cache_inputs=tuple(t.name for t in inputs if t.name.startswith("cross_")),
     )  # fmt: skip
+    return Program(graph, tuple(tape.times))
 
 
-def encode(config: SequenceConfig, batch: int, source: int) -> MethodGraph:
+def encode(config: SequenceConfig, batch: int, source: int, *, alike: bool = False) -> Program:
     """The encoder over `source` tokens, with the decoder's keys and values of its output; the logits of every token in the CTC layout."""
     stack, call = config.encoder, Call(batch, source)
     assert stack is not None
-    tape = Tape(config, call)
+    tape = Tape(config, call, alike=alike)
     tape.embed("embed" if config.decoder is None or config.decoder.dim == stack.dim else "source_embed", stack.dim)
-    for i in range(stack.layers):
+    for i in _runs(tape, [()] * stack.layers):
         _layer(tape, f"encoder.layers.{i}", stack, (source,), False, 0)
     if config.final_norm:
         tape.norm("encoder.final_norm", stack.dim)
@@ -178,7 +210,7 @@ def encode(config: SequenceConfig, batch: int, source: int) -> MethodGraph:
     if config.decoder is None:
         tape.head(stack.dim, call.rows)
         return _method("encode", tape, inputs, [_info("logits", batch, source, config.vocab)])
-    for i in range(config.decoder.layers):
+    for i in _runs(tape, [()] * config.decoder.layers):
         tape.keys_values(f"decoder.layers.{i}.cross_attn", config.decoder, stack.dim, False)
     shape = (batch, config.decoder.kv_heads, source, config.decoder.head)
     return _method("encode", tape, inputs, _pairs("cross", config.decoder.layers, *shape))
@@ -191,16 +223,17 @@ def _decoder(tape: Tape, stack: Stack, slots: int, source: int, last: bool = Fal
     """
     config, made = tape.config, tape.call.tokens
     tape.embed("embed", stack.dim)
-    for i in range(stack.layers):
-        reads = config.shared_from is not None and i >= config.shared_from
+    spans = [stack.window(i) or slots for i in range(stack.layers)]
+    reading = [config.shared_from is not None and i >= config.shared_from for i in range(stack.layers)]
+    for i in _runs(tape, list(zip(spans, reading, strict=True))):
         if i == config.shared_from:
+            layers, tape.layers = tape.layers, 1
             tape.norm("decoder.shared.norm", stack.dim)
             tape.keys_values("decoder.shared", stack, stack.dim, config.positions == "rope")
             tape.call = replace(tape.call, tokens=1) if last else tape.call
-        window = stack.window(i)
-        cached = min(slots, window) if window else slots
-        parts = (cached, made) if slots else (made,)
-        _layer(tape, f"decoder.layers.{i}", stack, parts, reads, source)
+            tape.layers = layers
+        parts = (spans[i], made) if slots else (made,)
+        _layer(tape, f"decoder.layers.{i}", stack, parts, reading[i], source)
     if config.final_norm:
         tape.norm("decoder.final_norm", stack.dim, rows=tape.call.batch if last else None)
 
@@ -211,15 +244,15 @@ def cache_slots(config: SequenceConfig, slots: int) -> list[int]:
     if stack is None:
         return []
     own = stack.layers if config.shared_from is None else config.shared_from
-    held = [min(slots, w) if (w := stack.window(i)) else slots for i in range(own)]
+    held = [stack.window(i) or slots for i in range(own)]
     return held if config.shared_from is None else [*held, slots]
 
 
-def prefill(config: SequenceConfig, batch: int, tokens: int) -> MethodGraph:
+def prefill(config: SequenceConfig, batch: int, tokens: int, *, alike: bool = False) -> Program:
     """The prompt at once: logits of its last token, and keys and values of all."""
     stack = config.decoder
     assert stack is not None
-    tape = Tape(config, Call(batch, tokens))
+    tape = Tape(config, Call(batch, tokens), alike=alike)
     _decoder(tape, stack, 0, 0, last=True)
     tape.head(stack.dim, batch)
     inputs = [_info("tokens", batch, tokens, dtype="int64"), _info("positions", batch, tokens, dtype="int64")]
@@ -228,11 +261,13 @@ def prefill(config: SequenceConfig, batch: int, tokens: int) -> MethodGraph:
     return _method("prefill", tape, inputs, [_info("logits", batch, config.vocab), *made])
 
 
-def decode(config: SequenceConfig, batch: int, slots: int, source: int = 0, *, tokens: int = 1, calls: int = 1) -> MethodGraph:
+def decode(
+    config: SequenceConfig, batch: int, slots: int, source: int = 0, *, tokens: int = 1, calls: int = 1, alike: bool = False
+) -> Program:
     """`tokens` more tokens, over caches of `slots` and the encoder's `source`."""
     stack = config.decoder
     assert stack is not None
-    tape = Tape(config, Call(batch, tokens, slots, source))
+    tape = Tape(config, Call(batch, tokens, slots, source), alike=alike)
     _decoder(tape, stack, slots, source)
     tape.head(stack.dim, tape.call.rows)
     inputs = [
@@ -240,8 +275,8 @@ def decode(config: SequenceConfig, batch: int, slots: int, source: int = 0, *, t
         _info("positions", batch, tokens, dtype="int64"),
         _info("mask", batch, tokens, slots + tokens),
     ]
-    if windows := {w for w in stack.windows if 0 < w < slots}:
-        inputs.append(_info("window_mask", batch, tokens, max(windows) + tokens))
+    if window := max(stack.windows, default=0):
+        inputs.append(_info("window_mask", batch, tokens, window + tokens))
     if source:
         inputs.append(_info("source_mask", batch, source))
         inputs += _pairs("cross", stack.layers, batch, stack.kv_heads, source, stack.head)
@@ -251,14 +286,14 @@ def decode(config: SequenceConfig, batch: int, slots: int, source: int = 0, *, t
     return _method("decode", tape, inputs, outputs, calls)
 
 
-def methods(config: SequenceConfig, batch: int, source: int, slots: int, output: int) -> tuple[MethodGraph, ...]:
+def programs(config: SequenceConfig, batch: int, source: int, slots: int, output: int, *, alike: bool = False) -> tuple[Program, ...]:
     """What answers `output` tokens to a bucket of `source`; `slots` are what the answer's caches hold at most.
 
-    Methods are in the order they run, `unroll` is how often; the first token is there when each has run once, where there is an encoder,
-    and after `prefill` where there is none.
+    Programs are in the order they run, `unroll` is how often; the first token is there when each has run once, where there is an encoder,
+    and after `prefill` where there is none. `alike`: equal layers are written once.
     """
     if config.decoder is None:
-        return (encode(config, batch, source),)
+        return (encode(config, batch, source, alike=alike),)
     if config.encoder is not None:
-        return encode(config, batch, source), decode(config, batch, slots, source, calls=output)
-    return prefill(config, batch, source), decode(config, batch, source + slots, calls=max(output - 1, 0))
+        return encode(config, batch, source, alike=alike), decode(config, batch, slots, source, calls=output, alike=alike)
+    return prefill(config, batch, source, alike=alike), decode(config, batch, source + slots, calls=max(output - 1, 0), alike=alike)

@@ -1,0 +1,260 @@
+"""Layouts under one budget of parameters or memory, each sized to it, costed on a device and compared over lengths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+from pydantic import PositiveInt
+
+from edgesdk.errors import DoesNotFit, InputError
+from edgesdk.noun import Noun, Part
+from edgesdk.plan.lengths import Lengths
+from edgesdk.sequence.config import SequenceConfig
+from edgesdk.sequence.estimate import SequenceCost, Weights, Where, cost, memory_of, places, times
+from edgesdk.sequence.shapes import DEFAULT_PARAMETERS, LAYOUTS, base_config, sized
+
+Step = Callable[[str, float], None]
+Metric = Literal["first token", "answer"]
+Over = Literal["input", "output"]
+METRICS: tuple[Metric, ...] = ("first token", "answer")
+GRID = (16, 32, 64, 128, 256, 512, 1024, 2048)
+"""Lengths of the curves, beside those asked for."""
+
+_RETURN = (
+    "Return of the Encoder (330M and up to 1B): up to 6 points more on average than decoder-only, distilled from a decoder-only teacher"
+)
+EVIDENCE: dict[str, str] = {
+    "encoder-decoder 2/3": _RETURN,
+    "encoder-decoder, one-layer decoder": "Deep Encoder, Shallow Decoder (translation): better quality than non-autoregressive models at their speed",
+    "encoder-ctc": "OWSM-CTC (speech): up to 25% relative improvement on speech translation; nothing known for other texts",
+}
+"""Published quality by layout; what is not here has none that we know."""
+
+
+class ShapeRow(Part):
+    """A layout as it would run at its best runtime; `refused` says why it cannot, and then there is no cost."""
+
+    layout: str
+    config: SequenceConfig
+    parameters: int
+    runtime: str | None = None
+    fits: bool = False
+    cost: SequenceCost | None = None
+    refused: str | None = None
+    evidence: str | None = None  # published quality, never computed
+
+
+class Crossover(Part):
+    """From `at` tokens on `by` is faster than `of`; the other length stays at `fixed`."""
+
+    metric: Metric
+    over: Over
+    at: PositiveInt
+    by: str
+    of: str
+    fixed: PositiveInt
+    leads: bool  # `by` is the fastest of all from here on
+
+
+class Curve(Part):
+    """Seconds of a layout at each of a table's lengths; None where it cannot do them."""
+
+    layout: str
+    metric: Metric
+    seconds: tuple[float | None, ...]
+
+
+class LayoutSearch(Noun):
+    """`rows` in order of the expected time of an answer, those that fit first."""
+
+    KIND: ClassVar[str] = "layout-search"
+
+    device: str
+    weights: Weights
+    threads: PositiveInt
+    batch: PositiveInt
+    input_length: Lengths
+    output_length: Lengths
+    parameters: int | None
+    memory_bytes: int
+    power_mode: str | None
+    rows: tuple[ShapeRow, ...]
+    lengths: tuple[int, ...]  # of the curves, tokens read
+    curves: tuple[Curve, ...]
+    crossovers: tuple[Crossover, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def best(self) -> ShapeRow:
+        return self.rows[0]
+
+
+def search(
+    device: str, *, parameters: int | None = None, memory: int | None = None, base: SequenceConfig | None = None, dim: int | None = None,
+    vocab: int = 32128, input_length: Lengths, output_length: Lengths, batch: int = 1, weights: Weights = "int8",
+    runtime: str | None = None, threads: int | None = None, buckets: tuple[int, ...] = (), step: Step | None = None,
+) -> LayoutSearch:  # fmt: skip
+    """Cost every layout on `device`; the fastest that fits comes first.
+
+    `parameters` sizes each layout; without them the `memory` does (the largest of each that fits it); with both, what does not fit says so.
+    `base` gives the widths; without it they follow from the parameters and `dim`, as in the published comparison.
+    Raises `InputError`, `UnknownName`, and `DoesNotFit` where memory holds no layout at all.
+    """
+    from edgesdk.devices import load_device
+
+    profile, step = load_device(device), step or (lambda text, share: None)
+    where = places(profile, weights, runtime, threads)
+    limit = memory or profile.usable_bytes
+    if base is not None and base.sound is not None:
+        raise InputError("--config: a model of sound", "give a configuration that reads tokens")
+    if parameters is None and memory is None:
+        parameters = base.parameters if base else DEFAULT_PARAMETERS
+    task = Task(input_length, output_length, batch, buckets)
+    rows: list[ShapeRow] = []
+    for i, name in enumerate(LAYOUTS):
+        step(name, 0.5 * i / len(LAYOUTS))
+        try:
+            config = _config(name, base, parameters, limit, where, task, dim, vocab)
+        except (InputError, DoesNotFit):
+            if len(LAYOUTS) == i + 1 and not rows:
+                raise
+            continue
+        rows.append(_row(name, config, where, task, limit))
+    rows.sort(key=lambda r: (r.cost is None, not r.fits, r.cost.answer.mean.value if r.cost else 0.0))
+    table = Curves(tuple(r for r in rows if r.cost is not None), where, task, step)
+    return LayoutSearch(
+        device=profile.name, weights=weights, threads=where[0].threads, batch=batch, input_length=input_length, output_length=output_length,
+        parameters=parameters, memory_bytes=limit, power_mode=profile.default_power_mode, rows=tuple(rows), lengths=table.lengths,
+        curves=table.curves(), crossovers=table.crossovers(), notes=_notes(where, rows),
+    )  # fmt: skip
+
+
+class Task:
+    """What is to be done: the lengths read and written, the texts at once, the sizes that programs are exported with."""
+
+    def __init__(self, source: Lengths, output: Lengths, batch: int, buckets: tuple[int, ...]) -> None:
+        self.source, self.output, self.batch, self.buckets = source, output, batch, buckets
+
+
+def _config(
+    name: str, base: SequenceConfig | None, parameters: int | None, limit: int, where: Sequence[Where], task: Task, dim: int | None, vocab: int
+) -> SequenceConfig:  # fmt: skip
+    if parameters is not None:
+        return sized(name, base or base_config(parameters, dim, vocab), parameters)
+    return _to_memory(name, base, where, limit, task, dim, vocab)
+
+
+def _to_memory(
+    name: str, base: SequenceConfig | None, where: Sequence[Where], memory: int, task: Task, dim: int | None, vocab: int
+) -> SequenceConfig:  # fmt: skip
+    """The largest of a layout whose programs fit `memory` bytes. Raises `DoesNotFit` where none does."""
+    low, high, found = 10_000, 2 * memory, None
+    while high > low * 1.01:
+        middle = round((low * high) ** 0.5)
+        try:
+            config = sized(name, base or base_config(middle, dim, vocab), middle)
+        except InputError:  # too small for its width or its vocabulary
+            low = middle
+            continue
+        peak = min(memory_of(config, w, task.batch, [task.source.largest], task.output.largest).peak_bytes for w in where)
+        low, high, found = (middle, high, config) if peak <= memory else (low, middle, found)
+    if found is None:
+        raise DoesNotFit(f"--memory {memory}: not the smallest {name} fits", "allow more memory, or give a smaller --vocab or --dim")
+    return found
+
+
+def _row(name: str, config: SequenceConfig, where: Sequence[Where], task: Task, limit: int) -> ShapeRow:
+    """At the runtime where it fits and answers fastest."""
+    row = ShapeRow(layout=name, config=config, parameters=config.parameters, evidence=EVIDENCE.get(name))
+    try:
+        made = [(w, cost(config, w, task.source, task.output, batch=task.batch, buckets=task.buckets)) for w in where]
+    except InputError as error:
+        return row.model_copy(update={"refused": error.what})
+    at, best = min(made, key=lambda pair: (pair[1].memory.peak_bytes > limit, pair[1].answer.mean.value))
+    return row.model_copy(update={"runtime": at.runtime, "fits": best.memory.peak_bytes <= limit, "cost": best})
+
+
+class Curves:
+    """Times of the rows over lengths, each with programs of exactly that length, and where they cross."""
+
+    def __init__(self, rows: tuple[ShapeRow, ...], where: Sequence[Where], task: Task, step: Step) -> None:
+        self.rows, self.task, self.step = rows, task, step
+        self.where = {w.runtime: w for w in where}
+        self.fixed = {"input": round(task.source.mean), "output": round(task.output.mean)}
+        self.lengths = tuple(sorted({*GRID, self.fixed["input"]}))
+        self.known: dict[tuple[str, int, int], tuple[float, float]] = {}
+
+    def seconds(self, row: ShapeRow, metric: Metric, read: int, written: int) -> float:
+        """Of one answer or of its first token; infinite where the layout cannot do it."""
+        key = (row.layout, read, written)
+        if key not in self.known:
+            try:
+                first, whole = times(row.config, self.where[row.runtime or ""], read, written, self.task.batch)
+                self.known[key] = first.value, whole.value
+            except InputError:
+                self.known[key] = math.inf, math.inf
+        return self.known[key][METRICS.index(metric)]
+
+    def curves(self) -> tuple[Curve, ...]:
+        found = []
+        for i, row in enumerate(self.rows):
+            self.step(f"{row.layout} over lengths", 0.5 + 0.5 * i / len(self.rows))
+            for metric in METRICS:
+                seconds = [self.seconds(row, metric, n, self.fixed["output"]) for n in self.lengths]
+                found.append(Curve(layout=row.layout, metric=metric, seconds=tuple(s if s < math.inf else None for s in seconds)))
+        return tuple(found)
+
+    def crossovers(self) -> tuple[Crossover, ...]:
+        """Where the fastest layout changes, and where any layout passes decoder-only, over each length with the other one held."""
+        over: tuple[tuple[Metric, Over], ...] = (("first token", "input"), ("answer", "input"), ("answer", "output"))
+        return tuple(c for metric, length in over for c in self._crossings(metric, length))
+
+    def _crossings(self, metric: Metric, over: Over) -> list[Crossover]:
+        other = self.fixed["output" if over == "input" else "input"]
+        grid = sorted({*GRID, self.fixed[over]})
+
+        def at(row: ShapeRow, n: int) -> float:
+            return self.seconds(row, metric, *((n, other) if over == "input" else (other, n)))
+
+        def fastest(n: int) -> ShapeRow:
+            return min(self.rows, key=lambda r: at(r, n))
+
+        def crossing(n: int, by: ShapeRow, of: ShapeRow) -> Crossover:
+            return Crossover(metric=metric, over=over, at=n, by=by.layout, of=of.layout, fixed=other, leads=fastest(n) is by)
+
+        found = []
+        for low, high in pairwise(grid):
+            while (first := fastest(low)) is not fastest(high):
+                low = _first_change(lambda n, first=first: fastest(n) is first, low, high)  # type: ignore[misc]
+                found.append(crossing(low, fastest(low), first))
+        for plain in (r for r in self.rows if r.layout == "decoder-only"):
+            for row in (r for r in self.rows if r is not plain):
+
+                def ahead(n: int, row: ShapeRow = row, plain: ShapeRow = plain) -> bool:
+                    return at(row, n) < at(plain, n)
+
+                for low, high in pairwise(grid):
+                    if ahead(low) != ahead(high):
+                        n = _first_change(ahead, low, high)
+                        found.append(crossing(n, row, plain) if ahead(n) else crossing(n, plain, row))
+        return found
+
+
+def _first_change(test: Callable[[int], bool], low: int, high: int) -> int:
+    """A length above `low`, `high` at most, where `test` is no longer what it is at `low`, but is still so just below."""
+    start = test(low)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if test(middle) == start else (low, middle)
+    return high
+
+
+def _notes(where: Sequence[Where], rows: Sequence[ShapeRow]) -> tuple[str, ...]:
+    notes = [f"times on {w.runtime}: {w.efficiency.origin}" + (f", {w.efficiency.notes[0]}" if w.efficiency.notes else "") for w in where]
+    power = next((r.cost.power_w for r in rows if r.cost), None)
+    if power:
+        notes.append(f"energy: {power:g} W of the power mode x time; an upper bound, not a measurement")
+    return (*notes, "quality: what is published for a layout, where anything is; nothing here was trained or measured")
