@@ -15,7 +15,7 @@ from edgesdk.compress import compress
 from edgesdk.compress.ecoflap import felt
 from edgesdk.compress.magnitude import cubic
 from edgesdk.compress.masks import error_of, fit_kept, largest, of_every, prunable, sparse_code, sparsest
-from edgesdk.compress.nm import NmConfig, Trained
+from edgesdk.compress.nm import NmConfig, Patterned
 from edgesdk.compress.registry import configured
 from edgesdk.compress.shrink import copy_of
 from edgesdk.compress.types import Weight
@@ -36,7 +36,8 @@ def test_magnitude_hits_the_share_exactly_and_stores_less() -> None:
     for recipe in (
         "magnitude:sparsity=0.6",
         "magnitude:sparsity=0.6,allocation=even",
-        "magnitude:sparsity=0.6,allocation=global,steps=12,every=3",
+        "magnitude:sparsity=0.6,allocation=global,steps=12,ramp=0.6,every=3",
+        "magnitude:sparsity=0.6,steps=12",
     ):
         done = compress(spec, recipe)
         held = weights_of(done.spec)
@@ -161,7 +162,7 @@ def test_shares_by_layer_keep_the_mean_and_bad_patterns_are_refused() -> None:
         compress(spec, "nm:n=1,m=64")
 
 
-def distilled(seed: int, **settings: Any) -> tuple[float, Trained]:
+def distilled(seed: int, **settings: Any) -> tuple[float, Patterned]:
     """The error of a small network's outputs after training under masks, over their variance, on inputs it was not trained on."""
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -169,11 +170,13 @@ def distilled(seed: int, **settings: Any) -> tuple[float, Trained]:
     teacher, weights = copy_of(spec), prunable(spec)
     for parameter in net.parameters():
         parameter.requires_grad_(False)
-    trained = Trained(spec, weights, {}, dict.fromkeys(weights, settings["n"]), NmConfig(inputs=False, fit=False, rate=3e-3, **settings))
-    masks = trained.run(lambda text, share: None, teacher)
+    config = NmConfig(inputs=False, fit=False, **settings)
+    trained = Patterned(spec, weights, {}, dict.fromkeys(weights, settings["n"]), config)
+    changing = settings["recipe"] != "fixed"
+    trained.train("nm", lambda text, share: None, teacher=teacher, each=trained.choose if changing else None)
     assert all(
         holds(weights_of(spec)[n].matrix, settings["n"], settings["m"]) and bool((weights_of(spec)[n].matrix[~m] == 0).all())
-        for n, m in masks.items()
+        for n, m in trained.masks.items()
     )
     x = torch.randn(500, 16)
     with torch.no_grad():

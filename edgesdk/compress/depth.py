@@ -20,10 +20,10 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from edgesdk.compress.ecoflap import floats
+from edgesdk.compress.generated import chain_of
 from edgesdk.compress.shrink import copy_of
 from edgesdk.compress.surgery import Edit, apply_edits, narrowed
-from edgesdk.compress.tune import tune
+from edgesdk.compress.training import TrainConfig, trained
 from edgesdk.compress.types import Change, Config, Family, Need, Step
 from edgesdk.errors import InputError
 from edgesdk.plan.fake_quant import samples
@@ -36,7 +36,7 @@ class DepthConfig(Config):
     blocks: Annotated[int, Field(ge=1, le=200)] = 1  # to leave out
     score: Literal["entropy", "similarity", "output"] = "entropy"
     tune: Annotated[int, Field(ge=0, le=20000)] = 0  # steps of training towards the whole model's outputs
-    rate: Annotated[float, Field(gt=0, le=1)] = 3e-4  # of learning
+    rate: Annotated[float, Field(gt=0, le=1)] = 0.01  # of training
     only: str = ""  # blocks whose path begins so
 
 
@@ -85,8 +85,9 @@ class Depth:
             gone += best.outputs
             notes.append(f"{best.path} left out: {config.score} {costs[best.path]:.4g}, the next best {_second(costs):.4g}")
         if config.tune:
-            student, teacher = paired(spec, whole, edits, gone)
-            tune(student, teacher, config.tune, rate=config.rate, step=step)
+            student, teacher = (spec, whole) if chain_of(whole) else paired(spec, whole, edits, gone)
+            taught = TrainConfig(steps=config.tune, rate=config.rate)
+            notes.append(trained(student, taught, step, teacher=teacher, name=self.name).note(self.name, config.tune))
         return Change(tuple(edits), tuple(notes), calibration=spec.calibration)
 
 
@@ -264,7 +265,7 @@ def stream(spec: ModelSpec, path: str, most: int) -> list[tuple[torch.Tensor, to
                 calls.clear()
                 out = entry.module(*sample)
                 at = [i for i, (inside, _) in enumerate(calls) if inside]
-                last = floats(out)[0] if floats(out) else None
+                last = next((o for o in (out if isinstance(out, tuple | list) else (out,)) if o.is_floating_point()), None)
                 if at:
                     a, b = calls[at[0]][1], calls[at[-1] + 1][1] if at[-1] + 1 < len(calls) else last
                     if a is not None and b is not None and a.shape == b.shape and a.is_floating_point():
@@ -296,7 +297,7 @@ class _Fewer(nn.Module):
 def paired(
     spec: ModelSpec, whole: ModelSpec, edits: Sequence[Edit], gone: Sequence[tuple[str, int, int, tuple[int, ...]]]
 ) -> tuple[ModelSpec, ModelSpec]:
-    """The shortened model and the whole one as `tune` wants them: given the same inputs they answer in the same shapes."""
+    """The shortened model and the whole one where their methods are trained each for itself: given the same inputs they answer in the same shapes."""
     student, teacher = {}, {}
     for method, entry in whole.methods.items():
         inputs = [(e["input"], e["dim"], e["index"]) for e in edits if e["do"] == "inputs" and e["method"] == method]

@@ -15,19 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from edgesdk.compress.generated import Calls, stacked
 from edgesdk.compress.layers import need_calibration
 from edgesdk.compress.masks import input_sizes, largest, one_shot, prunable, report
-from edgesdk.compress.tune import batched
+from edgesdk.compress.pruning import stored
 from edgesdk.compress.types import Change, Config, Family, Need, Stats, Step, Weight
 from edgesdk.compress.weights import replaced, stats_of
 from edgesdk.plan.fake_quant import samples
 
 if TYPE_CHECKING:
     from edgesdk.model import ModelSpec
-
-
-def floats(out: Any) -> list[torch.Tensor]:
-    return [o for o in (out if isinstance(out, tuple | list) else (out,)) if o.is_floating_point()]
 
 
 def felt(
@@ -42,10 +39,14 @@ def felt(
 ) -> dict[str, float]:
     """Name → mean squared gradient of the outputs by one of its weights, from forward passes with the weights ± size · rms · noise."""
     generator = torch.Generator().manual_seed(seed)
-    work = [(e.module, s) for m, e in spec.methods.items() for s in batched(samples(spec, m, most), e.module, most)]
-    answer = {}
+    work = [(m, stack) for m in spec.methods for stack in stacked(samples(spec, m, most))]
+    calls, answer = Calls(spec), {}
+
+    def outputs() -> list[list[torch.Tensor]]:
+        return [[o for o in calls(method, stack) if o.is_floating_point()] for method, stack in work]
+
     with torch.no_grad():
-        scales = [[float(o.std(unbiased=False)) + 1e-6 for o in floats(module(*sample))] for module, sample in work]
+        scales = [[float(o.std(unbiased=False)) + 1e-6 for o in outs] for outs in outputs()]
         for i, (name, weight) in enumerate(weights.items()):
             if step:
                 step(f"how much the outputs feel {name}", i / len(weights))
@@ -56,9 +57,9 @@ def felt(
             for _ in range(draws):
                 noise = width * torch.randn(weight.matrix.shape, generator=generator)
                 with replaced(spec, {name: weight.matrix + noise}):
-                    up = [floats(module(*sample)) for module, sample in work]
+                    up = outputs()
                 with replaced(spec, {name: weight.matrix - noise}):
-                    down = [floats(module(*sample)) for module, sample in work]
+                    down = outputs()
                 for a, b, s in zip(up, down, scales, strict=True):
                     total += sum(float(((x - y) / (2 * width * z)).square().mean()) for x, y, z in zip(a, b, s, strict=True))
             answer[name] = total / (draws * len(work) * weight.matrix.numel())
@@ -109,10 +110,11 @@ def keeping(
 
 
 def of_every_counts(
-    spec: ModelSpec, weights: Mapping[str, Weight], stats: Mapping[str, Stats], n: int, m: int, step: Step | None = None
-) -> dict[str, int]:
+    spec: ModelSpec, weights: Mapping[str, Weight], stats: Mapping[str, Stats], n: int, m: int, allocation: str = "ecoflap",
+    step: Step | None = None,
+) -> dict[str, int]:  # fmt: skip
     """Name → how many of every m weights stay there, n of m on average over all weights or less, for the least total cost."""
-    scores = scores_of(spec, weights, stats, "ecoflap", step)
+    scores = scores_of(spec, weights, stats, allocation, step)
     curves, chosen = {}, dict.fromkeys(weights, m)
     heap: list[tuple[float, str]] = []
     for name, score in scores.items():
@@ -151,8 +153,6 @@ class Ecoflap:
 
     def apply(self, spec: ModelSpec, config: EcoflapConfig, step: Step) -> Change:
         """No gradient is taken and nothing is trained."""
-        from edgesdk.compress.magnitude import stored
-
         weights = prunable(spec, config.only)
         stats = stats_of(spec, step=step)
         counts = keeping(spec, weights, stats, config.sparsity, "ecoflap", step=step)

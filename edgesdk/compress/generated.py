@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edgesdk.errors import InputError
 
@@ -50,10 +51,17 @@ class Calls:
             return (*(out if isinstance(out, tuple | list) else (out,)), *(seen[p] for p in taps))
 
         if method not in self.alone:
-            self.alone[method] = not _together(one, inputs)
+            self.alone[method] = not _alike(one, inputs)
         if self.alone[method]:
             return [torch.stack(o) for o in zip(*(one(*x) for x in zip(*inputs, strict=True)), strict=True)]
-        return list(torch.vmap(one)(*inputs))
+        return list(together(one, inputs))
+
+
+def together(one: Any, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """`one` of every sample of the stacks at once. Attention is taken apart: what torch runs as one operator has no form for stacks."""
+    with sdpa_kernel(SDPBackend.MATH):
+        made: tuple[torch.Tensor, ...] = torch.vmap(one)(*inputs)
+    return made
 
 
 def _note(seen: dict[str, torch.Tensor], path: str) -> Any:
@@ -63,11 +71,11 @@ def _note(seen: dict[str, torch.Tensor], path: str) -> Any:
     return hook
 
 
-def _together(one: Any, inputs: Sequence[torch.Tensor]) -> bool:
+def _alike(one: Any, inputs: Sequence[torch.Tensor]) -> bool:
     """Whether two samples at once give what they give alone."""
     try:
         with torch.no_grad():
-            pair = torch.vmap(one)(*(x[:2] for x in inputs))
+            pair = together(one, [x[:2] for x in inputs])
             last = one(*(x[:2][-1] for x in inputs))
         return all(
             a[-1].shape == b.shape and torch.allclose(a[-1].float(), b.float(), atol=1e-3, rtol=1e-3)

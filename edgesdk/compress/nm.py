@@ -17,41 +17,29 @@ import torch
 from pydantic import Field, model_validator
 
 from edgesdk.compress.ecoflap import of_every_counts
-from edgesdk.compress.magnitude import stored
-from edgesdk.compress.masks import input_sizes, of_every, one_shot, prunable, report
-from edgesdk.compress.shrink import copy_of, remembered
-from edgesdk.compress.tune import Tuner
-from edgesdk.compress.types import Change, Config, Family, Need, Stats, Step, Weight
-from edgesdk.compress.weights import holders, stats_of
+from edgesdk.compress.masks import of_every, one_shot, prunable, report
+from edgesdk.compress.pruning import Masked, PruneConfig, stored
+from edgesdk.compress.shrink import remembered
+from edgesdk.compress.types import Change, Family, Need, Stats, Step, Weight
+from edgesdk.compress.weights import stats_of
 
 if TYPE_CHECKING:
     from edgesdk.model import ModelSpec
 
 
-class NmConfig(Config):
-    n: Annotated[int, Field(ge=1)] = 2  # weights that stay
+class NmConfig(PruneConfig):
+    n: Annotated[int, Field(ge=1)] = 2  # weights that stay (on average over the model, unless allocation="even")
     m: Annotated[int, Field(ge=2, le=64)] = 4  # of so many next to each other
-    allocation: Literal["even", "ecoflap"] = "even"  # the same n everywhere, or n on average, by what the outputs feel
-    inputs: bool = True  # a weight counts times the size of its input
-    fit: bool = True  # choose and fit by second moments of the inputs (before any training with recipe="fixed")
-    steps: Annotated[int, Field(ge=0, le=50000)] = 0  # of training towards the whole model's outputs
     recipe: Literal["flow", "adaptive", "fixed"] = "fixed"  # how masks are trained: gradient decay, adaptive masks, not at all
-    ramp: Annotated[float, Field(gt=0, lt=1)] = 0.7  # share of the steps after which the masks no longer change
-    decay: Annotated[float, Field(ge=0)] = 6e-2  # AST's λ at the end of the ramp
-    every: Annotated[int, Field(ge=1)] = 5  # steps between two choices of masks
-    rate: Annotated[float, Field(gt=0, le=1)] = 3e-4  # of learning
-    only: str = ""  # a regular expression over the names of the weights
-    store: Literal["float16", "float32"] = "float16"  # the weights that stay, until a later stage codes them
+    ramp: Annotated[float, Field(ge=0, le=1)] = 0.5
+    every: Annotated[int, Field(ge=1)] = 5
+    decay: Annotated[float, Field(ge=0)] = 1.0  # AST's λ at the end of the ramp, as a share of the gradient's size
 
     @model_validator(mode="after")
     def _fewer(self) -> NmConfig:
         if self.n >= self.m:
             raise ValueError("n must be less than m")
         return self
-
-    @property
-    def needs_data(self) -> bool:
-        return self.inputs or self.fit or self.steps > 0 or self.allocation == "ecoflap"
 
 
 class Nm:
@@ -63,8 +51,9 @@ class Nm:
     config: ClassVar[type[NmConfig]] = NmConfig
 
     def why_not(self, spec: ModelSpec, config: NmConfig) -> str | None:
-        if spec.calibration is None and config.needs_data:
-            return "it has no calibration data (inputs=false,fit=false,steps=0 need none)"
+        reason = config.why_not(spec)
+        if reason:
+            return reason
         widest = max((w.cols for w in prunable(spec, config.only).values()), default=0)
         return f"no row is as long as m = {config.m}" if widest < config.m else None
 
@@ -78,99 +67,66 @@ class Nm:
         weights = {n: w for n, w in found.items() if w.cols >= config.m}
         stats = stats_of(spec, step=step) if config.inputs or config.fit else {}
         counts = dict.fromkeys(weights, config.n)
-        if config.allocation == "ecoflap":
-            counts = of_every_counts(spec, weights, stats, config.n, config.m, step)
-        teacher = spec.reference or copy_of(spec)
+        if config.allocation != "even":
+            counts = of_every_counts(spec, weights, stats, config.n, config.m, config.allocation, step)
         masks: dict[str, torch.Tensor] = {}
         if config.recipe != "flow" or not config.steps:
             choices = {n: partial(of_every, n=counts[n], m=config.m) for n in weights}
             masks = one_shot(spec, weights, stats, choices, step, inputs=config.inputs, fit=config.fit)
-        if config.steps:
-            masks = Trained(spec, weights, stats, counts, config, masks).run(step, teacher)
-        codes = stored(spec, masks, config.store == "float16", {n: (counts[n], config.m) for n in weights})
         short = tuple(f"{n}: left as it is, its rows are shorter than {config.m}" for n in found if n not in weights)
-        return Change((), (*report(weights, masks), *short), codes)
+        if not config.steps:
+            patterns = {n: (counts[n], config.m) for n in weights}
+            return Change((), (*report(weights, masks), *short), stored(spec, masks, config.store == "float16", patterns))
+        made = Patterned(spec, weights, stats, counts, config, masks)
+        outcome = made.train(self.name, step, each=None if config.recipe == "fixed" else made.choose)
+        return Change((), (*report(weights, made.masks), *short, outcome.note(self.name, config.steps)), outcome.codes)
 
 
-class Trained:
-    """Training of a model with masked weights, in place. The modules hold the weights behind the masks (all of them) between the steps and
-    what the masks and their recipe make of them within one."""
+class Patterned(Masked):
+    """Masks of n of every m that change while the weights behind them, all of them, are trained."""
+
+    config: NmConfig
 
     def __init__(
         self, spec: ModelSpec, weights: Mapping[str, Weight], stats: Mapping[str, Stats], counts: Mapping[str, int], config: NmConfig,
         masks: Mapping[str, torch.Tensor] | None = None,
     ) -> None:  # fmt: skip
-        self.spec, self.config, self.counts = spec, config, counts
-        self.held = {n: uses[0][2].weight for n, uses in holders(spec).items() if n in weights}
-        self.shapes = {n: w.matrix.shape for n, w in weights.items()}
-        self.sizes = {n: input_sizes(w, stats.get(n) if config.inputs else None) for n, w in weights.items()}
-        self.latent = {n: p.detach().clone() for n, p in self.held.items()}
-        if masks and config.recipe == "adaptive":  # what one shot left out waits, smaller than what stays
-            for name, mask in masks.items():
-                self.latent[name] += (0.5 * weights[name].matrix * ~mask).reshape(self.latent[name].shape)
-        self.masks = {n: m.reshape(self.held[n].shape) for n, m in masks.items()} if masks else self.chosen()
-        self.settled = max(1, round(config.ramp * config.steps))
+        start = masks or {n: torch.zeros_like(w.matrix, dtype=torch.bool) for n, w in weights.items()}
+        super().__init__(spec, weights, stats, start, config, {n: (counts[n], config.m) for n in weights})
+        self.counts = counts
         self.changed: list[float] = []  # share of the masks' weights that each new choice changed
+        self.decay = 0.0
+        if not masks:
+            self._chosen()
+        elif config.recipe == "adaptive":  # what one shot left out waits, smaller than what stays
+            with torch.no_grad():
+                for name, mask in self.masks.items():
+                    self.latent[name] += 0.5 * weights[name].matrix * ~mask
+        for name, latent in self.latent.items():
+            latent.register_hook(partial(self._pulled, name))  # type: ignore[no-untyped-call]
 
-    def chosen(self) -> dict[str, torch.Tensor]:
-        """Masks of the weights as they are, in the shape of the parameters."""
-        return {
-            n: of_every(w.reshape(self.shapes[n]).abs() * self.sizes[n], self.counts[n], self.config.m).reshape(w.shape)
-            for n, w in self.latent.items()
-        }
+    def choose(self, t: int) -> None:
+        config, settled = self.config, max(1, self.config.settled)
+        if (t % config.every == 0 or t == settled) and t <= settled:
+            before = {n: m.clone() for n, m in self.masks.items()}
+            self._chosen()
+            moved = sum(int((m & ~before[n]).sum()) for n, m in self.masks.items())
+            self.changed.append(moved / max(1, sum(int(m.sum()) for m in before.values())))
+        self.under = max(0.0, 1 - t / settled) if config.recipe == "flow" else 0.0
+        self.open = config.recipe == "adaptive" and t < settled
+        self.decay = config.decay * t / settled if self.open else 0.0
 
-    def share(self, t: int) -> float:
-        """How much of a weight under the mask acts at step t."""
-        return max(0.0, 1.0 - t / self.settled) if self.config.recipe == "flow" else 0.0
+    def _chosen(self) -> None:
+        for name, mask in self.masks.items():
+            mask.copy_(of_every(self.scores(name), self.counts[name], self.config.m))
 
-    def run(self, step: Step, teacher: ModelSpec | None = None) -> dict[str, torch.Tensor]:
-        """Train; the masks [rows, cols] at the end."""
-        config = self.config
-        tuner = Tuner(self.spec, teacher or copy_of(self.spec), steps=config.steps, rate=config.rate)
-        try:
-            for t in range(config.steps):
-                if t % config.every == 0:
-                    step(f"training under {config.m}-wide masks, {t} of {config.steps}", t / config.steps)
-                if (t % config.every == 0 or t == self.settled) and t <= self.settled and config.recipe != "fixed":
-                    self._choose()
-                self._put({n: w * (m + self.share(t) * ~m) for (n, w), m in zip(self.latent.items(), self.masks.values(), strict=True)})
-                tuner.step(lambda t=t: self._gradients(t))  # type: ignore[misc]
-                self.latent = {n: p.detach().clone() for n, p in self.held.items()}
-        finally:
-            tuner.close()
-        self._put({n: w * self.masks[n] for n, w in self.latent.items()})
-        return {n: m.reshape(self.shapes[n]) for n, m in self.masks.items()}
-
-    def _choose(self) -> None:
-        before, self.masks = self.masks, self.chosen()
-        moved = sum(int((self.masks[n] & ~before[n]).sum()) for n in before)
-        self.changed.append(moved / max(1, sum(int(m.sum()) for m in before.values())))
-
-    def _put(self, values: Mapping[str, torch.Tensor]) -> None:
-        with torch.no_grad():
-            for name, value in values.items():
-                self.held[name].copy_(value)
-
-    def _gradients(self, t: int) -> None:
-        """Gradients of what acts become those of the weights behind it; the step then moves these."""
-        decay = self.config.decay * min(1.0, t / self.settled) if self.config.recipe == "adaptive" else 0.0
-        for name, parameter in self.held.items():
-            mask, gradient = self.masks[name], parameter.grad
-            if gradient is None:
-                continue
-            if self.config.recipe == "flow":
-                gradient.mul_(mask + self.share(t) * ~mask)
-            elif self.config.recipe == "fixed" or t >= self.settled:
-                gradient.mul_(mask)
-            elif decay:
-                gradient.add_(
-                    decay
-                    * gradient.square().mean().sqrt()
-                    / self.latent[name].square().mean().sqrt().clamp_min(1e-12)
-                    * self.latent[name]
-                    * ~mask
-                )
-        self._put(self.latent)
+    def _pulled(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        """A gradient with the pull to 0 of the weights under the mask, relative to the sizes of the gradient and of the weights."""
+        if not self.decay:
+            return gradient
+        latent = self.latent[name].detach()
+        size = gradient.square().mean().sqrt() / latent.square().mean().sqrt().clamp_min(1e-12)
+        return gradient + self.decay * size * latent * ~self.masks[name]
 
 
 METHOD: Any = Nm()

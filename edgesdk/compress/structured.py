@@ -23,7 +23,7 @@ from edgesdk.compress.shrink import (
     share_out,
 )
 from edgesdk.compress.surgery import Edit, apply_edits
-from edgesdk.compress.tune import tune
+from edgesdk.compress.training import TrainConfig, trained
 from edgesdk.compress.types import Change, Config, Need, Step
 from edgesdk.compress.types import Family as Kind
 from edgesdk.errors import InputError
@@ -91,7 +91,9 @@ class Structured:
                 fit=config.refit and spec.calibration is not None, step=step,
             )  # fmt: skip
             edits += made
-            tune(spec, teacher, config.tune // config.rounds, step=step)
+            if config.tune >= config.rounds:
+                taught = TrainConfig(steps=config.tune // config.rounds)
+                notes.append(trained(spec, taught, step, teacher=teacher, name=self.name).note(self.name, taught.steps))
         after = elements(spec, found)
         notes.append(f"{1 - after[0] / before[0]:.1%} of the weights and {1 - after[1] / max(before[1], 1):.1%} of the MACs were cut out")
         return Change(tuple(edits), tuple(notes))

@@ -65,6 +65,11 @@ def lessons_of(spec: ModelSpec, config: TrainConfig, teacher: ModelSpec | None =
     )  # fmt: skip
 
 
+def trained(spec: ModelSpec, config: TrainConfig, step: Step, *, teacher: ModelSpec | None = None, name: str = "training") -> Outcome:
+    """All that is not stored as codes, trained in place."""
+    return Training(spec, lessons_of(spec, config, teacher), {}, free_parameters(spec, spec.codes), config, name=name).run(step)
+
+
 def why_no_training(spec: ModelSpec, config: TrainConfig) -> str | None:
     if config.data != "self" and teacher_of(spec).calibration is None:
         return 'it has no calibration data (language models can make their own: data="self")'
@@ -89,7 +94,7 @@ class Training:
     """`learned`: weight name → its trainable code; `free`: parameters of `spec` that are trained as they are.
 
     `extra(step, values)` adds to the loss. With `ramp`, the weights go from float to coded over that share of the steps.
-    `each(step)` comes before every step; `state` is what it changes, which is saved with the rest. With `each`, what there is before
+    `each(step)` comes before every step and after the last; `state` is what it changes, which is saved with the rest. With `each`, what there is before
     training is no answer yet, so that what comes out is kept in any case.
     """
 
@@ -168,6 +173,8 @@ class Training:
             if time.monotonic() - saved > SAVE_S:
                 self._save(path, optimiser, n + 1)
                 saved = time.monotonic()
+        if self.each:
+            self.each(steps)
         path.unlink(missing_ok=True)
 
     def _round_inputs(self, undo: ExitStack) -> None:
