@@ -229,3 +229,17 @@ def test_what_earlier_versions_wrote_is_read_as_before() -> None:
         assert hashlib.sha256(content).hexdigest().startswith(stored[name]["sha256"]), name
     for name in ("dense", "modelled", "trellis", "ternary", "pattern", "sum"):
         assert pack(unpack(data[name])) == data[name], name  # and is written so still
+
+
+@pytest.mark.parametrize("shape", [(900,), (70, 40), (260, 190)])
+def test_few_lanes_are_coded_as_many_are(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None:
+    """Short arrays go through Python's integers, long ones through numpy; both write and read the same bytes."""
+    q = np.clip(np.rint(np.random.default_rng(3).standard_normal(shape) * 2 + 8), 0, 15).astype(np.uint8)
+    code = Code("dense", shape, (), (q,))
+    stored = []
+    for few in (1, 2000):
+        for module in ("entropy", "matrices"):
+            monkeypatch.setattr(f"edgesdk.packed.{module}.FEW", few)
+        stored.append(pack(code))
+        assert all(np.array_equal(unpack(s).arrays[0], q) for s in stored)
+    assert stored[0] == stored[1] and len(stored[0]) < q.size / 2 + 60

@@ -98,8 +98,18 @@ class Rounder:
         if not points:
             return first_walk(self.w[g].copy(), self.u[g], *given)
         made = points[g].copy()
-        next_walk(self.w[g], self.h[g], made, *given)
+        next_walk(self.h[g], self._by_h(g, self._off(g, made, steps)), made, *given)
         return made
+
+    def _off(self, g: int, points: Any, steps: tuple[Any, Any]) -> Any:
+        """Points less the weights, float32 [cols, rows]."""
+        return points.astype(np.float32) * steps[1][self.perm[g]][:, None] * steps[0][g] - self.w[g]
+
+    def _by_h(self, g: int, x: Any) -> Any:
+        """H @ x by torch, whose number of threads is under control here (numpy's is not)."""
+        import torch
+
+        return (torch.from_numpy(self.h[g]) @ torch.from_numpy(x)).numpy()
 
     def _matrix(self, points: list[Any]) -> Any:
         """[rows, cols] in the model's order."""
@@ -116,8 +126,8 @@ class Rounder:
     def _error(self, points: list[Any], steps: tuple[Any, Any]) -> float:
         total = 0.0
         for g, p in enumerate(points):
-            e = p * steps[1][self.perm[g]][:, None] * steps[0][g] - self.w[g]
-            total += float((self.weights[g] * (e * (self.h[g] @ e)).sum(0)).sum())
+            e = self._off(g, p, steps)
+            total += float((self.weights[g] * (e * self._by_h(g, e)).sum(0)).sum())
         return total
 
     def _code(self, v: Any, row: Any, col: Any) -> Code:

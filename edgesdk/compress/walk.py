@@ -112,16 +112,23 @@ def first_walk(
 
 @_fast
 def next_walk(
-    w: Any, h: Any, out: Any, step: Any, rowstep: Any, rowweight: Any, row: Any, col: Any, bits: Any, price: float, trellis: bool, kept: Any
+    h: Any,
+    slope: Any,
+    out: Any,
+    step: Any,
+    rowstep: Any,
+    rowweight: Any,
+    row: Any,
+    col: Any,
+    bits: Any,
+    price: float,
+    trellis: bool,
+    kept: Any,
 ) -> None:
-    """Every column again, given all others; changes out. h [cols, cols]."""
-    cols, rows = w.shape
+    """Every column again, given all others; changes out, and slope = h @ (out's values - w). h [cols, cols]."""
+    cols, rows = out.shape
     back = np.zeros((rows, 4, 2), np.int32)
     banks = 2 if trellis else 1
-    off = np.empty((cols, rows), np.float32)
-    for j in range(cols):
-        off[j] = out[j] * (rowstep * step[j]) - w[j]
-    slope = h @ off
     made = np.empty(rows, np.int32)
     for j in range(cols):
         d, weight, context = rowstep * step[j], rowweight * h[j, j], (row + col[j]) * banks

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 PROB_BITS = 14
 LOW = 1 << 16  # rANS states stay in [2^16, 2^32)
+FEW = 32  # lanes from which numpy is faster than Python's integers
 CHUNK = 1 << 22
 
 
@@ -74,28 +76,56 @@ def lanes_of(count: int) -> int:
     return max(1, min(1024, count // 2048))
 
 
-def rans_encode(symbols: Any) -> bytes | None:
-    """Unsigned integers (1-D, below 2^16) → bytes near their entropy, with their table; None where that cannot be smaller."""
+def rans_encode(symbols: Any, below: int | None = None) -> bytes | None:
+    """Unsigned integers (1-D, below 2^16) → bytes near their entropy, with their table; None where that cannot be smaller, or than `below` bytes."""
     count = len(symbols)
     freq = _frequencies(symbols) if count else None
     if freq is None:
         return None
-    cum, lanes = np.concatenate([[0], np.cumsum(freq)[:-1]]), lanes_of(count)
-    steps = -(-count // lanes)
-    padded = np.full(steps * lanes, int(np.argmax(freq)), np.int64)
-    padded[:count] = symbols
-    f, c = (a[padded].astype(np.uint64).reshape(steps, lanes) for a in (freq, cum))
-    x, words = np.full(lanes, LOW, np.uint64), []
-    up, down = np.uint64(PROB_BITS), np.uint64(16)
-    for t in range(steps - 1, -1, -1):
-        full = x >= (f[t] << np.uint64(32 - PROB_BITS))
-        words.append((x[full] & np.uint64(0xFFFF)).astype("<u2"))
-        x[full] >>= down
-        x = ((x // f[t]) << up) + x % f[t] + c[t]
     used = np.flatnonzero(freq)
     table = varint(len(used)) + b"".join(varint(int(d)) for d in np.diff(used, prepend=0)) + b"".join(varint(int(n)) for n in freq[used])
-    body = x.astype("<u4").tobytes() + np.concatenate(words[::-1]).tobytes()
-    return table + body
+    cum, lanes = np.concatenate([[0], np.cumsum(freq)[:-1]]), lanes_of(count)
+    if below is not None:
+        bits = float((np.bincount(symbols)[used] * (PROB_BITS - np.log2(freq[used]))).sum())
+        if len(table) + 2 * lanes + 0.99 * bits / 8 > below:
+            return None
+    padded = np.full(-(-count // lanes) * lanes, int(np.argmax(freq)), np.int64)
+    padded[:count] = symbols
+    f, c = (a[padded][None] for a in (freq, cum))
+    return table + encode_steps(f, c, lanes)
+
+
+def encode_steps(f: Any, c: Any, lanes: int) -> bytes:
+    """States and words of symbols with frequencies f and those of all smaller symbols c, int64 [rows, cols]; row by row, `lanes` columns at a step."""
+    if lanes < FEW:
+        return _encode_few(f, c, lanes)
+    f, c = f.astype(np.uint64), c.astype(np.uint64)
+    x, words = np.full(lanes, LOW, np.uint64), []
+    up, down = np.uint64(PROB_BITS), np.uint64(16)
+    for i in range(len(f) - 1, -1, -1):
+        for start in range((f.shape[1] - 1) // lanes * lanes, -1, -lanes):
+            fi, ci = f[i, start : start + lanes], c[i, start : start + lanes]
+            part = x[: len(fi)]
+            full = part >= (fi << np.uint64(32 - PROB_BITS))
+            words.append((part[full] & np.uint64(0xFFFF)).astype("<u2"))
+            part[full] >>= down
+            part[:] = ((part // fi) << up) + part % fi + ci
+    return bytes(x.astype("<u4").tobytes() + np.concatenate(words[::-1]).tobytes())
+
+
+def _encode_few(f: Any, c: Any, lanes: int) -> bytes:
+    """The same by Python's integers, which are faster than numpy's short arrays."""
+    x, words = [LOW] * lanes, []
+    for row in range(len(f) - 1, -1, -1):
+        fs, cs = f[row].tolist(), c[row].tolist()
+        for i in range(len(fs) - 1, -1, -1):
+            n, state = fs[i], x[i % lanes]
+            if state >= n << (32 - PROB_BITS):
+                words.append(state & 0xFFFF)
+                state >>= 16
+            whole, rest = divmod(state, n)
+            x[i % lanes] = (whole << PROB_BITS) + rest + cs[i]
+    return np.array(x, "<u4").tobytes() + np.array(words[::-1], "<u2").tobytes()
 
 
 def rans_decode(data: bytes, count: int) -> Any:
@@ -105,19 +135,32 @@ def rans_decode(data: bytes, count: int) -> Any:
     for _ in range(2 * n):
         value, at = read_varint(data, at)
         pairs.append(value)
-    symbols = np.cumsum(pairs[:n])
-    freq = np.array(pairs[n:], np.int64)
+    symbols, freq = np.cumsum(pairs[:n]).astype(np.uint16), np.array(pairs[n:], np.int64)
     if n == 0 or freq.sum() != 1 << PROB_BITS:
         raise PackedError("the table of an entropy-coded array is damaged")
-    cum = np.concatenate([[0], np.cumsum(freq)[:-1]])
-    f = np.repeat(freq, freq).astype(np.uint32)  # of every slot
-    b = (np.arange(1 << PROB_BITS) - np.repeat(cum, freq)).astype(np.uint32)
     lanes = lanes_of(count)
     steps = -(-count // lanes)
     if len(data) < at + 4 * lanes or (len(data) - at) % 2:
         raise PackedError("an entropy-coded array is cut off")
-    x = np.frombuffer(data, "<u4", lanes, at).astype(np.uint32)
-    words = np.concatenate([np.frombuffer(data, "<u2", -1, at + 4 * lanes), np.zeros(lanes, np.uint16)]).astype(np.uint32)
+    x, words = np.frombuffer(data, "<u4", lanes, at).astype(np.uint32), np.frombuffer(data, "<u2", -1, at + 4 * lanes)
+    if lanes < FEW:
+        states = x.tolist()
+        places, read = decode_few(states, words.tolist(), 0, [0] * (steps * lanes), [(np.cumsum(freq) - freq).tolist()], [freq.tolist()])
+        x = np.array(states)
+    else:
+        slots, read = _decode_steps(x, words, freq, steps)
+        places = np.repeat(np.arange(n), freq)[slots.ravel()]
+    if read != len(words) or not bool(np.all(x == LOW)):
+        raise PackedError("an entropy-coded array is damaged")
+    return symbols[places][:count]
+
+
+def _decode_steps(x: Any, words: Any, freq: Any, steps: int) -> tuple[Any, int]:
+    """The slots [steps, lanes] of symbols of one table, and how many words were read; the states x are changed."""
+    lanes = len(x)
+    f = np.repeat(freq, freq).astype(np.uint32)  # of every slot
+    b = (np.arange(1 << PROB_BITS) - np.repeat(np.cumsum(freq) - freq, freq)).astype(np.uint32)
+    words = np.concatenate([words, np.zeros(lanes, np.uint16)]).astype(np.uint32)
     slots, part, read = np.empty((steps, lanes), np.uint16), np.empty(lanes, np.uint32), 0
     mask, up, down = np.uint32((1 << PROB_BITS) - 1), np.uint32(PROB_BITS), np.uint32(16)
     for t in range(steps):
@@ -131,9 +174,28 @@ def rans_decode(data: bytes, count: int) -> Any:
         if k:
             x[short] = (x[short] << down) | words[read : read + k]
             read += k
-    if read != len(words) - lanes or not bool(np.all(x == LOW)):
-        raise PackedError("an entropy-coded array is damaged")
-    return np.repeat(symbols, freq).astype(np.uint16)[slots.ravel()[:count]]
+    return slots, read
+
+
+def decode_few(
+    x: list[int], words: list[int], read: int, tables: list[int], cum: list[list[int]], freq: list[list[int]]
+) -> tuple[list[int], int]:
+    """One row of what `encode_steps` coded, by Python's integers: the place of each symbol in its table, `tables` says which of `cum` and `freq`,
+    and how many words were read then. Changes the states x. Raises `PackedError`."""
+    lanes, out, mask = len(x), [], (1 << PROB_BITS) - 1
+    for i, table in enumerate(tables):
+        state = x[i % lanes]
+        low = state & mask
+        place = bisect_right(cum[table], low) - 1
+        out.append(place)
+        state = freq[table][place] * (state >> PROB_BITS) + low - cum[table][place]
+        if state < LOW:
+            if read == len(words):
+                raise PackedError("an entropy-coded array is cut off")
+            state = (state << 16) | words[read]
+            read += 1
+        x[i % lanes] = state
+    return out, read
 
 
 def pack_bytes(raw: bytes, width: int = 1) -> bytes:

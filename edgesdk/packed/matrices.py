@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
 from .arrays import pack_array, unpack_array
-from .entropy import LOW, PROB_BITS, PackedError, lanes_of, read_varint, varint
+from .entropy import FEW, LOW, PROB_BITS, PackedError, decode_few, encode_steps, lanes_of, read_varint, varint
 
 EXPS = (*(math.floor((1 << 30) * math.exp(-(2.0 ** (3 - i / 4))) + 0.5) for i in range(64)), 1 << 30)
 """e^(-2^(3-i/4)) in 30 bits; the last is 1. (No entry is so near to a half that another platform's `exp` could round it otherwise.)"""
@@ -28,7 +29,7 @@ class Model:
     most: int  # the largest |k|
     shapes: Any  # uint8 [contexts, banks, 3]: zeros (in 1/256), first ratio, fall (both of EXPS)
 
-    @property
+    @cached_property
     def freq(self) -> Any:
         """int64 [contexts, banks, 2·most+1], each of a sum of 2^14."""
         zeros, first, fall = (self.shapes[..., i].astype(np.int64) for i in range(3))
@@ -45,7 +46,7 @@ class Model:
         none = total - 2 * side.sum(-1)
         return np.concatenate([side[..., ::-1], none[..., None], side], -1)
 
-    @property
+    @cached_property
     def bits(self) -> Any:
         """What an index costs by its |k|, sign and all: float64 [contexts, banks, most+1]."""
         return PROB_BITS - np.log2(self.freq[..., self.most :])
@@ -77,11 +78,19 @@ LOG_EXPS = np.log(np.maximum(np.array(EXPS, np.float64), 1e-3) / (1 << 30))
 
 def _likely(hist: Any, first: Any, fall: Any) -> tuple[Any, Any]:
     """Of pairs (first ratio, fall) the likeliest one for each row of counts [n, most] of |k| = 1, 2, …"""
-    n = np.arange(hist.shape[1])
-    logp = np.maximum(n * LOG_EXPS[first][:, None] + (n * (n - 1) / 2) * LOG_EXPS[fall][:, None], -60.0)
-    logp -= np.log(np.exp(logp).sum(1, keepdims=True))
-    best = np.argmax(np.round(hist @ logp.T, 6), 1)  # rounded: the same whatever number of threads adds it up
+    best = np.argmax(
+        np.round(hist @ _log_shares(first.tobytes(), fall.tobytes(), hist.shape[1]).T, 6), 1
+    )  # rounded: the same on any number of threads
     return first[best], fall[best]
+
+
+@lru_cache(maxsize=256)
+def _log_shares(first: bytes, fall: bytes, most: int) -> Any:
+    """Natural logarithms of the shares of |k| = 1, 2, … most for pairs (first ratio, fall), each bytes of intp: [pairs, most]."""
+    a, b = (LOG_EXPS[np.frombuffer(v, np.intp)][:, None] for v in (first, fall))
+    n = np.arange(most)
+    logp = np.maximum(n * a + (n * (n - 1) / 2) * b, -60.0)
+    return logp - np.log(np.exp(logp).sum(1, keepdims=True))
 
 
 def _shapes(hist: Any) -> tuple[Any, Any]:
@@ -117,15 +126,18 @@ def model_of(
 
 def to_trellis(v: Any) -> tuple[Any, Any] | None:
     """(indices, banks) of values [rows, cols] that every column walks the trellis with, top to bottom; None where one does not."""
-    k, bank = np.empty_like(v), np.empty_like(v)
-    state, following = np.zeros(v.shape[1], np.intp), np.array(TRELLIS)
+    inner, outer = v >> 1, (v + np.sign(v)) >> 1  # the indices in states 0 and 1, and in 2 and 3
+    parities = (inner & 1) + 2 * (outer & 1)
+    following = np.array([[after[parity >> (state >> 1) & 1] for parity in range(4)] for state, after in enumerate(TRELLIS)]).ravel()
+    state, states = np.zeros(v.shape[1], np.intp), np.empty(v.shape, np.intp)
     for i in range(len(v)):
-        bank[i] = state >> 1
-        k[i] = np.where(bank[i] == 1, v[i] + np.sign(v[i]), v[i]) >> 1
-        if np.any(2 * k[i] - bank[i] * np.sign(k[i]) != v[i]):
+        states[i] = state
+        if i % 16 == 0 and np.any((v[i] & 1 != state >> 1) & (v[i] != 0)):
             return None
-        state = following[state, k[i] & 1]
-    return k, bank
+        state = following.take(4 * state + parities[i])
+    bank = (states >> 1).astype(v.dtype)
+    k = np.where(bank == 1, outer, inner)
+    return (k, bank) if np.array_equal(2 * k - bank * np.sign(k), v) else None
 
 
 CLASS_STEPS = ((0.5, 0.5), (1.0, 1.0), (0.0, 0.0), (0.0, 0.5), (0.5, 0.0))
@@ -160,8 +172,15 @@ def _model_bytes(model: Model, middle: int, bank: Any) -> bytes:
     used = np.unique(np.unique(model.row.astype(np.int64))[:, None] + np.unique(model.col))
     shapes = np.stack([model.shapes[used].reshape(-1, 3)[:, i] for i in range(3)])
     head = varint(0 if bank is None else 1) + varint(middle) + varint(model.most)
-    head += b"".join(pack_array(a, True) for a in (model.row, model.col)) + varint(len(used)) + b"".join(varint(int(n)) for n in used)
+    head += (
+        b"".join(_pack_classes(a.tobytes()) for a in (model.row, model.col)) + varint(len(used)) + b"".join(varint(int(n)) for n in used)
+    )
     return head + shapes.tobytes()
+
+
+@lru_cache(maxsize=64)
+def _pack_classes(classes: bytes) -> bytes:
+    return pack_array(np.frombuffer(classes, np.uint8), True)
 
 
 def _per_step(count: int, cols: int) -> int:
@@ -172,19 +191,8 @@ def _per_step(count: int, cols: int) -> int:
 def _coded_matrix(middle: int, k: Any, bank: Any, model: Model) -> bytes:
     freq = model.freq
     at = model.contexts(), np.zeros_like(k) if bank is None else bank, k + model.most
-    f, c = (a[at].astype(np.uint64) for a in (freq, np.cumsum(freq, -1) - freq))
-    rows, cols = k.shape
-    lanes = _per_step(k.size, cols)
-    x, words = np.full(lanes, LOW, np.uint64), []
-    for i in range(rows - 1, -1, -1):
-        for start in range((cols - 1) // lanes * lanes, -1, -lanes):
-            fi, ci = f[i, start : start + lanes], c[i, start : start + lanes]
-            part = x[: len(fi)]
-            full = part >= (fi << np.uint64(32 - PROB_BITS))
-            words.append((part[full] & np.uint64(0xFFFF)).astype("<u2"))
-            part[full] >>= np.uint64(16)
-            part[:] = ((part // fi) << np.uint64(PROB_BITS)) + part % fi + ci
-    return _model_bytes(model, middle, bank) + x.astype("<u4").tobytes() + np.concatenate(words[::-1]).tobytes()
+    f, c = (a[at] for a in (freq, np.cumsum(freq, -1) - freq))
+    return _model_bytes(model, middle, bank) + encode_steps(f, c, _per_step(k.size, k.shape[1]))
 
 
 def _unpack_matrix(data: bytes, rows: int, cols: int) -> Any:
@@ -219,36 +227,64 @@ def _unpack_matrix(data: bytes, rows: int, cols: int) -> Any:
 
 
 def _walk(context: Any, freq: Any, most: int, trellis: bool, x: Any, words: Any) -> Any:
-    """Decode row by row: the indices, or what they stand for in the trellis."""
-    rows, cols = context.shape
-    slot = np.stack([np.repeat(np.arange(freq.shape[1], dtype=np.int16), n) for n in freq])
-    f, c = freq.astype(np.uint64), (np.cumsum(freq, 1) - freq).astype(np.uint64)
-    words, read = np.concatenate([words, np.zeros(len(x), np.uint16)]).astype(np.uint64), 0
-    out, state, following = np.empty((rows, cols), np.int64), np.zeros(cols, np.intp), np.array(TRELLIS)
-    mask = np.uint64((1 << PROB_BITS) - 1)
-    for i in range(rows):
+    """Decode row by row: the indices, or what they stand for in the trellis. Raises `PackedError`."""
+    out, state, following = np.empty(context.shape, np.int64), np.zeros(context.shape[1], np.intp), np.array(TRELLIS)
+    symbols = (_FewSymbols if len(x) < FEW else _Symbols)(freq, x, words)
+    for i in range(len(out)):
+        bank = state >> 1
+        out[i] = k = symbols.row(context[i] + bank if trellis else context[i]) - most
         if trellis:
-            context[i] += state >> 1
-        for start in range(0, cols, len(x)):
-            which = context[i, start : start + len(x)]
-            part = x[: len(which)]
+            out[i] = 2 * k - bank * np.sign(k)
+            state = following[state, k & 1]
+    symbols.end()
+    return out
+
+
+class _Symbols:
+    """Coded symbols, row by row; `freq` [tables, symbols]."""
+
+    def __init__(self, freq: Any, x: Any, words: Any) -> None:
+        self.slot = np.stack([np.repeat(np.arange(freq.shape[1], dtype=np.int16), n) for n in freq])
+        self.freq, self.cum = freq.astype(np.uint64), (np.cumsum(freq, 1) - freq).astype(np.uint64)
+        self.x, self.words, self.read = x, np.concatenate([words, np.zeros(len(x), np.uint16)]).astype(np.uint64), 0
+
+    def row(self, tables: Any) -> Any:
+        """The next symbols, each with the number of its table."""
+        out, mask = np.empty(len(tables), np.int64), np.uint64((1 << PROB_BITS) - 1)
+        for start in range(0, len(tables), len(self.x)):
+            which = tables[start : start + len(self.x)]
+            part = self.x[: len(which)]
             low = part & mask
-            symbol = slot[which, low.astype(np.intp)]
-            part[:] = f[which, symbol] * (part >> np.uint64(PROB_BITS)) + low - c[which, symbol]
+            symbol = self.slot[which, low.astype(np.intp)]
+            part[:] = self.freq[which, symbol] * (part >> np.uint64(PROB_BITS)) + low - self.cum[which, symbol]
             short = part < LOW
             count = int(np.count_nonzero(short))
             if count:
-                part[short] = (part[short] << np.uint64(16)) | words[read : read + count]
-                read += count
-            out[i, start : start + len(x)] = symbol
-        out[i] -= most
-        if trellis:
-            bank, k = state >> 1, out[i].copy()
-            out[i] = 2 * k - bank * np.sign(k)
-            state = following[state, k & 1]
-    if read != len(words) - len(x) or not bool(np.all(x == LOW)):
-        raise PackedError("an entropy-coded array is damaged")
-    return out
+                part[short] = (part[short] << np.uint64(16)) | self.words[self.read : self.read + count]
+                self.read += count
+            out[start : start + len(which)] = symbol
+        return out
+
+    def end(self) -> None:
+        """Raises `PackedError` where more was coded."""
+        if self.read != len(self.words) - len(self.x) or not bool(np.all(self.x == LOW)):
+            raise PackedError("an entropy-coded array is damaged")
+
+
+class _FewSymbols:
+    """The same by Python's integers."""
+
+    def __init__(self, freq: Any, x: Any, words: Any) -> None:
+        self.freq, self.cum = freq.tolist(), (np.cumsum(freq, 1) - freq).tolist()
+        self.x, self.words, self.read = x.tolist(), words.tolist(), 0
+
+    def row(self, tables: Any) -> Any:
+        out, self.read = decode_few(self.x, self.words, self.read, tables.tolist(), self.cum, self.freq)
+        return np.array(out, np.int64)
+
+    def end(self) -> None:
+        if self.read != len(self.words) or any(x != LOW for x in self.x):
+            raise PackedError("an entropy-coded array is damaged")
 
 
 def _read_varints(data: bytes, at: int) -> tuple[list[int], int]:
