@@ -10,6 +10,7 @@ from sequence_toy import Toy
 
 from edgesdk.sequence.card import Card, SequenceError
 from edgesdk.sequence.choose import Settings
+from edgesdk.sequence.drafting import replay, weigh
 from edgesdk.sequence.drafts import Copied, Counted, Speculation
 from edgesdk.sequence.generate import generate, stream
 from edgesdk.sequence.programs import Programs
@@ -146,3 +147,49 @@ def test_cancelling_and_streaming() -> None:
     calls = iter([False] * 3 + [True] * 9)
     (result,) = generate(toy.run, toy.card, [[3, 4]], Settings(draft="copy"), cancelled=lambda: next(calls))
     assert result.stopped == "cancelled" and result.tokens == toy.greedy([3, 4], len(result.tokens))
+
+
+@pytest.mark.parametrize("kind", ["copy", "count"])
+def test_a_replay_counts_what_the_runtime_does(kind: str) -> None:
+    for seed in range(4):
+        toy = Toy(seed=seed, encoder=bool(seed % 2), caches=(64,))
+        results = generate(toy.run, toy.card, PROMPTS, Settings(draft="none"))
+        answers = [[*r.tokens, *([1] if r.stopped == "eos" else [])] for r in results]
+        counts = replay(kind, PROMPTS, answers, 3)
+        assert counts.tokens == sum(len(a) - 1 for a in answers)
+        seen = Counted()
+        checks = drafted = accepted = steps = 0
+        for prompt, answer in zip(PROMPTS, answers, strict=True):
+            session = Session(Programs(toy.card, toy.run), [prompt])
+            speculation = Speculation(session, Copied(prompt) if kind == "copy" else seen, adaptive=False)
+            output = answer[:1]
+            while len(output) < len(answer):
+                output += speculation.step(output, 99)[: len(answer) - len(output)]
+            assert output[: len(answer)] == answer
+            told = speculation.told
+            checks, drafted, accepted, steps = (
+                checks + told["checks"],
+                drafted + told["drafted"],
+                accepted + told["accepted"],
+                steps + told["steps"],
+            )
+        assert (counts.checks, counts.drafted, counts.plain) == (checks, drafted, steps - checks)
+        assert counts.accepted <= accepted <= counts.accepted + 3 * len(PROMPTS), "the runtime guesses on behind an answer's end"
+
+
+def test_guessing_pays_only_where_checks_are_cheap_and_guesses_right() -> None:
+    toy = Toy(encoder=True, caches=(32,), sources=(12,))
+    echo = [[3, 4, 5, 6, 7, 8, 9, 10, 3, 5]] * 3
+    other = [[10, 10, 10, 10, 9, 9, 9]] * 3
+
+    def seconds(check: float) -> dict[str, float]:
+        return {n: check if m["tokens"] == 4 else 1.0 for n, m in toy.card.methods.items()}
+
+    good = weigh(toy.card, seconds(1.2), echo, echo)
+    assert good and good.pays and good.kind == "copy" and good.rate == 1.0 and good.tokens == 4 and good.speedup > 1.5
+    dear = weigh(toy.card, seconds(5.0), echo, echo)
+    assert dear and not dear.pays and dear.speedup < 1
+    wrong = weigh(toy.card, seconds(1.2), [[3, 4, 5]], [[10, 9, 5, 8, 6]])
+    assert wrong is not None and not wrong.rate and not wrong.pays
+    assert weigh(toy.card, seconds(1.2), [], []) is None
+    assert weigh(Toy(chunks=(1,)).card, {}, echo, other) is None

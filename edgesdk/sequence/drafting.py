@@ -1,0 +1,92 @@
+"""Whether guessed tokens pay: what a drafter would have got right in known answers, against what a check costs more than a plain step.
+
+Nothing is run but the drafters: a greedy answer is what it is, however it was found, so a guess can be replayed against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from edgesdk.noun import Part
+from edgesdk.sequence.drafts import Copied, Counted
+
+if TYPE_CHECKING:
+    from edgesdk.sequence.card import Card
+
+PAYS = 1.05
+"""Answers must be predicted to be so many times faster; less is within the error of a prediction."""
+REPLAYED = ("copy", "count")
+
+
+@dataclass
+class Counts:
+    """Of answers with guesses: calls that checked one, plain calls, tokens guessed and found right, and tokens written by all calls."""
+
+    checks: int = 0
+    plain: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    tokens: int = 0
+
+
+def replay(kind: str, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], most: int) -> Counts:
+    """What the drafter `kind` ("copy" or "count") would have done while these greedy `answers` (token ids, the end token among them where it
+    came) were written, with guesses of at most `most` tokens. The first token of an answer comes before any guess."""
+    counts, counted = Counts(), Counted()
+    for prompt, answer in zip(prompts, answers, strict=True):
+        drafter = Copied(prompt) if kind == "copy" else counted
+        done = 1
+        while done < len(answer):
+            guess = list(drafter.propose(answer[:done], most))
+            right = 0
+            while right < len(guess) and done + right < len(answer) and guess[right] == answer[done + right]:
+                right += 1
+            new = min(right + 1, len(answer) - done)
+            counts.checks, counts.plain = counts.checks + bool(guess), counts.plain + (not guess)
+            counts.drafted, counts.accepted, counts.tokens = counts.drafted + len(guess), counts.accepted + right, counts.tokens + new
+            done += new
+            drafter.learn(answer[:done], new)
+    return counts
+
+
+class Drafting(Part):
+    """A way of guessing, and what it is predicted to bring on this device. `rate` is the share of guessed tokens that were right."""
+
+    kind: str
+    tokens: PositiveInt  # that one call checks, the last decided one among them
+    rate: float | None
+    answers: NonNegativeInt  # that it was replayed on
+    speedup: NonNegativeFloat  # of whole answers
+    pays: bool
+
+
+def weigh(card: Card, seconds: Mapping[str, float], prompts: Sequence[Any], answers: Sequence[Sequence[int]]) -> Drafting | None:
+    """The best way of guessing, whether it pays or not; None where the bundle has no program that decodes several tokens, or there is
+    no text to replay. `seconds` of one call of each method, predicted or measured."""
+    decodes = {n: m for n, m in card.methods.items() if m["role"] == "decode"}
+    texts = [(p, a) for p, a in zip(prompts, answers, strict=True) if len(a) > 1 and isinstance(p, Sequence)]
+    found: list[Drafting] = []
+    for name, wide in decodes.items():
+        alike = {k: v for k, v in wide.items() if k != "tokens"}
+        plain = next((n for n, m in decodes.items() if m["tokens"] == 1 and {k: v for k, v in m.items() if k != "tokens"} == alike), None)
+        if wide["tokens"] == 1 or plain is None or not texts:
+            continue
+        once = sum(_mean(card, seconds, role, wide["source"]) for role in ("encode", "prefill"))
+        for kind in REPLAYED:
+            counts = replay(kind, [p for p, _ in texts], [a for _, a in texts], wide["tokens"] - 1)
+            before = len(texts) * once + sum(len(a) - 1 for _, a in texts) * seconds[plain]
+            after = len(texts) * once + counts.checks * seconds[name] + counts.plain * seconds[plain]
+            rate = counts.accepted / counts.drafted if counts.drafted else None
+            speedup = before / after
+            found.append(Drafting(kind=kind, tokens=wide["tokens"], rate=rate, answers=len(texts), speedup=speedup, pays=speedup >= PAYS))
+    return max(found, key=lambda d: d.speedup, default=None)
+
+
+def _mean(card: Card, seconds: Mapping[str, float], role: str, source: int) -> float:
+    """Of one call of the programs that begin an answer; of several lengths, their mean."""
+    found = [seconds[n] for n, m in card.methods.items() if m["role"] == role and m["source"] == source]
+    return sum(found) / len(found) if found else 0.0
