@@ -12,22 +12,24 @@ from typing import TYPE_CHECKING, Any
 from edgesdk.errors import InputError, MissingTool
 from edgesdk.model import Method, ModelSpec
 from edgesdk.model_help import MODEL_HELP
+from edgesdk.sequence.hub import TOKENS, checkpoint_of, spec_of
+from edgesdk.sequence.hub_families import FAMILIES
 
 if TYPE_CHECKING:
     import torch
 
-TOKENS = 64
-"""Input length of text models, or the model's longest where that is less."""
-
 
 def load_hugging_face(ref: str, input_length: int | None = None, output_length: int | None = None) -> ModelSpec:
-    """One static `forward` of a local folder, or of an id through the hub's cache or network.
+    """A model in a local folder, or of an id through the hub's cache or network.
 
-    Text models take input_ids int64 [1, 64] (encoder-decoders decoder_input_ids [1, 64] as well), or the lengths asked for, and give logits or
-    hidden states; models of images take pixel_values float32 [1, channels, height, width], of sound input_values float32 [1, 16000].
+    Those of `FAMILIES` become the programs of a sequence model (see `sequence.hub.spec_of`), all others one static `forward`: text models take
+    input_ids int64 [1, 64] (encoder-decoders decoder_input_ids [1, 64] as well), or the lengths asked for, and give logits or hidden states;
+    models of images pixel_values float32 [1, channels, height, width], of sound input_values float32 [1, 16000].
     Raises `InputError` (not complete, offline, not known) or `MissingTool`.
     """
-    config, inner, _ = load_model_of(ref)
+    config, inner, left = load_model_of(ref)
+    if type(inner).__name__ in FAMILIES:
+        return spec_of(Path(ref).name, checkpoint_of(ref, config, inner, left), input_length, output_length)
     inputs = _inputs(config, inner, input_length, output_length)
     return _spec(ref, config, inner, inputs)
 

@@ -217,15 +217,15 @@ def tiny_hub_model(kind: str):
     torch.manual_seed(0)
     if kind == "bert":
         return transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=50, max_position_embeddings=40, **small))
-    if kind == "llama":
-        return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, num_key_value_heads=1, **small))
+    if kind == "phi":
+        return transformers.PhiForCausalLM(transformers.PhiConfig(vocab_size=50, **small))
     if kind == "vit":
         return transformers.ViTForImageClassification(transformers.ViTConfig(image_size=32, patch_size=8, **small))
-    config = {"vocab_size": 50, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(**config))
+    sides = {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 64))}
+    return transformers.M2M100ForConditionalGeneration(transformers.M2M100Config(vocab_size=50, d_model=32, **sides))
 
 
-@pytest.mark.parametrize(("kind", "shape"), [("bert", (1, 2)), ("llama", (1, 64, 50)), ("vit", (1, 2)), ("t5", (1, 64, 50))])
+@pytest.mark.parametrize(("kind", "shape"), [("bert", (1, 2)), ("phi", (1, 64, 50)), ("vit", (1, 2)), ("m2m100", (1, 64, 50))])
 def test_hugging_face_folder(tmp_path, kind, shape, capfd):
     model = tiny_hub_model(kind)
     model.save_pretrained(tmp_path / kind)

@@ -129,10 +129,8 @@ class Lengths:
                 f"{name}: sources {self.sources}, caches {self.caches}, several {self.several}",
                 "give lengths of 1 and more, several of 2 and more",
             )
-        if c.decoder and not self.start:
-            raise InputError(
-                f"{name}: start = ()", "an answer begins with a token at least (of a decoder-only model: what stands before it)"
-            )
+        if c.decoder and c.encoder and not self.start:
+            raise InputError(f"{name}: start = ()", "behind an encoder an answer begins with a token at least")
         if c.encoder is None and self.caches[-1] < self.sources[-1]:
             raise InputError(
                 f"{name}: caches of {self.caches[-1]} slots for prompts of {self.sources[-1]}", "a cache holds the prompt and the answer"

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,14 @@ from edgesdk.sequence.hub_families import FAMILIES, Family, refuse
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from edgesdk.model import ModelSpec
     from edgesdk.sequence.model import SequenceModel
+
+
+TOKENS = 64
+"""Length of source or prompt and of an answer, where none is asked for."""
+TYPICAL = 16
+"""Tokens of a usual answer."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,41 @@ def checkpoint_of(ref: str, config: Any, theirs: Any, left: Sequence[str] = ()) 
     return Checkpoint(model, ours, specials_of(config, theirs.generation_config), tokenizer, files)
 
 
+def spec_of(
+    name: str, checkpoint: Checkpoint, input_length: int | None = None, output_length: int | None = None, **more: Any
+) -> ModelSpec:  # fmt: skip
+    """The programs of a checkpoint for sources or prompts of `input_length` tokens and answers of `output_length`, `TOKENS` each by default.
+
+    Behind sound `input_length` counts the encoder's positions, two frames each; all that the model hears by default. `more` goes to
+    `export.sequence_spec`: `source_lengths` and `cache_lengths` for programs of several lengths, `several`, `batch`, `prompts`.
+    Raises `InputError` for lengths that the model has no positions for.
+    """
+    from edgesdk.sequence.export import sequence_spec
+
+    config, specials = checkpoint.config, checkpoint.specials
+    if config.encoder:
+        longest = config.sound.frames // 2 if config.sound else config.max_positions if config.positions != "relative" else None
+        source = input_length or (longest if config.sound and longest else min(TOKENS, longest or TOKENS))
+        held, room = len(specials.start), config.max_positions - 1 if config.positions != "relative" else None
+        output = output_length or min(TOKENS, room - held if room else TOKENS)
+        cache = output + held
+    else:
+        room = config.max_positions
+        source = input_length or min(TOKENS, room // 2)
+        output = output_length or min(TOKENS, room - source)
+        cache, longest = source + output, room
+    if (longest and source > longest) or (room and cache > room):
+        raise InputError(
+            f"{name}: {source} tokens in and {output} out want more positions than the model's {config.max_positions}",
+            "ask for less: --input-length, --output-length",
+        )
+    lengths = {"source_lengths": (source,), "cache_lengths": (cache,), "typical_source": source, "typical_output": min(output, TYPICAL)}
+    return sequence_spec(
+        checkpoint.model, name=name, tokenizer=checkpoint.tokenizer, start=specials.start, eos=specials.eos, pad=specials.pad,
+        max_output=output, files=checkpoint.files, **{**lengths, **more},
+    )  # fmt: skip
+
+
 def convert(config: Any, theirs: Any) -> tuple[SequenceModel, SequenceConfig]:
     """A model of transformers as this family's: (model in eval mode with the same weights, its configuration). Raises `InputError`."""
     import torch
@@ -102,7 +144,7 @@ def weights_of(ours: SequenceConfig, family: Family, theirs: Any) -> dict[str, T
     Raises `InputError` for a weight that has no place here, so that nothing is dropped unseen.
     """
     given = theirs.state_dict()
-    source, target = theirs.get_input_embeddings().weight, theirs.get_output_embeddings().weight
+    target = theirs.get_output_embeddings().weight
     weights: dict[str, Tensor] = {}
     used = _sines(given) if ours.positions == "sinusoidal" else set()
     for our, their in family.names(ours):
@@ -114,8 +156,6 @@ def weights_of(ours: SequenceConfig, family: Family, theirs: Any) -> dict[str, T
     for name, value in given.items():
         if value.data_ptr() == embed.data_ptr() and value.shape == embed.shape:
             used.add(name)
-    if ours.encoder and not ours.sound and source.data_ptr() != embed.data_ptr():
-        raise refuse("separate embeddings", "encoder and decoder", "one embedding for both sides is")
     if target.data_ptr() != embed.data_ptr():
         weights["head.weight"] = target.detach()
         used |= {name for name, value in given.items() if value.data_ptr() == target.data_ptr()}
@@ -124,7 +164,10 @@ def weights_of(ours: SequenceConfig, family: Family, theirs: Any) -> dict[str, T
         used.add("final_logits_bias")
         if bool(bias.any()):
             weights["head.bias" if "head.weight" in weights else "head_bias"] = bias.reshape(-1)
-    if left := sorted(set(given) - used):
+    left = sorted(set(given) - used)
+    if any(name.endswith("embed_tokens.weight") for name in left):
+        raise refuse("embeddings", "of encoder and decoder apart", "one embedding for both sides is")
+    if left:
         raise refuse("the weight", left[0], "weights are those of the families that docs/sequence-models.md lists")
     return weights
 
@@ -151,11 +194,10 @@ def _ids(*values: Any) -> tuple[int, ...]:
 
 
 def specials_of(config: Any, generation: Any) -> Specials:
-    """From generation_config.json, or what transformers takes from config.json where there is none."""
+    """From the generation configuration of transformers, which it takes from config.json where a checkpoint has none."""
 
     def have(name: str) -> Any:
-        value = getattr(generation, name, None)
-        return value if value is not None else getattr(config, name, None)
+        return getattr(generation, name, None)
 
     eos = _ids(have("eos_token_id"))
     pad = have("pad_token_id")
@@ -165,7 +207,7 @@ def specials_of(config: Any, generation: Any) -> Specials:
         first = have("bos_token_id") if first is None else first
         if first is None:
             raise InputError("config.json: no decoder_start_token_id", "name the token that an answer begins with")
-        start = (int(first), *_forced(config, generation, have))
+        start = (int(first), *_forced(config.model_type, have))
     never = [ids[0] for ids in have("bad_words_ids") or () if len(ids) == 1]
     return Specials(
         start=start,
@@ -176,17 +218,16 @@ def specials_of(config: Any, generation: Any) -> Specials:
     )
 
 
-def _forced(config: Any, generation: Any, have: Any) -> tuple[int, ...]:
+def _forced(family: str, have: Callable[[str], Any]) -> tuple[int, ...]:
     """Tokens that an answer must begin with, behind the first.
 
     Whisper: the language (English where a checkpoint knows several), to write down what is said, without time stamps.
     """
-    if config.model_type != "whisper":
+    if family != "whisper":
         return _ids(have("forced_bos_token_id"))
     forced = dict(have("forced_decoder_ids") or ())
-    languages, tasks = getattr(generation, "lang_to_id", None) or {}, getattr(generation, "task_to_id", None) or {}
-    if languages:
+    if languages := have("lang_to_id"):
         forced[1] = forced.get(1) or languages.get("<|en|>", next(iter(languages.values())))
-        forced[2] = forced.get(2) or tasks.get("transcribe")
+        forced[2] = forced.get(2) or (have("task_to_id") or {}).get("transcribe")
     tokens = _ids(*(forced[at] for at in sorted(forced)))
-    return _ids(tokens, getattr(generation, "no_timestamps_token_id", None))
+    return _ids(tokens, have("no_timestamps_token_id"))
