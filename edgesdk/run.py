@@ -1,23 +1,31 @@
-"""One call, or one whole answer, of a bundle on a device."""
+"""One call of a bundle on a device, or answers to prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgesdk.errors import InputError, UnknownName
 from edgesdk.transport import Transport, parse_link
 
+if TYPE_CHECKING:
+    from edgesdk.agent.client import Agent
+    from edgesdk.profile import Here
+    from edgesdk.sequence.choose import Settings
+    from edgesdk.sequence.generate import Event, Result
+
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back: numpy arrays, and text where a prompt was given or the bundle has labels."""
+    """What came back: numpy arrays, with a text if the bundle has labels; or one result for each prompt of a sequence model."""
 
     method: str
     outputs: tuple[Any, ...]
     text: str | None = None
+    results: tuple[Result, ...] = ()
 
 
 def run(
@@ -25,19 +33,25 @@ def run(
     on: str | Transport = "local",
     *,
     inputs: Sequence[Any] = (),
-    prompt: str | None = None,
+    prompt: str | Sequence[Any] | None = None,
     method: str | None = None,
+    settings: Settings | None = None,
+    hear: Callable[[Event], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
     python: str | None = None,
 ) -> Answer:
-    """Run `method` on `inputs` (numpy arrays), or answer `prompt` with a sequence bundle, on the device behind `on`.
+    """Run `method` on `inputs` (numpy arrays), or answer prompts with a sequence bundle, on the device behind `on`.
 
+    `prompt`: a text, or several: texts, lists of token ids, or float32 [F, frames] of sound; a sequence bundle also takes `inputs` as prompts if no
+    `method` is named. The whole loop runs on the device, by `settings`; `hear` is told each event (see `edgesdk.sequence.generate`) as it
+    comes. Once `cancelled()` is true, each answer ends with what there is.
     `bundle` None: what is installed there; one that is not there is installed first. Raises `InputError` for the wrong number or
-    shape of inputs, `DeviceError` if the program fails, and what `flash` raises.
+    shape of inputs and for prompts that the model does not take, `DeviceError` if the program fails, and what `flash` raises.
     """
     from edgesdk.agent.client import Agent
     from edgesdk.profile import installed
 
-    if (prompt is None) == (not inputs):
+    if (prompt is None) == (not len(inputs)):
         raise InputError("run wants inputs or a prompt", "edgesdk run BUNDLE --input x.npy, or --prompt TEXT for a sequence model")
     transport = parse_link(on) if isinstance(on, str) else on
     try:
@@ -47,10 +61,13 @@ def run(
         if chosen not in here.manifest.methods:
             raise UnknownName("method", chosen, here.manifest.methods)
         with Agent(transport, python) as agent:
+            if "sequence.json" in names and (prompt is not None or method is None):
+                prompts = [prompt] if isinstance(prompt, str) else list(inputs if prompt is None else prompt)
+                return _generate(agent, here, prompts, settings, hear, cancelled)
             if prompt is not None:
                 if "tokenizer.json" not in names:
-                    raise InputError(f"{here.manifest.model_name} has no tokenizer.json: it takes no prompt", "give --input FILE.npy")
-                return _generate(agent, here.folder, here.read("tokenizer.json"), prompt)
+                    raise InputError(f"{here.manifest.model_name} is no sequence model: it takes no prompt", "give --input FILE.npy")
+                return _spell(agent, here.folder, here.read("tokenizer.json"), prompt if isinstance(prompt, str) else prompt[0])
             outputs = agent.run(here.folder, chosen, list(inputs))
         labels = here.read("labels.txt").decode().splitlines() if "labels.txt" in names else []
     finally:
@@ -59,7 +76,46 @@ def run(
     return Answer(chosen, tuple(outputs), _label(outputs, labels))
 
 
-def _generate(agent: Any, folder: str, tokenizer: bytes, prompt: str) -> Answer:
+def _generate(
+    agent: Agent,
+    here: Here,
+    prompts: Sequence[Any],
+    settings: Settings | None,
+    hear: Callable[[Event], None] | None,
+    cancelled: Callable[[], bool] | None,
+) -> Answer:
+    """Text becomes token ids here; what is written becomes text on the device, where stop strings are looked for."""
+    from edgesdk.sequence.card import NAME, Card
+    from edgesdk.sequence.choose import Settings
+    from edgesdk.sequence.generate import Result
+    from edgesdk.sequence.tokens import tokenizer_of
+
+    with _wrong_input():
+        card = Card.read(here.read(NAME))
+        (settings or Settings()).check(card)
+        tokenizer = tokenizer_of(card, here.read)
+        ids = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
+    results = {}
+    for event in agent.generate(here.folder, ids, (settings or Settings()).to_dict(), cancelled or (lambda: False)):
+        if hear:
+            hear(event)
+        if event["event"] == "done":
+            results[event["prompt"]] = Result(**event["result"])
+    found = tuple(results[i] for i in range(len(prompts)))
+    return Answer("generate", (), found[0].text if len(found) == 1 else None, found)
+
+
+@contextmanager
+def _wrong_input() -> Iterator[None]:
+    from edgesdk.sequence.card import SequenceError
+
+    try:
+        yield
+    except SequenceError as error:
+        raise InputError(error.what, error.hint) from None
+
+
+def _spell(agent: Any, folder: str, tokenizer: bytes, prompt: str) -> Answer:
     from edgesdk.examples.generate import generate
 
     text = generate(lambda m, arrays: agent.run(folder, m, list(arrays)), tokenizer, prompt)

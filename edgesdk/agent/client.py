@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import files
@@ -15,8 +16,6 @@ from edgesdk.transport.base import Stream, Transport
 Tell = Callable[[str, float], None]
 START_S = 60.0
 POLL_S = 0.05
-SEQUENCE = ("__init__", "card", "programs", "caches", "session", "choose", "beam", "tokens", "drafts", "generate", "serve")
-"""The files of `edgesdk.sequence` that run on a device."""
 
 
 def agent_files() -> dict[str, bytes]:
@@ -26,8 +25,20 @@ def agent_files() -> dict[str, bytes]:
     places |= {
         f"packed/{file.name}": file for file in sorted((top / "packed").iterdir(), key=lambda f: f.name) if file.name.endswith(".py")
     }
-    places |= {f"sequence/{name}.py": top / "sequence" / f"{name}.py" for name in SEQUENCE}
-    return {name: place.read_bytes() for name, place in places.items()}
+    return {**{name: place.read_bytes() for name, place in places.items()}, **_sequence_files()}
+
+
+def _sequence_files() -> dict[str, bytes]:
+    """The part of `edgesdk.sequence` that runs on a device: `serve` and what it imports from beside it."""
+    found: dict[str, bytes] = {}
+    wanted = ["__init__", "serve"]
+    while wanted:
+        name = wanted.pop()
+        source = (files("edgesdk") / "sequence" / f"{name}.py").read_bytes()
+        found[f"sequence/{name}.py"] = source
+        beside = {m.decode() for m in re.findall(rb"^ *from \.(\w+) import", source, re.MULTILINE)}
+        wanted += [b for b in sorted(beside) if f"sequence/{b}.py" not in found]
+    return dict(sorted(found.items()))
 
 
 def agent_folder(root: str) -> str:

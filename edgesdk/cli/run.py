@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,22 +17,65 @@ from edgesdk.cli.flash import On, PythonPath
 
 if TYPE_CHECKING:
     from edgesdk.run import Answer
+    from edgesdk.sequence.generate import Event
+
+STOPPED = 130
+"""Exit code of an answer that Ctrl-C ended."""
 
 
 def run(
     bundle: Annotated[str | None, typer.Argument(help="What `edgesdk build` wrote; without it, what is installed there.")] = None,
     inputs: Annotated[list[Path] | None, typer.Option("--input", help="A .npy file; once for each input, in order.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Text, for a sequence model.")] = None,
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="A text file with one prompt a line; - is stdin.")] = None,
     method: Annotated[str | None, typer.Option("--method", help="Which method.", show_default="forward, or the first")] = None,
     on: On = "local",
     python: PythonPath = None,
     out: Annotated[Path | None, typer.Option("--out", help="Save the outputs: OUT0.npy, OUT1.npy … beside this name.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens to write at most.", show_default="the model's")] = None,
+    max_time: Annotated[float | None, typer.Option(help="Seconds to write at most, all prompts together.")] = None,
+    temperature: Annotated[float, typer.Option(help="Draw tokens; 0 takes the likeliest.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: less of what was there.")] = 1.0,
+    beams: Annotated[int, typer.Option(help="Carry on so many answers and take the likeliest.")] = 1,
+    best: Annotated[int, typer.Option(help="Show so many of the beams.")] = 1,
+    length_penalty: Annotated[float, typer.Option(help="Above 0 favours long beams.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    draft: Annotated[str, typer.Option(help="Guess tokens: copy, count, exit, none; auto: as built.")] = "auto",
+    stream: Annotated[bool, typer.Option(help="Show text as it comes.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Run a bundle on a device once."""
+    """Run a bundle on a device once, or let a sequence model answer."""
     from edgesdk import run as verb
+    from edgesdk.errors import InputError
+    from edgesdk.sequence.choose import Settings
 
-    answer = verb.run(bundle, on, inputs=[_load(p) for p in inputs or ()], prompt=prompt, method=method, python=python)
+    if prompt is not None and prompts is not None:
+        raise InputError("--prompt and --prompts", "give one of the two")
+    asked = [prompt] if prompt is not None else _lines(prompts) if prompts is not None else None
+    settings = Settings(
+        max_tokens=max_tokens, max_time_s=max_time, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, beams=beams, best=best,
+        repetition_penalty=repetition_penalty, length_penalty=length_penalty, stop=tuple(stop or ()), draft=draft,
+    )  # fmt: skip
+    show = _Shown(len(asked or inputs or ()), live=stream and beams == 1)
+    arrays = [_load(p) for p in inputs or ()]
+    with _ctrl_c() as cancelled:
+        answer = verb.run(
+            bundle,
+            on,
+            inputs=arrays,
+            prompt=asked,
+            method=method,
+            settings=settings,
+            hear=None if as_json else show.hear,
+            cancelled=cancelled,
+            python=python,
+        )
+    if answer.results:
+        _answered(answer, asked, as_json)
+        return
     if out:
         import numpy as np
 
@@ -51,6 +99,94 @@ def _load(path: Path) -> Any:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: cannot be read as .npy ({error})", "save it with numpy.save") from None
+
+
+def _lines(path: Path) -> list[str]:
+    from edgesdk.errors import InputError
+
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as text ({error})", "give a file in UTF-8 with one prompt a line") from None
+    if not (found := [line for line in text.splitlines() if line.strip()]):
+        raise InputError(f"{path}: holds no prompt", "write one prompt a line")
+    return found
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[Any]:
+    """What says whether Ctrl-C was pressed. Before it is asked for the first time, and the second time, Ctrl-C ends the command."""
+    state = {"asked": False, "pressed": False}
+
+    def pressed(*_: object) -> None:
+        if state["pressed"] or not state["asked"]:
+            raise KeyboardInterrupt
+        state["pressed"] = True
+
+    def cancelled() -> bool:
+        state["asked"] = True
+        return state["pressed"]
+
+    if threading.current_thread() is not threading.main_thread():
+        yield cancelled
+        return
+    before = signal.signal(signal.SIGINT, pressed)
+    try:
+        yield cancelled
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Shown:
+    """Writes answers to stdout: one that streams piece by piece, others whole, in the order of their prompts, several with a line for each."""
+
+    def __init__(self, prompts: int, live: bool) -> None:
+        self.several, self.live = prompts > 1, live and prompts == 1
+        self._whole: dict[int, dict[str, Any]] = {}
+        self._next = 0
+
+    def hear(self, event: Event) -> None:
+        if self.live:
+            self._write(event["text"] + ("\n" if event["event"] == "done" else ""))
+        elif event["event"] == "done":
+            self._whole[event["prompt"]] = event["result"]
+        while self._next in self._whole:
+            result = self._whole.pop(self._next)
+            self._write((result["text"].replace("\n", "\\n") if self.several else result["text"]) + "\n")
+            for other in result["alternatives"][1:]:
+                self._write(f"{other['text']}\n")
+            self._next += 1
+
+    def _write(self, text: str) -> None:
+        if sys.stdout.isatty():  # a model's text must not steer the terminal
+            text = "".join(c for c in text if c in "\n\t" or c.isprintable())
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def _answered(answer: Answer, prompts: list[str] | None, as_json: bool) -> None:
+    """How it went; Ctrl-C makes the exit code."""
+    if as_json:
+        rows = [{"prompt": prompts[i] if prompts else None, **r.to_dict()} for i, r in enumerate(answer.results)]
+        emit_json({"kind": "answers", "schema_version": 1, "answers": rows})
+    else:
+        say(_told(answer))
+    if any(r.stopped == "cancelled" for r in answer.results):
+        raise typer.Exit(STOPPED)
+
+
+def _told(answer: Answer) -> str:
+    from edgesdk.units import show_seconds
+
+    results = answer.results
+    tokens = sum(len(r.tokens) for r in results)
+    first = results[0].first_token_s
+    parts = [f"{len(results)} prompts" if len(results) > 1 else "", f"{tokens} tokens"]
+    parts.append(f"first after {show_seconds(first)}" if first is not None else "")
+    if len(results) == 1 and results[0].tokens_per_s:
+        parts.append(f"then {results[0].tokens_per_s:.3g} tokens/s")
+    stopped = sorted({r.stopped for r in results})
+    return ", ".join(p for p in parts if p) + f"; ended by {', '.join(stopped)}"
 
 
 def _show(answer: Answer) -> None:
