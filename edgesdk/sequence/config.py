@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -21,6 +22,7 @@ class Stack(Part):
     head: PositiveInt  # size of one head
     ffn: PositiveInt
     windows: tuple[NonNegativeInt, ...] = ()
+    ffns: tuple[PositiveInt, ...] = ()  # each layer's own feed-forward width, where they differ; none is above `ffn`
 
     @model_validator(mode="after")
     def _agree(self) -> Stack:
@@ -28,10 +30,21 @@ class Stack(Part):
             raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} heads of keys and values evenly")
         if self.windows and len(self.windows) != self.layers:
             raise ValueError(f"{len(self.windows)} windows for {self.layers} layers")
+        if self.ffns and (len(self.ffns) != self.layers or max(self.ffns) > self.ffn):
+            raise ValueError(f"ffns = {self.ffns} for {self.layers} layers of at most {self.ffn}")
         return self
 
     def window(self, layer: int) -> int:
         return self.windows[layer] if self.windows else 0
+
+    def of(self, layer: int) -> Stack:
+        """The stack as one layer has it."""
+        return self.model_copy(update={"ffn": self.ffns[layer], "ffns": ()}) if self.ffns else self
+
+    def only(self, layers: Sequence[int]) -> Stack:
+        """The stack of some of its layers, in that order."""
+        update = {name: tuple(values[i] for i in layers) for name, values in (("windows", self.windows), ("ffns", self.ffns)) if values}
+        return self.model_copy(update={"layers": len(layers), **update})
 
 
 class Sound(Part):
@@ -131,7 +144,8 @@ class SequenceConfig(Noun):
         total = self.vocab * (self.encoder or self.decoder).dim  # type: ignore[union-attr]
         for stack in (self.encoder, self.decoder):
             if stack:
-                total += stack.layers * (self._attention(stack, stack.dim) + (3 if self.gated else 2) * stack.dim * stack.ffn)
+                inner = sum(stack.ffns) if stack.ffns else stack.layers * stack.ffn
+                total += stack.layers * self._attention(stack, stack.dim) + (3 if self.gated else 2) * stack.dim * inner
         if self.encoder and self.decoder:
             total += self.decoder.layers * self._attention(self.decoder, self.encoder.dim)
             total += self.vocab * self.decoder.dim if self.encoder.dim != self.decoder.dim else 0

@@ -89,7 +89,8 @@ def split(x: Tensor, heads: int) -> Tensor:
 
 
 def attend(q: Tensor, parts: Sequence[Pair], mask: Tensor) -> Tensor:
-    """Softmax over all parts together, each of which stays where it is: q [B, K, R, D], mask [B, 1 or K, 1 or R, all their times].
+    """Softmax over all parts together, each of which stays where it is: q [B, K, R, D], mask [B, 1 or K, 1 or R, all their times],
+    without B where it is 1.
 
     Products are of three dimensions: of four, exporters copy both sides first.
     """
@@ -99,7 +100,7 @@ def attend(q: Tensor, parts: Sequence[Pair], mask: Tensor) -> Tensor:
     scores = [torch.bmm(q, k.transpose(1, 2)) for k in keys]
     weights = scores[0] if len(parts) == 1 else torch.cat(scores, -1)
     if b == 1:
-        weights = torch.softmax(weights + mask[0], -1)
+        weights = torch.softmax(weights + mask, -1)
     else:
         weights = torch.softmax(weights.reshape(b, heads, rows, -1) + mask, -1).reshape(b * heads, rows, -1)
     out = torch.bmm(weights[..., : values[0].shape[1]], values[0])
@@ -215,6 +216,9 @@ class Stack(nn.Module):
             self.position = nn.Embedding(table + config.position_offset, stack.dim)
         if config.positions == "relative":
             self.relative = nn.Embedding(config.relative_buckets, stack.heads)
+            self.buckets = buckets(config, both_ways)
+        if config.positions == "rope":
+            self.turns = frequencies(config, stack.head)
 
     def enter(self, x: Tensor, positions: Tensor) -> Tensor:
         """Embeddings [B, N, dim] with their positions [B, N], normed where the model does."""
@@ -231,7 +235,9 @@ class Stack(nn.Module):
         """Cosines and sines [B, 1, N, D / 2] of rotary positions."""
         if self.config.positions != "rope":
             return None
-        angles = positions[:, None, :, None].to(torch.float32) * frequencies(self.config, self.stack.head, positions.device)
+        b, n = positions.shape
+        turns = torch.tensor(self.turns, device=positions.device)
+        angles = positions.to(torch.float32).reshape(b, 1, n, 1) * turns
         return torch.cos(angles), torch.sin(angles)
 
     def scores_mask(self, mask: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
@@ -239,51 +245,58 @@ class Stack(nn.Module):
 
         `seen` [B or 1, time]: positions of what is attended to.
         """
-        mask = mask[:, None]
-        groups = self.stack.heads // self.stack.kv_heads
+        n = mask.shape[1]
         if self.config.positions == "relative":
-            distance = seen[:, None, :] - positions[:, :, None]
-            bias = self.relative(bucket(distance, self.config, self.both_ways)).permute(0, 3, 1, 2)  # [B, H, N, time]
-            mask = bias + mask
-            return mask.reshape(mask.shape[0], self.stack.kv_heads, -1, mask.shape[-1])
-        return torch.cat([mask] * groups, 2) if mask.shape[2] > 1 and groups > 1 else mask
+            far, kv_heads = self.config.relative_distance, self.stack.kv_heads
+            table = self.relative(torch.tensor(self.buckets, device=mask.device))
+            distance = (seen[:, None, :] - positions[:, :, None]).clamp(-far, far) + far
+            bias = F.embedding(distance, table).permute(0, 3, 1, 2)  # [B, H, N, time]
+            return over_heads(bias + mask[:, None], kv_heads)
+        groups = self.stack.heads // self.stack.kv_heads
+        return over_heads(torch.cat([mask] * groups, 1) if n > 1 and groups > 1 else mask)
 
 
-def frequencies(config: SequenceConfig, head: int, device: torch.device) -> Tensor:
+def over_heads(mask: Tensor, kv_heads: int = 1) -> Tensor:
+    """A mask [B, rows, time], or one for each head [B, H, N, time], as `attend` takes it."""
+    return mask.reshape(*([] if mask.shape[0] == 1 else [mask.shape[0]]), kv_heads, -1, mask.shape[-1])
+
+
+def frequencies(config: SequenceConfig, head: int) -> list[float]:
     """[D / 2]: radians by which a step turns each pair of channels, scaled as `rope_scaling` says."""
-    turn = config.rope_theta ** -(torch.arange(0, head, 2, device=device, dtype=torch.float32) / head)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return turn
-    if scaling.kind == "linear":
-        return turn / scaling.factor
-    kept = ((scaling.original / (2 * math.pi) * turn - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
-    return turn * (kept + (1 - kept) / scaling.factor)
+    turn = config.rope_theta ** -(torch.arange(0, head, 2, device="cpu", dtype=torch.float32) / head)
+    if (scaling := config.rope_scaling) is not None:
+        kept = torch.zeros(1, device="cpu")
+        if scaling.kind != "linear":
+            kept = ((scaling.original / (2 * math.pi) * turn - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+        turn = turn * (kept + (1 - kept) / scaling.factor)
+    return turn.tolist()
 
 
 def sinusoids(positions: Tensor, dim: int) -> Tensor:
     """[B, N] → [B, N, dim]: sines, then cosines, of frequencies from 1 to 1 / 10000."""
-    steps = torch.arange(dim // 2, device=positions.device, dtype=torch.float32) * (2.0 / dim)
-    angles = positions[..., None].to(torch.float32) * 10000.0**-steps
+    turns = torch.tensor([10000.0 ** (-2.0 * i / dim) for i in range(dim // 2)], device=positions.device)
+    angles = positions.to(torch.float32).reshape(*positions.shape, 1) * turns
     return torch.cat([torch.sin(angles), torch.cos(angles)], -1)
 
 
-def bucket(distance: Tensor, config: SequenceConfig, both_ways: bool) -> Tensor:
-    """T5's bucket (int64) of `distance` = seen - seeing: exact up to a quarter (half, where only the past is seen) of the buckets, then
-    logarithmic up to `relative_distance`. Source: Raffel et al. 2020, section 2.1, and the released checkpoints, which it must match."""
-    buckets = config.relative_buckets // 2 if both_ways else config.relative_buckets
-    first = (distance > 0).to(torch.int64) * buckets if both_ways else 0
+def buckets(config: SequenceConfig, both_ways: bool) -> list[int]:
+    """T5's bucket of each distance (seen - seeing) from -`relative_distance` to it: exact up to a quarter (half, where only the past is seen)
+    of them, then logarithmic. Source: Raffel et al. 2020, section 2.1, and the released checkpoints, whose rounding it has."""
+    distance = torch.arange(-config.relative_distance, config.relative_distance + 1, device="cpu")
+    count = config.relative_buckets // 2 if both_ways else config.relative_buckets
+    first = (distance > 0) * count if both_ways else 0
     distance = distance.abs() if both_ways else (-distance).clamp(min=0)
-    exact = buckets // 2
-    log = torch.log(distance.clamp(min=1).to(torch.float32) / exact) / math.log(config.relative_distance / exact) * (buckets - exact)
-    far = (exact + log.to(torch.int64)).clamp(max=buckets - 1)
-    return first + torch.where(distance < exact, distance, far)
+    exact = count // 2
+    log = torch.log(distance.clamp(min=1) / exact) / math.log(config.relative_distance / exact) * (count - exact)
+    found = first + torch.where(distance < exact, distance, (exact + log.to(torch.int64)).clamp(max=count - 1))
+    return found.tolist()
 
 
 def ordered(positions: Tensor, window: int, both_ways: bool = False) -> Tensor:
     """[B, N, N] of positions [B, N]: HIDDEN where the column's comes after the row's, or `window` or more before it (0: no window)."""
+    b, n = positions.shape
     at = positions.to(torch.float32)
-    back = at[:, :, None] - at[:, None]
+    back = at.reshape(b, n, 1) - at.reshape(b, 1, n)
     if both_ways:
         hidden = back.abs() - (window - 1)
     else:
@@ -296,12 +309,12 @@ class Encoder(Stack):
 
     def __init__(self, config: SequenceConfig, stack: StackConfig) -> None:
         table = config.sound.frames // 2 if config.sound else config.max_positions
-        super().__init__(config, stack, [Layer(config, stack) for _ in range(stack.layers)], table, both_ways=True)
+        super().__init__(config, stack, [Layer(config, stack.of(i)) for i in range(stack.layers)], table, both_ways=True)
 
     def forward(self, x: Tensor, source_mask: Tensor) -> Tensor:
         """Embeddings [B, S, dim] and their mask [B, S] → the memory [B, S, dim]."""
         positions = torch.arange(x.shape[1], device=x.device)[None]
-        x, places, padding = self.enter(x, positions), self.places(positions), source_mask[:, None]
+        x, places, padding = self.enter(x, positions), self.places(positions), source_mask.reshape(-1, 1, x.shape[1])
         masks = {
             w: self.scores_mask(padding + ordered(positions, w, both_ways=True) if w else padding, positions, positions)
             for w in {self.stack.window(i) for i in range(self.stack.layers)}
@@ -316,7 +329,7 @@ class Decoder(Stack):
 
     def __init__(self, config: SequenceConfig, stack: StackConfig, memory: int) -> None:
         self_layers = stack.layers if config.shared_from is None else config.shared_from
-        layers = [Layer(config, stack, memory, reader=i >= self_layers) for i in range(stack.layers)]
+        layers = [Layer(config, stack.of(i), memory, reader=i >= self_layers) for i in range(stack.layers)]
         super().__init__(config, stack, layers, config.max_positions, both_ways=False)
         self.shared_from = config.shared_from
         if self.shared_from is not None:
@@ -325,7 +338,9 @@ class Decoder(Stack):
     def masks(self, padding: Tensor, positions: Tensor) -> dict[int, Tensor]:
         """For tokens that attend to each other alone: window → mask. `padding`: [B, N]."""
         windows = {self.stack.window(i) for i in range(self.stack.layers)}
-        return {w: self.scores_mask(padding[:, None] + ordered(positions, w), positions, positions) for w in windows}
+        return {
+            w: self.scores_mask(padding.reshape(-1, 1, padding.shape[1]) + ordered(positions, w), positions, positions) for w in windows
+        }
 
     def cached_masks(self, mask: Tensor, window_mask: Tensor | None, positions: Tensor) -> dict[int, Tensor]:
         """For tokens that attend to caches, too: slot t of a cache that sees all holds position t where there is a relative bias."""
@@ -348,7 +363,7 @@ class Decoder(Stack):
         `last`: the one token [B] whose hidden state is wanted, and the mask [B, N] of padding; then readers of the shared cache see it alone.
         """
         x, places = self.enter(x, positions), self.places(positions)
-        cross_mask = None if source_mask is None else source_mask[:, None, None]
+        cross_mask = None if source_mask is None else over_heads(source_mask.reshape(-1, 1, source_mask.shape[1]))
         made: list[Pair] = []
         shared: Sequence[Pair] = ()
         for i, layer in enumerate(self.layers):
@@ -365,9 +380,10 @@ class Decoder(Stack):
         return self.leave(x), made
 
     def _alone(self, x: Tensor, positions: Tensor, last: Tensor, padding: Tensor) -> tuple[Tensor, Pair | None, dict[int, Tensor]]:
-        at = torch.arange(x.shape[1], device=x.device)[None]
-        after = (at - last[:, None]).to(torch.float32).clamp(0, 1) * HIDDEN
-        return pick(x, last), self.places(positions.gather(1, last[:, None])), {0: (padding + after)[:, None, None]}
+        b, n, _ = x.shape
+        after = ((torch.arange(n, device=x.device).reshape(1, n) - last.reshape(b, 1)).to(torch.float32)).clamp(0, 1) * HIDDEN
+        places = self.places(positions.gather(1, last.reshape(b, 1)))
+        return pick(x, last), places, {0: over_heads((padding + after).reshape(b, 1, n))}
 
 
 def pick(x: Tensor, last: Tensor) -> Tensor:
