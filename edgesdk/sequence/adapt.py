@@ -107,9 +107,10 @@ def _stack(name: str, parent: Parent, asked: Stack | None, which: int | Sequence
         chosen = tuple(which)
         if not chosen or any(not 0 <= i < theirs.layers for i in chosen):
             raise InputError(f"{name}: layers {list(chosen)} of a model that has 0 to {theirs.layers - 1}", "name layers that there are")
-    stack = (asked or theirs).model_copy(update={"layers": len(chosen)})
-    windows = () if name == "encoder" or not theirs.windows else tuple(theirs.windows[i] for i in chosen)
-    return stack.model_copy(update={"windows": asked.windows if asked and asked.windows else windows}), chosen
+    if asked:
+        return asked.model_copy(update={"layers": len(chosen)}), chosen
+    stack = theirs.only(chosen)
+    return stack.model_copy(update={"windows": ()}) if name == "encoder" and not parent.config.encoder else stack, chosen
 
 
 def _report(made: SequenceModel, pieces: dict[str, Piece], layers: dict[str, tuple[int, ...]]) -> Adaptation:

@@ -202,8 +202,8 @@ def encode(config: SequenceConfig, batch: int, source: int, *, alike: bool = Fal
     assert stack is not None
     tape = Tape(config, call, alike=alike)
     tape.embed("embed" if config.decoder is None or config.decoder.dim == stack.dim else "source_embed", stack.dim)
-    for i in _runs(tape, [()] * stack.layers):
-        _layer(tape, f"encoder.layers.{i}", stack, (source,), False, 0)
+    for i in _runs(tape, [(stack.of(i).ffn,) for i in range(stack.layers)]):
+        _layer(tape, f"encoder.layers.{i}", stack.of(i), (source,), False, 0)
     if config.final_norm:
         tape.norm("encoder.final_norm", stack.dim)
     inputs = [_info("source", batch, source, dtype="int64"), _info("source_mask", batch, source)]
@@ -225,7 +225,8 @@ def _decoder(tape: Tape, stack: Stack, slots: int, source: int, last: bool = Fal
     tape.embed("embed", stack.dim)
     spans = [stack.window(i) or slots for i in range(stack.layers)]
     reading = [config.shared_from is not None and i >= config.shared_from for i in range(stack.layers)]
-    for i in _runs(tape, list(zip(spans, reading, strict=True))):
+    widths = [stack.of(i).ffn for i in range(stack.layers)]
+    for i in _runs(tape, list(zip(spans, reading, widths, strict=True))):
         if i == config.shared_from:
             layers, tape.layers = tape.layers, 1
             tape.norm("decoder.shared.norm", stack.dim)
@@ -233,7 +234,7 @@ def _decoder(tape: Tape, stack: Stack, slots: int, source: int, last: bool = Fal
             tape.call = replace(tape.call, tokens=1) if last else tape.call
             tape.layers = layers
         parts = (spans[i], made) if slots else (made,)
-        _layer(tape, f"decoder.layers.{i}", stack, parts, reading[i], source)
+        _layer(tape, f"decoder.layers.{i}", stack.of(i), parts, reading[i], source)
     if config.final_norm:
         tape.norm("decoder.final_norm", stack.dim, rows=tape.call.batch if last else None)
 

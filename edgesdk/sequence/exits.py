@@ -158,8 +158,7 @@ def skipped(model: SequenceModel, layers: Sequence[int], encoder: Sequence[int] 
         if stack:
             if not chosen or any(not 0 <= i < stack.layers for i in chosen):
                 raise InputError(f"{name}: layers {list(chosen)} of {stack.layers}", "name layers that there are")
-            windows = tuple(stack.window(i) for i in chosen) if stack.windows else ()
-            update[name] = stack.model_copy(update={"layers": len(chosen), "windows": windows})
+            update[name] = stack.only(chosen)
     with torch.device("meta"):
         made = SequenceModel(config.model_copy(update=update))
     weights = dict(model.named_parameters())
