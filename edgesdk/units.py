@@ -1,6 +1,6 @@
-"""Sizes and times as people write them, and back.
+"""Sizes, times and energies as people write them, and back.
 
-Inside edgesdk every size is an `int` in bytes and every time a `float` in seconds; these functions are the only door.
+Inside edgesdk every size is an `int` in bytes, every time a `float` in seconds, every energy one in joules; these functions are the only door.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ _BYTES = {
     "kib": 2**10, "mib": 2**20, "gib": 2**30,
 }  # fmt: skip
 _SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "min": 60.0}
+_JOULES = {"": 1.0, "j": 1.0, "mj": 1e-3, "uj": 1e-6, "µj": 1e-6, "kj": 1e3}
 
 
 def _split(text: str, kind: str, units: dict[str, float] | dict[str, int], example: str) -> tuple[float, str]:
@@ -35,6 +36,12 @@ def parse_seconds(text: str) -> float:
     """`20ms` → 0.02. Raises `InputError`."""
     number, unit = _split(text, "time", _SECONDS, "20ms or 1.5s")
     return number * _SECONDS[unit]
+
+
+def parse_joules(text: str) -> float:
+    """`5mJ` → 0.005. Raises `InputError`."""
+    number, unit = _split(text, "energy", _JOULES, "5mJ or 0.2J")
+    return number * _JOULES[unit]
 
 
 def parse_share(text: str) -> float:
@@ -63,3 +70,13 @@ def show_seconds(t: float | None) -> str:
         if abs(t) >= size:
             return f"{t / size:.3g} {unit}"
     return f"{t / 1e-9:.3g} ns"
+
+
+def show_joules(e: float | None) -> str:
+    """Joules for a table: `1.23 mJ`; `–` for unknown."""
+    if e is None:
+        return "–"
+    for unit, size in (("J", 1.0), ("mJ", 1e-3)):
+        if abs(e) >= size:
+            return f"{e / size:.3g} {unit}"
+    return f"{e / 1e-6:.3g} µJ"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,11 +79,28 @@ def test_evolution_keeps_the_budget_and_finds_what_sums_cannot_see() -> None:
         alone = sum((2 - c) ** 2 for c in choice)
         return alone - (7.9 if choice[0] == 0 and choice[1] == 0 else 0.0)
 
-    found = evolve([1, 1, 1, 1], sizes, [3] * 4, 8.0, [true], generations=20, seed=1)
+    field = (-sizes, sizes[None], [8.0], [true])
+    found = evolve([1, 1, 1, 1], *field, generations=20, seed=1)
     assert found.picked == (0, 0, 2, 2)
     assert found.loss < found.start
-    again = evolve([1, 1, 1, 1], sizes, [3] * 4, 8.0, [true], generations=20, seed=1)
-    assert again == found
+    assert evolve([1, 1, 1, 1], *field, generations=20, seed=1) == found
+
+
+def test_evolution_holds_every_budget() -> None:
+    loss, use, limits = _problem(3, 12, 6, 3)
+    loss[::3, 4:] = np.inf
+    rows = np.arange(12)
+    start = choose(loss, use, limits).picked
+    seen: list[tuple[int, ...]] = []
+
+    def true(choice: Sequence[int]) -> float:
+        seen.append(tuple(choice))
+        return float(loss[rows, list(choice)].sum() - 0.5 * loss[0, choice[0]])
+
+    found = evolve(start, loss, use, limits, [true], generations=10, seed=2)
+    assert len(seen) > 50 and found.loss <= found.start
+    for choice in seen:
+        assert all(u[rows, list(choice)].sum() <= limit * (1 + 1e-9) for u, limit in zip(use, limits, strict=True))
 
 
 class _Chain(nn.Module):
@@ -244,7 +262,7 @@ def test_processes_give_the_same_codes(own_cache: Path, monkeypatch: pytest.Monk
 def test_bad_input_is_named() -> None:
     spec = load_model("example:digits-cnn")
     for settings, text in (
-        ({}, "give one of bits, bytes and drop"),
+        ({}, "give a budget: bits, bytes or drop"),
         ({"bits": 4, "bytes": 100}, "give one of"),
         ({"bits": 4, "methods": ["lord:energy=0.9"]}, "changes whole models"),
         ({"bits": 4, "methods": ["nope"]}, "compression method"),

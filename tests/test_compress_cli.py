@@ -58,7 +58,7 @@ def test_the_list_names_every_method_and_weight(capsys: pytest.CaptureFixture[st
         ([], 2, "no --model"),
         (DIGITS, 2, "nothing says how to compress"),
         ([*DIGITS, "--method", "rtn:bits=4"], 2, "nothing is to be chosen"),
-        ([*DIGITS, "--bits", "3", "--storage", "9kB"], 2, "give one of bits, bytes and drop"),
+        ([*DIGITS, "--bits", "3", "--storage", "9kB"], 2, "give one of bits and bytes"),
         ([*DIGITS, "-r", "nope"], 2, "unknown compression method 'nope'"),
         ([*DIGITS, "-r", "gptq:bitz=4"], 2, "bitz"),
         ([*DIGITS, "-r", "gptq:bits"], 2, "has no '='"),

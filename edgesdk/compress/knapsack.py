@@ -32,7 +32,7 @@ class Choice:
 
 AROUND = (1.0, 1.02, 0.98, 1.06, 0.94, 1.15)
 """Shares of the prices at which answers are looked for."""
-MOST_FLIPS, MOST_SETS, ROUNDS = 400, 2_000_000, (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+MOST_FLIPS, MOST_SETS, ROUNDS = 400, 2_000_000, (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 10, 100, 1000)
 """Exchanges that the enumeration considers, sets of them in one round (about 10 ns each), and extra losses of its rounds over the gap asked for."""
 
 

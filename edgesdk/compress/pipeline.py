@@ -15,7 +15,7 @@ import torch
 
 from edgesdk.compress.masks import mask_of
 from edgesdk.compress.registry import configured, method
-from edgesdk.compress.types import Config, ModelMethod, Stats, Step, Weight, WeightMethod
+from edgesdk.compress.types import Config, ModelMethod, Runs, Stats, Step, Weight, WeightMethod
 from edgesdk.compress.weights import output_error, set_weight, stats_of, suited_threads, weights_of
 from edgesdk.errors import InputError
 from edgesdk.model import ModelSpec
@@ -60,6 +60,7 @@ class Compression(Noun):
     notes: tuple[str, ...] = ()
     quality: float | None = None  # after; None: the model has no evaluate, or it was not asked for
     quality_before: float | None = None
+    runs: Runs | None = None  # where the last stage chose for a device
 
     @property
     def bits(self) -> float:
@@ -126,6 +127,7 @@ def compress(
         work = _Work(base, step)
         for i, (stage, (found, settings)) in enumerate(zip(stages, ready, strict=True)):
             step(f"{stage.method} ({i + 1} of {len(stages)})", i / len(stages))
+            work.runs = None
             if found.level == "model":
                 work.change(found, settings)
             else:
@@ -160,6 +162,7 @@ class _Work:
         self.kept: dict[str, str] = {}
         self.edits: list[dict[str, Any]] = []
         self.notes: list[str] = []
+        self.runs: Runs | None = None
 
     def change(self, found: ModelMethod, settings: Config) -> None:
         """A model method: afterwards codes hold only where they still decode to the weight."""
@@ -170,6 +173,7 @@ class _Work:
         done = found.apply(self.spec, settings, self.step)
         self.edits += done.edits
         self.notes += done.notes
+        self.runs = done.runs
         if done.calibration is not None:
             self.spec = replace(self.spec, calibration=done.calibration)
         self.spec.codes.update(done.codes)
@@ -244,7 +248,7 @@ class _Work:
             model=self.base.name, base=ref, base_digest=self.base.digest, compressed_digest=digest_of(self.spec, self.edits),
             stages=stages, weights=tuple(self.rows.values()), kept=self.kept,
             weight_elements=sum(w.matrix.numel() for w in now.values()), weight_bytes=stored, float_bytes=self.float_bytes, edits=tuple(self.edits),
-            notes=tuple(self.notes), quality=quality, quality_before=before,
+            notes=tuple(self.notes), quality=quality, quality_before=before, runs=self.runs,
         )  # fmt: skip
         return Compressed(
             replace(self.spec, name=f"{self.base.name}-compressed", alternatives={}, digest=report.compressed_digest), report, self.base

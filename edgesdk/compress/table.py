@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from edgesdk.cache import cache_dir
 from edgesdk.compress.engine import Engine
@@ -25,18 +25,21 @@ from edgesdk.compress.registry import METHODS, configured
 from edgesdk.compress.types import Step
 from edgesdk.compress.weights import output_error, replaced, stats_of, weights_of
 from edgesdk.errors import InputError
+from edgesdk.lower.inject import is_grid
 from edgesdk.noun import Noun, Part
 from edgesdk.packed import Code, decode, pack, unpack
 from edgesdk.packed.entropy import PackedError
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
     from edgesdk.compress.loss import Loss
     from edgesdk.compress.pipeline import Stage
     from edgesdk.compress.types import Stats, Weight
     from edgesdk.model import ModelSpec
+
+
+Native = Literal["", "int8", "int4-g32"]
 
 
 class OptionRow(Part):
@@ -47,10 +50,11 @@ class OptionRow(Part):
     bytes: int
     error: float  # relative squared error of the weight's outputs over the calibration inputs
     loss: float  # of the model with this option alone, measured or drawn between measured ones
+    native: Native = ""  # the form that runtimes run it in as it is; "": they run what it decodes to
 
 
 class OptionTable(Noun):
-    """All options of a model, by weight; within a weight fewest bytes first, none worse than a smaller one."""
+    """All options of a model, by weight; within a weight fewest bytes first, none worse than a smaller one of the same native form or of none."""
 
     KIND: ClassVar[str] = "options"
 
@@ -127,6 +131,7 @@ class Options:
 
     table: OptionTable
     spec: ModelSpec
+    key: str  # what the table is kept under
     decoded: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def value(self, row: OptionRow) -> torch.Tensor:
@@ -161,12 +166,13 @@ def options_of(
                 f"{stage.method} changes whole models, so it is no option of a single weight", "put it before auto in the recipe"
             )
         ready.append((stage, found, config))
-    kept = cache_dir("options") / f"{_whole_key(spec, stages, [c for _, _, c in ready], score, resident)}.json"
+    whole = _whole_key(spec, stages, [c for _, _, c in ready], score, resident)
+    kept = cache_dir("options") / f"{whole}.json"
     if kept.exists():
         with contextlib.suppress(InputError):
             table = OptionTable.load(kept)
             if all(_place(r.key).exists() for r in table.rows if r.key):
-                return Options(table, spec)
+                return Options(table, spec, whole)
     weights = {n: replace(w, coded=c, kept=mask_of(c) if c else None) for n, w in weights_of(spec).items() for c in [spec.codes.get(n)]}
     needs = frozenset().union(*(found.needs for _, found, _ in ready))
     stats = stats_of(spec, gradients="gradients" in needs, step=step) if needs else {}
@@ -177,8 +183,9 @@ def options_of(
     ]  # fmt: skip
     keys = [job.key() for job in jobs]
     _make(jobs, keys, engine, step)
-    rows = [r for n, w in weights.items() for r in _pruned(_rows(w, jobs, keys, stats.get(n), resident))]
-    options = Options(OptionTable(model=spec.name, score=score, elements={n: w.matrix.numel() for n, w in weights.items()}, rows=()), spec)
+    rows = [r for n, w in weights.items() for r in _useful(_rows(w, jobs, keys, stats.get(n), resident))]
+    table = OptionTable(model=spec.name, score=score, elements={n: w.matrix.numel() for n, w in weights.items()}, rows=())
+    options = Options(table, spec, whole)
     scored = _scored(options, rows, loss, score, step)
     options.table = options.table.model_copy(update={"rows": tuple(scored)})
     with contextlib.suppress(OSError):
@@ -193,7 +200,7 @@ def _whole_key(spec: ModelSpec, stages: Sequence[Stage], configs: Sequence[Any],
 
     made = [[s.method, s.only, c.model_dump(mode="json"), _version(s.method)] for s, c in zip(stages, configs, strict=True)]
     reference = digest_of(spec.reference, ()) if spec.reference is not None else ""
-    total = hashlib.sha256(json.dumps([digest_of(spec, ()), reference, score, resident, made], sort_keys=True).encode())
+    total = hashlib.sha256(json.dumps([digest_of(spec, ()), reference, score, resident, made, "native"], sort_keys=True).encode())
     for code in spec.codes.values():
         total.update(pack(code))
     for method in spec.methods if spec.calibration is not None else ():
@@ -221,14 +228,15 @@ def _rows(weight: Weight, jobs: Sequence[_Job], keys: Sequence[str], stats: Stat
                 raise InputError("the cache of codes cannot be written", "free some disk space, or set EDGESDK_CACHE to another folder")
             error = output_error(weight, torch.from_numpy(decode(code)), stats)
             size = len(pack(code, entropy=False)) if resident else _place(key).stat().st_size
-            yield OptionRow(weight=weight.name, method=job.method, settings=job.settings, key=key, bytes=size, error=error, loss=0.0)
+            row = OptionRow(weight=weight.name, method=job.method, settings=job.settings, key=key, bytes=size, error=error, loss=0.0)
+            yield row.model_copy(update={"native": "int8" if is_grid(code, 8, 0) else "int4-g32" if is_grid(code, 4, 32) else ""})
 
 
 def _now(weight: Weight, resident: bool) -> int:
     return len(pack(weight.coded, entropy=not resident)) if weight.coded is not None else 4 * weight.matrix.numel()
 
 
-def _pruned(rows: Iterable[OptionRow]) -> list[OptionRow]:
+def pruned(rows: Iterable[OptionRow]) -> list[OptionRow]:
     """Fewest bytes first, and only those with less error than every smaller one."""
     kept: list[OptionRow] = []
     for row in sorted(rows, key=lambda r: (r.bytes, r.error)):
@@ -237,25 +245,39 @@ def _pruned(rows: Iterable[OptionRow]) -> list[OptionRow]:
     return kept
 
 
+def _useful(rows: Iterable[OptionRow]) -> list[OptionRow]:
+    """Those that are worth something in some form: rows of no native form, and beside them those of each one."""
+    mine = list(rows)
+    kinds = {r.native for r in mine} | {""}
+    kept = {id(r) for kind in kinds for r in pruned(r for r in mine if r.native in ("", kind)) if r.native == kind}
+    return sorted((r for r in mine if id(r) in kept), key=lambda r: (r.bytes, r.error))
+
+
 def _scored(options: Options, rows: list[OptionRow], loss: Callable[[], Loss], score: str, step: Step) -> list[OptionRow]:
     """Rows with their losses: measured at a weight's smallest and middle option (log-log between them), or a score times the error."""
     from edgesdk.compress.scores import scores
 
     by = {name: [r for r in rows if r.weight == name] for name in options.table.elements}
+    best = {name: pruned(mine) for name, mine in by.items()}
     if score != "loss":
-        probes = {n: mine[0] for n, mine in by.items() if mine[0].key}
+        probes = {n: mine[0] for n, mine in best.items() if mine[0].key}
         found = scores(score, options, probes, loss, step)
         return [r.model_copy(update={"loss": found.get(r.weight, 0.0) * r.error}) for r in rows]
     measure, answer = loss(), []
     for i, (name, mine) in enumerate(by.items()):
         step(f"sensitivity of {name}", 0.6 + 0.3 * i / len(by))
-        tried = [r for r in {0: mine[0], len(mine) // 2: mine[len(mine) // 2]}.values() if r.error > 0]
+        tried = [r for r in probes_of(best[name]) if r.error > 0]
         points = []
         for row in tried:
             with replaced(options.spec, {name: options.value(row)}):
                 points.append((row.error, max(measure(options.spec), 1e-12)))
         answer += [r.model_copy(update={"loss": drawn(points, r.error)}) for r in mine]
     return answer
+
+
+def probes_of(rows: Sequence[OptionRow]) -> list[OptionRow]:
+    """The rows of a weight, as `pruned` gives them, whose losses are measured: the smallest and the middle one."""
+    return list({0: rows[0], len(rows) // 2: rows[len(rows) // 2]}.values())
 
 
 def drawn(points: Sequence[tuple[float, float]], error: float) -> float:
@@ -267,17 +289,3 @@ def drawn(points: Sequence[tuple[float, float]], error: float) -> float:
     slope = min(3.0, max(0.5, slope))
     base = (e0, l0) if abs(math.log(error / e0)) < abs(math.log(error / e1)) else (e1, l1)
     return float(base[1] * (error / base[0]) ** slope)
-
-
-def arrays(table: OptionTable) -> tuple[list[str], list[list[OptionRow]], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Weights, their options, losses [weights, options] (inf where a weight has no such option) and bytes of the same shape."""
-    import numpy as np
-
-    names = list(table.elements)
-    rows = [table.of(n) for n in names]
-    width = max(len(r) for r in rows)
-    loss, size = np.full((len(names), width), np.inf), np.zeros((len(names), width))
-    for i, mine in enumerate(rows):
-        loss[i, : len(mine)] = [r.loss for r in mine]
-        size[i, : len(mine)] = [r.bytes for r in mine]
-    return names, rows, loss, size

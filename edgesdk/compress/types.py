@@ -104,6 +104,18 @@ class ModelMethod(Protocol):
         """Changes the modules of `spec` in place (the caller gives a copy) and says what was done. Raises `InputError`."""
 
 
+class Runs(Part):
+    """What a choice was made for, and what is predicted of it there; nothing here was measured."""
+
+    device: str
+    runtime: str
+    threads: int
+    forms: dict[str, str]  # weight → the precision it is to run as
+    latency_s: dict[str, float]  # of one call of a method; "": of one whole answer
+    memory_bytes: int
+    energy_j: float | None  # of one whole answer, at most; None: the profile has no power figure
+
+
 @dataclass(frozen=True)
 class Change:
     """What a model method did: `edits` make the new shapes out of the base model's (see `surgery`), `notes` are for people."""
@@ -113,6 +125,7 @@ class Change:
     codes: dict[str, Code] = field(default_factory=dict)  # weights that are stored in a certain form from now on
     made_by: dict[str, tuple[str, dict[str, Any], float]] = field(default_factory=dict)  # method, settings, error of a code not its own
     calibration: Callable[[str], Sequence[tuple[Any, ...]]] | None = None  # other calibration inputs from now on
+    runs: Runs | None = None
 
 
 Method = WeightMethod | ModelMethod

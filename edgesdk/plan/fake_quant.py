@@ -83,11 +83,13 @@ def quantized(spec: ModelSpec, graph: ModelGraph, choice: Mapping[str, str], ran
                 parameter.data.copy_(round_weight(before, precision))
             if id(module) not in hooked and not isinstance(module, torch.nn.Embedding):
                 hooked.add(id(module))
-                undo.callback(_hook(module, precision, ranges.get(name)).remove)
+                undo.callback(round_inputs(module, precision, ranges.get(name)).remove)
         yield
 
 
-def _hook(module: Any, precision: str, limits: tuple[float, float] | None) -> Any:
+def round_inputs(module: Any, precision: str, limits: tuple[float, float] | None) -> Any:
+    """A hook that rounds a module's first input as `precision` does; `limits` is its range for static int8. `.remove()` takes it off again."""
+
     def before(_: Any, inputs: tuple[Any, ...]) -> Any:
         x = inputs[0]
         if precision == "int8-static" and limits is not None:

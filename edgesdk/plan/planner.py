@@ -15,7 +15,7 @@ from edgesdk.graph.types import ModelGraph, Unit
 from edgesdk.model import SEPARATOR
 from edgesdk.plan.cost import Z80, UnitCost, call_seconds, fused, total, working_set
 from edgesdk.plan.harm import Step, harm_of, quality_of
-from edgesdk.plan.setting import Setting, cost_of, group_of, memory_of, offered_by, runtimes_of, setting_of, table_of
+from edgesdk.plan.setting import Setting, cost_of, group_of, memory_of, need_power, offered_by, runtimes_of, setting_of, table_of
 from edgesdk.plan.solve import Solution, solve
 from edgesdk.plan.subject import Subject
 from edgesdk.plan.types import Budget, BudgetCheck, Candidate, Estimate, Plan, Precision, UnitPlan, Workload
@@ -176,6 +176,9 @@ def _limits(s: Setting, budget: Budget) -> dict[str, float]:
         limits[f"latency:{method}"] = seconds
     if budget.storage_bytes:
         limits["storage"] = float(budget.storage_bytes)
+    if budget.energy_j:
+        need_power(s.device)
+        limits["energy"] = budget.energy_j
     if s.harm.quality is not None:
         limits["harm"] = max((budget.quality_drop if budget.quality_drop is not None else DEFAULT_DROP) - s.lost, 1e-9)
     elif budget.quality_drop is not None:

@@ -89,6 +89,23 @@ def offered_by(s: Setting, unit: Unit, method: str) -> list[Precision]:
     return found if unit.weight_elements else found[:1]
 
 
+def power_of(device: DeviceProfile) -> float | None:
+    """Watts of the device's default power mode: what the whole module may draw in it, so energies by it are at most. None: the profile has none."""
+    return next((m.power_w for m in device.power_modes if m.name == device.default_power_mode), None)
+
+
+def need_power(device: DeviceProfile) -> float:
+    """Raises `InputError` where the profile has no power figure."""
+    power = power_of(device)
+    if power is None:
+        modes = ", ".join(m.name for m in device.power_modes) or "none"
+        raise InputError(
+            f"energy: the profile of {device.name} has no power_w for its default power mode (modes: {modes})",
+            "give a latency budget instead, or a profile with power_modes and default_power_mode (docs/adding-a-device.md)",
+        )
+    return power
+
+
 def table_of(s: Setting, slower: bool) -> tuple[list[Option], dict[str, float], int]:
     """Options by group, the fixed part of every metric, and how many options were refused for being slower than float."""
     uses: dict[tuple[str, str], dict[str, float]] = {}
@@ -120,6 +137,10 @@ def table_of(s: Setting, slower: bool) -> tuple[list[Option], dict[str, float], 
     answer = memory_of(s, {})
     fixed["memory"] = answer.peak_bytes - sum(held.values())
     fixed["storage"] = answer.weights_bytes - sum(held.values())
+    power = power_of(s.device) or 0.0
+    fixed["energy"] = fixed["latency"] * power
+    for option in kept:
+        uses[option.group, option.precision]["energy"] = option.use["latency"] * power
     return fast, fixed, len(kept) - len(fast)
 
 

@@ -31,6 +31,7 @@ class Budget(Part):
     latency_s: PositiveFloat | None = None
     method_latency_s: dict[str, PositiveFloat] = Field(default_factory=dict)  # per call of a method
     storage_bytes: PositiveInt | None = None
+    energy_j: PositiveFloat | None = None  # of one whole answer, at most: the power mode's watts for as long as it takes
     quality_drop: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
