@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 from edgesdk.errors import EdgeError, InputError, UnknownName, select_by_name
 from edgesdk.model import SEPARATOR, Method, ModelSpec
 from edgesdk.model_help import MODEL_HELP, OTHER_FILES
+from edgesdk.sequence import card
 
 if TYPE_CHECKING:
     from torch import nn
 
 METHOD_SETS = ({"forward"}, {"encode", "prefill", "decode"}, {"prefill", "decode"})
-"""The methods a model may have."""
+"""The methods a model may have, unless it brings a card that tells of others (see `sequence.card`)."""
 
 
 def load_model(ref: str, *, input_length: int | None = None, output_length: int | None = None) -> ModelSpec:
@@ -269,7 +270,7 @@ def checked(spec: ModelSpec, where: str) -> ModelSpec:
     """`spec`, if every method runs on its example inputs and answers in tensors. Raises `InputError`."""
     if bool(spec.methods) == (spec.flatbuffer is not None):
         raise InputError(f"{where}: a ModelSpec has methods or a flatbuffer, exactly one of them", "set one")
-    if spec.methods and set(spec.methods) not in METHOD_SETS:
+    if spec.methods and set(spec.methods) not in METHOD_SETS and card.NAME not in spec.files:
         known = " or ".join("/".join(sorted(s, key=["forward", "encode", "prefill", "decode"].index)) for s in METHOD_SETS)
         raise InputError(f"{where}: methods {', '.join(spec.methods)}", f"a model has {known}")
     for name, method in spec.methods.items():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgesdk.errors import InputError, MissingTool
+from edgesdk.lower.quiet import silent
 from edgesdk.model import Method, ModelSpec
 from edgesdk.model_help import MODEL_HELP
 from edgesdk.sequence.hub import TOKENS, checkpoint_of, spec_of
@@ -60,7 +61,8 @@ def _quiet_hub() -> Iterator[None]:
     told.set_verbosity(told.CRITICAL)
     told.disable_progress_bar()
     try:
-        yield
+        with silent():  # what transformers imports says its own on stderr
+            yield
     finally:
         told.set_verbosity(was)
         if bars:

@@ -104,7 +104,12 @@ def spec_of(
             f"{name}: {source} tokens in and {output} out want more positions than the model's {config.max_positions}",
             "ask for less: --input-length, --output-length",
         )
-    lengths = {"source_lengths": (source,), "cache_lengths": (cache,), "typical_source": source, "typical_output": min(output, TYPICAL)}
+    lengths = {
+        "source_lengths": (source,),
+        "cache_lengths": (cache,),
+        "typical_source": source,
+        "typical_output": output_length or min(output, TYPICAL),
+    }
     return sequence_spec(
         checkpoint.model, name=name, tokenizer=checkpoint.tokenizer, start=specials.start, eos=specials.eos, pad=specials.pad,
         max_output=output, files=checkpoint.files, **{**lengths, **more},
