@@ -48,7 +48,7 @@ _OPS: dict[int, tuple[str, Op]] = {
     97: ("resize_nearest_neighbor", "elementwise"), 98: ("leaky_relu", "activation"), 99: ("squared_difference", "elementwise"), 101: ("abs", "elementwise"),
     102: ("split_v", "elementwise"), 107: ("gather_nd", "elementwise"), 108: ("cos", "elementwise"), 111: ("elu", "activation"), 114: ("quantize", "quantize"),
     117: ("hard_swish", "activation"), 123: ("select_v2", "elementwise"), 126: ("batch_matmul", "matmul"), 128: ("cumsum", "elementwise"),
-    130: ("broadcast_to", "elementwise"), 150: ("gelu", "activation"), 151: ("dynamic_update_slice", "elementwise"),
+    130: ("broadcast_to", "elementwise"), 150: ("gelu", "activation"), 151: ("dynamic_update_slice", "elementwise"), 152: ("relu_0_to_1", "activation"),
 }  # fmt: skip
 
 
