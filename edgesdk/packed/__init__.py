@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,11 @@ class Code:
     numbers: tuple[int, ...] = ()
     arrays: tuple[Any, ...] = ()
     parts: tuple[Code, ...] = ()
+
+    @cached_property
+    def packed(self) -> bytes:
+        """What `pack` gives: a code is written once, for the report, the facts and the build. Its arrays are not to change."""
+        return _written(self, True)
 
 
 def groups_of(cols: int, group: int) -> int:
@@ -161,19 +167,24 @@ def decode(code: Code, base: Any = None) -> Any:
 
 def pack(code: Code, entropy: bool = True) -> bytes:
     """The bytes of a code: all that is stored for it. Without `entropy` every integer has a fixed number of bits (what a kernel can index)."""
+    return code.packed if entropy else _written(code, False)
+
+
+def _written(code: Code, entropy: bool) -> bytes:
     head = bytes([KINDS.index(code.kind), len(code.shape), len(code.numbers), len(code.arrays)]) + varint(len(code.parts))
     head += b"".join(varint(n) for n in (*code.shape, *code.numbers))
     return head + b"".join(pack_integers(a, entropy) for a in code.arrays) + b"".join(pack(p, entropy) for p in code.parts)
 
 
 def unpack(data: bytes) -> Code:
-    """Raises `PackedError`."""
+    """The code, which keeps `data` as what it is written as. Raises `PackedError`."""
     try:
         code, at = _unpack_code(data, 0, 0)
     except (ValueError, IndexError, OverflowError, MemoryError) as error:
         raise PackedError(f"packed weights are damaged: {error}") from None
     if at != len(data):
         raise PackedError("bytes are left over behind packed weights")
+    code.__dict__["packed"] = bytes(data)
     return code
 
 

@@ -52,7 +52,7 @@ def pack_array(a: Any, entropy: bool, further: Sequence[tuple[int, bytes]] = ())
         if bits == 2 and a.max() < 3:
             ways.append((2, _pack_base3(a)))
         if entropy and a.dtype != np.uint32:
-            coded = rans_encode(a.ravel(), min(len(payload) for _, payload in ways))
+            coded = rans_encode(a.ravel(), min(len(payload) for _, payload in (*ways, *further)))
             ways += [(3, coded)] if coded is not None else []
             if a.dtype == np.uint16 and a.size > 64:
                 ways.append((4, pack_bytes(raw, 2)))

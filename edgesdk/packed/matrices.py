@@ -149,10 +149,11 @@ def best_model(q: Any) -> tuple[int, Any, Any, Model, float] | None:
     if q.ndim != 2 or q.size < 128 or q.max() == q.min() or int(q.max()) - int(q.min()) > 4000:
         return None
     best: tuple[int, Any, Any, Model, float] | None = None
-    for middle in {1 << (int(q.max()).bit_length() - 1), int(np.bincount(q.ravel()).argmax())}:
-        v = q.astype(np.int64) - middle
-        turned = to_trellis(v)
-        k, bank = turned or (v, None)
+    values = {
+        middle: q.astype(np.int64) - middle for middle in (1 << (int(q.max()).bit_length() - 1), int(np.bincount(q.ravel()).argmax()))
+    }
+    found = {middle: turned for middle, v in values.items() if (turned := to_trellis(v)) is not None}
+    for middle, (k, bank) in (found or {middle: (v, None) for middle, v in values.items()}).items():
         effects = _effects(k)
         for steps in CLASS_STEPS if int(np.abs(k).max()) < 100 else CLASS_STEPS[1:3]:
             model, bits = model_of(k, bank, steps, effects)
