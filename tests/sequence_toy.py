@@ -115,6 +115,24 @@ class Toy:
         logits = x @ self.embed.T * self.sharp
         return [(logits if last is None else logits[np.arange(b), last]).astype(np.float32), *(a.astype(np.float32) for a in new)]
 
+    def inputs(self, method: str) -> list[tuple[tuple[int, ...], str]]:
+        """(shape, dtype) of each input, as a runner tells them."""
+        m = self.card.methods[method]
+        b, n, s, t, kv = m["batch"], m["tokens"], m["source"], m["cache"], (self.HEADS, self.SIZE)
+        if m["role"] == "encode":
+            return [((b, s), "int64"), ((b, s), "float32")]
+        found: list[tuple[tuple[int, ...], str]] = [((b, n), "int64")] * 2
+        if m["role"] == "prefill":
+            found += [((b,), "int64"), ((b, n), "float32")]
+        else:
+            found.append(((b, n, t + n), "float32"))
+            found += [((b, n, self.windows[0] + n), "float32")] if self.windows[0] else []
+        if s:
+            found += [((b, s), "float32")] + [((b, kv[0], s, kv[1]), "float32")] * 2 * self.LAYERS
+        if m["role"] == "decode":
+            found += [((b, kv[0], w or t, kv[1]), "float32") for w in self.windows for _ in "kv"]
+        return found
+
     def encode(self, source: np.ndarray, mask: np.ndarray) -> list[Any]:
         x = self.embed[source] + self.place[: source.shape[1]]
         x = x + self.attend(self.split(x), self.split(x), self.split(x), mask[:, None])
