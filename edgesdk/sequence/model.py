@@ -64,7 +64,9 @@ class Norm(nn.Module):
         self.register_buffer("averager", torch.full_like(self.weight, 1.0 / len(self.weight))[:, None], persistent=False)
 
     def mean(self, x: Tensor) -> Tensor:
-        return x.mean(-1, keepdim=True) if self.averager is None else x @ self.averager
+        if self.averager is None:
+            return x.mean(-1, keepdim=True)
+        return (x.reshape(-1, x.shape[-1]) @ self.averager).reshape(*x.shape[:-1], 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is not None:
