@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from edgesdk.compress.cut_costs import Order
 from edgesdk.compress.dependency import Family, trace
 from edgesdk.compress.layers import need_calibration
-from edgesdk.compress.shrink import Order, Rows, copy_of, cuttable, damped, matrix_of, module_at, moments, remembered
+from edgesdk.compress.refit import Rows, damped, matrix_of, moments
+from edgesdk.compress.shrink import copy_of, cuttable, module_at, remembered
 from edgesdk.compress.structured import cut, elements
 from edgesdk.compress.types import Change, Config, Need, Step
 from edgesdk.compress.types import Family as Kind

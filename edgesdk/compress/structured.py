@@ -7,21 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from edgesdk.compress.cut_costs import Order, order_of, readers_of, share_out
 from edgesdk.compress.dependency import Axis, Family, Trace, holders_of, trace
-from edgesdk.compress.shrink import (
-    Order,
-    Rows,
-    copy_of,
-    cuttable,
-    edits_of,
-    module_at,
-    note_rows,
-    order_of,
-    readers_of,
-    refit,
-    remembered,
-    share_out,
-)
+from edgesdk.compress.refit import Rows, note_rows, refit
+from edgesdk.compress.shrink import copy_of, cuttable, edits_of, module_at, remembered
 from edgesdk.compress.surgery import Edit, apply_edits
 from edgesdk.compress.training import TrainConfig, trained
 from edgesdk.compress.types import Change, Config, Need, Step

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from edgesdk.compress.cut_costs import Order, share_out
 from edgesdk.compress.dependency import Axis, Trace, trace
 from edgesdk.compress.dependency import Family as Units
 from edgesdk.compress.gptq import scales
 from edgesdk.compress.neurons import Part, order_of
+from edgesdk.compress.refit import running_order
 from edgesdk.compress.rtn import RtnConfig, to_code
-from edgesdk.compress.shrink import Order, cuttable, edits_of, module_at, running_order, share_out
+from edgesdk.compress.shrink import cuttable, edits_of, module_at
 from edgesdk.compress.surgery import Edit, apply_edits
 from edgesdk.compress.types import Change, Config, Family, Need, Step
 from edgesdk.compress.weights import holders, set_weight, weights_of
