@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,16 @@ class Answer:
     outputs: tuple[Any, ...]
     text: str | None = None
     results: tuple[Result, ...] = ()
+    link: dict[str, Any] | None = None  # with a helper: bytes sent and received, seconds waited, of these its own
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A helper as the device reaches it, and the bits of a value on the wire (2 to 8, or 32)."""
+
+    host: str
+    port: int
+    bits: int = 8
 
 
 def run(
@@ -38,13 +48,14 @@ def run(
     settings: Settings | None = None,
     hear: Callable[[Event], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
+    encoder: Encoder | None = None,
     python: str | None = None,
 ) -> Answer:
     """Run `method` on `inputs` (numpy arrays), or answer prompts with a sequence bundle, on the device behind `on`.
 
     `prompt`: a text, or several: texts, lists of token ids, or float32 [F, frames] of sound; a sequence bundle also takes `inputs` as prompts if no
     `method` is named. The whole loop runs on the device, by `settings`; `hear` is told each event (see `edgesdk.sequence.generate`) as it
-    comes. Once `cancelled()` is true, each answer ends with what there is.
+    comes. `encoder`: a helper that runs the encoder (`edgesdk serve`). Once `cancelled()` is true, each answer ends with what there is.
     `bundle` None: what is installed there; one that is not there is installed first. Raises `InputError` for the wrong number or
     shape of inputs and for prompts that the model does not take, `DeviceError` if the program fails, and what `flash` raises.
     """
@@ -63,7 +74,7 @@ def run(
         with Agent(transport, python) as agent:
             if "sequence.json" in names and (prompt is not None or method is None):
                 prompts = [prompt] if isinstance(prompt, str) else list(inputs if prompt is None else prompt)
-                return _generate(agent, here, prompts, settings, hear, cancelled)
+                return _generate(agent, here, prompts, settings, hear, cancelled, encoder)
             if prompt is not None:
                 if "tokenizer.json" not in names:
                     raise InputError(f"{here.manifest.model_name} is no sequence model: it takes no prompt", "give --input FILE.npy")
@@ -83,11 +94,13 @@ def _generate(
     settings: Settings | None,
     hear: Callable[[Event], None] | None,
     cancelled: Callable[[], bool] | None,
+    encoder: Encoder | None,
 ) -> Answer:
     """Text becomes token ids here; what is written becomes text on the device, where stop strings are looked for."""
     from edgesdk.sequence.card import NAME, Card
     from edgesdk.sequence.choose import Settings
     from edgesdk.sequence.generate import Result
+    from edgesdk.sequence.split import away
     from edgesdk.sequence.tokens import tokenizer_of
 
     with _wrong_input():
@@ -95,14 +108,21 @@ def _generate(
         (settings or Settings()).check(card)
         tokenizer = tokenizer_of(card, here.read)
         ids = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
-    results = {}
-    for event in agent.generate(here.folder, ids, (settings or Settings()).to_dict(), cancelled or (lambda: False)):
+    if encoder and not away(card):
+        raise InputError(f"{here.manifest.model_name} (layout {card.layout}) has no encoder to run elsewhere", "leave --encoder out")
+    results, link = {}, None
+    for event in agent.generate(
+        here.folder, ids, (settings or Settings()).to_dict(), cancelled or (lambda: False), asdict(encoder) if encoder else None
+    ):
+        if event["event"] == "link":
+            link = {k: v for k, v in event.items() if k != "event"}
+            continue
         if hear:
             hear(event)
         if event["event"] == "done":
             results[event["prompt"]] = Result(**event["result"])
     found = tuple(results[i] for i in range(len(prompts)))
-    return Answer("generate", (), found[0].text if len(found) == 1 else None, found)
+    return Answer("generate", (), found[0].text if len(found) == 1 else None, found, link)
 
 
 @contextmanager

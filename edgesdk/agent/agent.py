@@ -7,7 +7,7 @@ It answers requests, one framed line each (`LENGTH CRC32 JSON`), from stdin on s
     check   folder [repeat]                           golden inputs through the program in `folder`, against golden outputs
     profile folder runs warmup [method]                 raw times and memory, in a process of its own
     run     folder method inputs                         one call, arrays as base64 .npy
-    generate folder prompts settings                     answers, event by event, until a request `cancel` comes or the line ends
+    generate folder prompts settings encoder             answers, event by event, until a request `cancel` comes or the line ends
     health  folder                                    digest of the manifest and sha256 of every member
 """
 
@@ -329,6 +329,9 @@ def profile(
                 told = time.monotonic()
                 tell(f"{name} {index + 1}/{runs}", (position + (index + 1) / runs) / len(methods))
         results.append({"method": name, "first_s": first[name], "samples_s": samples})
+    if method is None and os.path.exists(os.path.join(folder, "sequence.json")):
+        answers = importlib.import_module("sequence.measure")
+        results += answers.measure(runner.run, folder, lambda name: inputs_for(folder, manifest, runner, name), runs, warmup, tell)
     after = conditions()
     return {
         "import_s": import_s, "load_cold_s": load_s[0], "load_warm_s": load_s[1], "methods": results, "before": before, "after": after,
@@ -400,16 +403,21 @@ def run(folder: str, method: str, inputs: list[str]) -> dict[str, Any]:
 
 
 def generate(
-    folder: str, prompts: list[Any], settings: dict[str, Any], tell: Callable[[dict[str, Any]], None], cancelled: Callable[[], bool]
+    folder: str,
+    prompts: list[Any],
+    settings: dict[str, Any],
+    tell: Callable[[dict[str, Any]], None],
+    cancelled: Callable[[], bool],
+    encoder: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Answers to prompts (token ids; sound as base64 .npy); the whole loop runs here."""
+    """Answers to prompts (token ids; sound as base64 .npy); the whole loop runs here, the encoder perhaps on a helper."""
     runner = opened(folder)
     serve = importlib.import_module("sequence.serve")
     inputs = [array_of(p) if isinstance(p, str) else p for p in prompts]
     try:
-        serve.serve(runner.run, folder, inputs, settings, tell, cancelled)
+        serve.serve(runner.run, folder, inputs, settings, tell, cancelled, encoder)
     except serve.SequenceError as error:
-        raise Refused(error.what, error.hint, True) from None
+        raise Refused(error.what, error.hint, not isinstance(error, serve.AwayError)) from None
     return {}
 
 

@@ -29,9 +29,9 @@ def agent_files() -> dict[str, bytes]:
 
 
 def _sequence_files() -> dict[str, bytes]:
-    """The part of `edgesdk.sequence` that runs on a device: `serve` and what it imports from beside it."""
+    """The part of `edgesdk.sequence` that runs on a device: `serve`, `measure` and what they import from beside them."""
     found: dict[str, bytes] = {}
-    wanted = ["__init__", "serve"]
+    wanted = ["__init__", "measure", "serve"]
     while wanted:
         name = wanted.pop()
         source = (files("edgesdk") / "sequence" / f"{name}.py").read_bytes()
@@ -133,18 +133,20 @@ class Agent:
         prompts: Sequence[Any],
         settings: Mapping[str, Any],
         cancelled: Callable[[], bool] = lambda: False,
+        encoder: Mapping[str, Any] | None = None,
         timeout_s: float = 600.0,
     ) -> Iterator[dict[str, Any]]:
         """The events (see `edgesdk.sequence.generate`) of answers to `prompts`, token ids or arrays, by an installed sequence bundle.
 
-        Once `cancelled()` is true the device is told to end with what there is; its last events still come.
+        `encoder`: {"host", "port", "bits"} of a helper as the device reaches it. Once `cancelled()` is true the device is told to end
+        with what there is; its last events still come.
         """
         import base64
 
         from edgesdk.bundles import array_bytes
 
         sent = [base64.b64encode(array_bytes(p)).decode() if hasattr(p, "dtype") else p for p in prompts]
-        self._request("generate", {"folder": folder, "prompts": sent, "settings": settings})
+        self._request("generate", {"folder": folder, "prompts": sent, "settings": settings, "encoder": encoder})
         told, until = False, time.monotonic() + timeout_s
         while True:
             if not told and cancelled():

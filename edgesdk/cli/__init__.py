@@ -22,7 +22,7 @@ app = typer.Typer(
 )
 
 VERBS = (
-    "devices", "compress", "delta", "plan", "build", "flash", "profile", "run", "calibrate", "compare", "report", "bench", "layouts", "doctor",
+    "devices", "compress", "delta", "adapt", "teach", "plan", "build", "flash", "profile", "run", "serve", "calibrate", "compare", "report", "bench", "layouts", "doctor",
 )  # fmt: skip
 """Each is `edgesdk/cli/<verb>.py` with a `register(app)`."""
 

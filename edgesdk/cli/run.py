@@ -16,7 +16,7 @@ from edgesdk.cli.common import Json, console, emit_json, say
 from edgesdk.cli.flash import On, PythonPath
 
 if TYPE_CHECKING:
-    from edgesdk.run import Answer
+    from edgesdk.run import Answer, Encoder
     from edgesdk.sequence.generate import Event
 
 STOPPED = 130
@@ -44,6 +44,8 @@ def run(
     length_penalty: Annotated[float, typer.Option(help="Above 0 favours long beams.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     draft: Annotated[str, typer.Option(help="Guess tokens: copy, count, exit, none; auto: as built.")] = "auto",
+    encoder: Annotated[str | None, typer.Option(help="HOST:PORT of a helper that runs the encoder (`edgesdk serve`).")] = None,
+    encoder_bits: Annotated[int, typer.Option(help="Bits of a value on the way from there: 2 to 8, or 32.")] = 8,
     stream: Annotated[bool, typer.Option(help="Show text as it comes.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -71,6 +73,7 @@ def run(
             settings=settings,
             hear=None if as_json else show.hear,
             cancelled=cancelled,
+            encoder=_encoder(encoder, encoder_bits),
             python=python,
         )
     if answer.results:
@@ -99,6 +102,18 @@ def _load(path: Path) -> Any:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: cannot be read as .npy ({error})", "save it with numpy.save") from None
+
+
+def _encoder(where: str | None, bits: int) -> Encoder | None:
+    from edgesdk.errors import InputError
+    from edgesdk.run import Encoder
+
+    if where is None:
+        return None
+    host, _, port = where.removeprefix("tcp://").rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise InputError(f"--encoder {where}: not HOST:PORT", "write it like 192.168.1.5:7070")
+    return Encoder(host, int(port), bits)
 
 
 def _lines(path: Path) -> list[str]:
@@ -168,7 +183,7 @@ def _answered(answer: Answer, prompts: list[str] | None, as_json: bool) -> None:
     """How it went; Ctrl-C makes the exit code."""
     if as_json:
         rows = [{"prompt": prompts[i] if prompts else None, **r.to_dict()} for i, r in enumerate(answer.results)]
-        emit_json({"kind": "answers", "schema_version": 1, "answers": rows})
+        emit_json({"kind": "answers", "schema_version": 1, "answers": rows, "link": answer.link})
     else:
         say(_told(answer))
     if any(r.stopped == "cancelled" for r in answer.results):
@@ -176,7 +191,7 @@ def _answered(answer: Answer, prompts: list[str] | None, as_json: bool) -> None:
 
 
 def _told(answer: Answer) -> str:
-    from edgesdk.units import show_seconds
+    from edgesdk.units import show_bytes, show_seconds
 
     results = answer.results
     tokens = sum(len(r.tokens) for r in results)
@@ -185,6 +200,8 @@ def _told(answer: Answer) -> str:
     parts.append(f"first after {show_seconds(first)}" if first is not None else "")
     if len(results) == 1 and results[0].tokens_per_s:
         parts.append(f"then {results[0].tokens_per_s:.3g} tokens/s")
+    if answer.link:
+        parts.append(f"{show_bytes(answer.link['received_bytes'])} from the encoder in {show_seconds(answer.link['wait_s'])}")
     stopped = sorted({r.stopped for r in results})
     return ", ".join(p for p in parts if p) + f"; ended by {', '.join(stopped)}"
 

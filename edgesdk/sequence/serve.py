@@ -10,7 +10,10 @@ from .card import NAME, Card, SequenceError
 from .choose import Settings
 from .generate import Event, stream
 from .programs import Run
+from .split import AwayError, Remote, pair_digest
 from .tokens import tokenizer_of
+
+__all__ = ["AwayError", "SequenceError", "serve"]
 
 
 def serve(
@@ -20,8 +23,13 @@ def serve(
     settings: Mapping[str, Any],
     tell: Callable[[Event], None],
     cancelled: Callable[[], bool] | None = None,
+    encoder: Mapping[str, Any] | None = None,
 ) -> None:
-    """Tell the events of answers to `prompts` (token ids, or sound) with `run`, the programs of the bundle in `folder`. Raises `SequenceError`."""
+    """Tell the events of answers to `prompts` (token ids, or sound) with `run`, the programs of the bundle in `folder`.
+
+    `encoder`: {"host", "port", "bits"} of a helper that runs the encoder (see `split`); what crossed the link is told as the last event.
+    Raises `SequenceError`, which is an `AwayError` where the helper is the cause.
+    """
 
     def read(name: str) -> bytes:
         try:
@@ -32,5 +40,12 @@ def serve(
 
     card = Card.read(read(NAME))
     fields = {**settings, "stop": tuple(settings["stop"]), "stop_tokens": tuple(settings["stop_tokens"])}
-    for event in stream(run, card, prompts, Settings(**fields), tokenizer_of(card, read), cancelled):
-        tell(event)
+    remote = Remote((encoder["host"], int(encoder["port"])), pair_digest(read), run, int(encoder["bits"])) if encoder else None
+    try:
+        for event in stream(remote or run, card, prompts, Settings(**fields), tokenizer_of(card, read), cancelled):
+            tell(event)
+        if remote:
+            tell({"event": "link", **remote.told})
+    finally:
+        if remote:
+            remote.close()

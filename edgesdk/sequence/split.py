@@ -9,6 +9,7 @@ There is no authentication: a helper listens on this machine alone unless told o
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import socket
@@ -21,11 +22,15 @@ from typing import Any
 
 import numpy as np
 
-from .card import SequenceError
+from .card import NAME, Card, SequenceError
 from .programs import Run
 
 LARGEST = 1 << 28
 """Bytes of one frame at most."""
+
+
+class AwayError(SequenceError):
+    """The other machine cannot be reached, or failed."""
 
 
 class SplitError(Exception):
@@ -34,6 +39,17 @@ class SplitError(Exception):
 
 def _packed() -> Any:
     return importlib.import_module("edgesdk.packed.arrays" if __name__.startswith("edgesdk.") else "packed.arrays")
+
+
+def pair_digest(read: Callable[[str], bytes]) -> str:
+    """What two bundles must share to be halves of one model: the model's digest and the card. Their runtimes may differ."""
+    model = json.loads(read("plan.json"))["digests"]["model"]
+    return hashlib.sha256(str(model).encode() + read(NAME)).hexdigest()
+
+
+def away(card: Card) -> list[str]:
+    """The methods that a helper runs."""
+    return [n for n, m in card.methods.items() if m["role"] == "encode"]
 
 
 def quantized(array: Any, bits: int) -> tuple[Any, Any, Any]:
@@ -219,7 +235,7 @@ class Remote:
         try:
             self._link = socket.create_connection(address, timeout_s)
         except OSError as error:
-            raise SequenceError(f"the helper at {self.where} cannot be reached ({error})", "start it: edgesdk serve BUNDLE") from None
+            raise AwayError(f"the helper at {self.where} cannot be reached ({error})", "start it: edgesdk serve BUNDLE") from None
         self._link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         hello = self._guard(lambda: receive(self._link))[0]
         if hello.get("edgesdk") != "split":
@@ -235,7 +251,7 @@ class Remote:
             return call()
         except (SplitError, OSError) as error:
             self.close()
-            raise SequenceError(f"the helper at {self.where}: {error}", "look at the link and at the helper, and run again") from None
+            raise AwayError(f"the helper at {self.where}: {error}", "look at the link and at the helper, and run again") from None
 
     def __call__(self, method: str, arrays: Sequence[Any]) -> Sequence[Any]:
         if method not in self.methods:
@@ -247,7 +263,7 @@ class Remote:
         self.sent_bytes += self._guard(lambda: send(self._link, call, body))
         header, data, size = self._guard(lambda: receive(self._link))
         if "error" in header:
-            raise SequenceError(
+            raise AwayError(
                 f"the helper at {self.where}: {header['error']}", "run the command again; if it stays, look at the helper's bundle"
             )
         out = self._guard(lambda: decode_arrays(header["arrays"], data))
@@ -255,6 +271,17 @@ class Remote:
         self.wait_s += time.perf_counter() - began
         self.run_s += float(header.get("run_s", 0.0))
         return list(out)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """Of all calls so far."""
+        return {
+            "bits": self.bits,
+            "sent_bytes": self.sent_bytes,
+            "received_bytes": self.received_bytes,
+            "wait_s": self.wait_s,
+            "run_s": self.run_s,
+        }
 
     def close(self) -> None:
         self._link.close()
