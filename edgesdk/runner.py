@@ -75,6 +75,7 @@ class ExecuTorchRunner:
         self._source: Any = _program(path) or path
         self._program: Any = None
         self._loaded: dict[str, Any] = {}
+        self._inputs: dict[str, list[tuple[tuple[int, ...], str]]] = {}
         self.methods: tuple[str, ...] = ()
         ExecuTorchRunner._alive.add(self)
         self.methods = tuple(sorted(self._open().method_names))
@@ -106,10 +107,12 @@ class ExecuTorchRunner:
         return self._loaded[name]
 
     def inputs(self, method: str) -> list[tuple[tuple[int, ...], str]]:
-        meta = self._method(method).metadata
-        infos = [meta.input_tensor_meta(i) for i in range(meta.num_inputs())]
-        names = {3: "int32", 4: "int64", 6: "float32", 11: "bool", 1: "int8", 0: "uint8", 5: "float16"}
-        return [(tuple(i.sizes()), names.get(i.dtype(), str(i.dtype()))) for i in infos]
+        if method not in self._inputs:
+            meta = self._method(method).metadata
+            infos = [meta.input_tensor_meta(i) for i in range(meta.num_inputs())]
+            names = {3: "int32", 4: "int64", 6: "float32", 11: "bool", 1: "int8", 0: "uint8", 5: "float16"}
+            self._inputs[method] = [(tuple(i.sizes()), names.get(i.dtype(), str(i.dtype()))) for i in infos]
+        return self._inputs[method]
 
     def run(self, method: str, arrays: list[Any]) -> list[Any]:
         loaded = self._method(method)
@@ -217,7 +220,7 @@ def _quantize(array: Any, detail: Any) -> Any:
     if dtype.kind in "iu" and dtype.itemsize <= 2 and scale and array.dtype.kind == "f":
         info = np.iinfo(dtype)
         array = np.clip(np.round(array / scale) + zero, info.min, info.max)
-    return np.ascontiguousarray(array.astype(dtype)).reshape(detail["shape"])
+    return np.ascontiguousarray(array.astype(dtype, copy=False)).reshape(detail["shape"])
 
 
 def _dequantize(array: Any, detail: Any) -> Any:

@@ -105,16 +105,25 @@ def log_softmax(logits: Any) -> Any:
 
 def probabilities(logits: Any, settings: Settings) -> Any:
     """What is drawn from [V]: after temperature, the `top_k` likeliest, of those the fewest that hold `top_p`."""
-    log = log_softmax(np.asarray(logits, np.float64) / settings.temperature)
-    order = np.argsort(-log, kind="stable")
-    p = np.exp(log[order])
+    p = np.exp(log_softmax(np.asarray(logits, np.float64) / settings.temperature))
+    if not settings.top_k and settings.top_p == 1:
+        return p
+    kept, held = _likeliest(p, settings.top_k or 64), 1.0
     if settings.top_k:
-        p[settings.top_k :] = 0.0
-    p /= p.sum()
-    p[np.cumsum(p) - p >= settings.top_p] = 0.0  # the token that reaches top_p stays in
+        held = p[kept].sum()
+    while not settings.top_k and len(kept) < len(p) and p[kept].sum() < settings.top_p:
+        kept = _likeliest(p, 8 * len(kept))
+    share = p[kept] / held
+    kept = kept[np.cumsum(share) - share < settings.top_p]  # the token that reaches top_p stays in
     out = np.zeros_like(p)
-    out[order] = p / p.sum()
+    out[kept] = p[kept] / p[kept].sum()
     return out
+
+
+def _likeliest(p: Any, count: int) -> Any:
+    """The places of the `count` largest, largest first."""
+    some = np.argpartition(-p, count - 1)[:count] if count < len(p) else np.arange(len(p))
+    return some[np.argsort(-p[some], kind="stable")]
 
 
 def choose(logits: Any, settings: Settings, rng: Any, seen: Iterable[int] = ()) -> int:
