@@ -302,7 +302,7 @@ def test_welore_without_data_takes_the_spectra_and_says_no_clearly() -> None:
     assert parameters(made.spec) <= 0.5 * parameters(base)
     with pytest.raises(InputError, match="no calibration data"):
         compress(blind, "welore:size=0.5", evaluate=False)
-    with pytest.raises(InputError, match=r"smallest ranks leave 6\.2%"):
+    with pytest.raises(DoesNotFit, match=r"smallest ranks leave 6\.2%"):
         compress(base, "welore:size=0.005", evaluate=False)
     with pytest.raises(InputError, match="size"):
         compress(base, "welore:size=2", evaluate=False)
@@ -460,7 +460,7 @@ def test_lqlora_takes_embeddings_and_groups_and_says_no_clearly() -> None:
     assert float(embed[9:].norm() / weights_of(base)["embed.weight"].matrix[9:].norm()) < 0.5  # unseen entries are kept as well
     again = compress(base, "lqlora:bits=6", evaluate=False)
     assert again.spec.digest == made.spec.digest
-    with pytest.raises(InputError, match="too few"):
+    with pytest.raises(DoesNotFit, match="too few"):
         compress(base, "lqlora:bits=1", evaluate=False)
     with pytest.raises(InputError, match="no calibration data"):
         compress(spec_of(nn.Sequential(nn.Linear(30, 30)), torch.zeros(1, 30), calibrated=False), "lqlora")

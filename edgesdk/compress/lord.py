@@ -19,7 +19,7 @@ from edgesdk.compress.surgery import apply_edits
 from edgesdk.compress.svd import Spectrum, even_rank, space_of, spectrum_of
 from edgesdk.compress.types import Change, Config, Family, Need, Stats, Step, Weight
 from edgesdk.compress.weights import holders, stats_of, weights_of
-from edgesdk.errors import InputError
+from edgesdk.errors import DoesNotFit, InputError
 
 if TYPE_CHECKING:
     from edgesdk.compress.pipeline import Compressed
@@ -145,7 +145,7 @@ def within(layers: Mapping[str, Layer], size: float, ranks_at: Callable[[float],
     room, low, high = size * whole, 0.0, 1.0
     least = numbers(layers, ranks_at(0.0))
     if least > room:
-        raise InputError(f"size={size}: the smallest ranks leave {least / whole:.1%} of the layers' weights", "ask for a larger size")
+        raise DoesNotFit(f"size={size}: the smallest ranks leave {least / whole:.1%} of the layers' weights", "ask for a larger size")
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if numbers(layers, ranks_at(middle)) <= room else (low, middle)

@@ -240,7 +240,7 @@ class Lqlora:
             picked = table.pick(config.bits * count / 8)
         except DoesNotFit:
             least = 8 * sum(min(b) for b in table.bytes) / count
-            raise InputError(f"lqlora: {config.bits} bits a weight are too few", f"its smallest options take about {least:.2f}") from None
+            raise DoesNotFit(f"lqlora: {config.bits} bits a weight are too few", f"its smallest options take about {least:.2f}") from None
         codes = {name: table.codes[u][picked[u]] for u, name in enumerate(table.names)}
         made_by: dict[str, tuple[str, dict[str, Any], float]] = {}
         for u, (name, code) in enumerate(codes.items()):

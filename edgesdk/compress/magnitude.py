@@ -18,7 +18,6 @@ from pydantic import Field
 from edgesdk.compress.ecoflap import keeping
 from edgesdk.compress.masks import largest, one_shot, prunable, report
 from edgesdk.compress.pruning import Allocation, Masked, PruneConfig, stored
-from edgesdk.compress.shrink import remembered
 from edgesdk.compress.types import Change, Family, Need, Step
 from edgesdk.compress.weights import stats_of
 from edgesdk.model import ModelSpec
@@ -47,7 +46,6 @@ class Magnitude:
         return [MagnitudeConfig(sparsity=s) for s in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)]
 
     def apply(self, spec: ModelSpec, config: MagnitudeConfig, step: Step) -> Change:
-        spec = remembered(spec)
         weights = prunable(spec, config.only)
         stats = stats_of(spec, step=step) if config.inputs or config.fit else {}
         counts = keeping(spec, weights, stats if config.inputs else {}, config.sparsity, config.allocation, step=step)

@@ -19,7 +19,6 @@ from pydantic import Field, model_validator
 from edgesdk.compress.ecoflap import of_every_counts
 from edgesdk.compress.masks import of_every, one_shot, prunable, report
 from edgesdk.compress.pruning import Masked, PruneConfig, stored
-from edgesdk.compress.shrink import remembered
 from edgesdk.compress.types import Change, Family, Need, Stats, Step, Weight
 from edgesdk.compress.weights import stats_of
 
@@ -62,7 +61,6 @@ class Nm:
         return [NmConfig(n=n, m=m, inputs=data, fit=data) for n, m in ((1, 8), (1, 4), (2, 4), (5, 8))]
 
     def apply(self, spec: ModelSpec, config: NmConfig, step: Step) -> Change:
-        spec = remembered(spec)
         found = prunable(spec, config.only)
         weights = {n: w for n, w in found.items() if w.cols >= config.m}
         stats = stats_of(spec, step=step) if config.inputs or config.fit else {}

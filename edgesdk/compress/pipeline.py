@@ -16,7 +16,7 @@ import torch
 from edgesdk.compress.masks import mask_of
 from edgesdk.compress.registry import configured, method
 from edgesdk.compress.types import Config, ModelMethod, Runs, Stats, Step, Weight, WeightMethod
-from edgesdk.compress.weights import output_error, set_weight, stats_of, suited_threads, weights_of
+from edgesdk.compress.weights import careful, need_finite, output_error, set_weight, stats_of, suited_threads, weights_of
 from edgesdk.errors import InputError
 from edgesdk.model import ModelSpec
 from edgesdk.noun import Noun, Part
@@ -153,9 +153,18 @@ class _Work:
             raise InputError(
                 f"{base.name} is a .tflite", "compress the PyTorch model, or quantize the file with `edgesdk plan` and `build`"
             )
+        need_finite(base)
+        weights = weights_of(base)
+        if not weights:
+            raise InputError(
+                f"{base.name} has no linear, convolution or embedding, so there is nothing to compress",
+                "recurrent layers and weights of your own classes cannot be compressed yet",
+            )
         self.base, self.step = base, step
-        self.spec = replace(base, methods=copy.deepcopy(base.methods), codes=dict(base.codes), reference=base.reference or base)
-        self.float_bytes = sum(4 * w.matrix.numel() for w in weights_of(self.spec).values())
+        self.spec = replace(
+            careful(base), methods=copy.deepcopy(base.methods), codes=dict(base.codes), reference=careful(base.reference or base)
+        )
+        self.float_bytes = sum(4 * w.matrix.numel() for w in weights.values())
         self.original: dict[str, torch.Tensor] = {}
         self.kept_weights: dict[str, torch.Tensor] = {}  # masks of pruned weights
         self.rows: dict[str, CodedWeight] = {}
@@ -200,7 +209,8 @@ class _Work:
         weights = {n: self._seen(w) for n, w in weights_of(self.spec).items() if re.search(stage.only, n)}
         if not weights:
             raise InputError(
-                f"{stage.method}@{stage.only}: no weight of {self.spec.name} has such a name", "`edgesdk compress --list` names them"
+                f"{stage.method}@{stage.only}: no weight of {self.spec.name} has such a name",
+                "`edgesdk compress --list --model …` names them",
             )
         refused = {n: found.why_not(w, settings) for n, w in weights.items()}
         self.kept |= {n: f"{found.name}: {reason}" for n, reason in refused.items() if reason and n not in self.rows}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from edgesdk.compress.types import Stats, Step, Weight
@@ -62,6 +64,43 @@ def weights_of(spec: ModelSpec) -> dict[str, Weight]:
         others = {_op(m) for _, _, m in uses[1:]} - {_op(module)}
         answer[name] = Weight(name, _op(module), tuple(module.weight.shape), matrix, getattr(module, "groups", 1), tuple(sorted(others)))
     return answer
+
+
+def need_finite(spec: ModelSpec) -> None:
+    """Raises `InputError` where a parameter of the model is NaN or infinite."""
+    import torch
+
+    for entry in spec.methods.values():
+        for name, value in entry.module.named_parameters():
+            if not bool(torch.isfinite(value).all()):
+                raise InputError(
+                    f"{spec.name}: {name} holds NaN or infinite values", "train or load the model again; nothing was compressed"
+                )
+
+
+def careful(spec: ModelSpec) -> ModelSpec:
+    """The same model with calibration inputs that are made once; `InputError` where there are none, too few in one, or NaN, as they are asked for."""
+    import torch
+
+    if spec.calibration is None:
+        return spec
+    made = spec.calibration
+
+    @functools.cache
+    def calibration(method: str) -> Sequence[tuple[Any, ...]]:
+        found, wanted = list(made(method)), len(spec.methods[method].example_inputs)
+        if not found:
+            raise InputError(f"{spec.name}: its calibration function gives no inputs for {method}", "let it give at least 2, better 64")
+        for i, sample in enumerate(found):
+            if len(sample) != wanted:
+                raise InputError(f"{spec.name}: calibration input {i} of {method} has {len(sample)} tensors", f"{method} takes {wanted}")
+            if any(x.is_floating_point() and not bool(torch.isfinite(x).all()) for x in sample):
+                raise InputError(
+                    f"{spec.name}: calibration input {i} of {method} holds NaN or infinite values", "leave it out, or correct it"
+                )
+        return found
+
+    return replace(spec, calibration=calibration)
 
 
 @contextmanager
