@@ -38,6 +38,10 @@ def load_model(ref: str, *, input_length: int | None = None, output_length: int 
 
         base, _, recipe = ref.rpartition(SEPARATOR)
         return compressed_model(base, recipe, input_length=input_length, output_length=output_length)
+    if ".edgeseq" in (path.suffix, Path(ref.rpartition(":")[0]).suffix):
+        from edgesdk.sequence.saved import load_saved
+
+        return load_saved(ref, input_length, output_length)
     if _is_hub(ref):
         from edgesdk.intake_hub import load_hugging_face
 

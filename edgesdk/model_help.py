@@ -2,7 +2,7 @@
 
 MODEL_HELP = (
     "A model: example:NAME (digits-cnn, normalizer, …), file.py:function or package.module:function that returns a ModelSpec or "
-    "(module, example_inputs), a .pt2 or .tflite file, a .edgec that `edgesdk compress` wrote, or a Hugging Face folder or id; "
+    "(module, example_inputs), a .pt2 or .tflite file, a .edgec that `edgesdk compress` wrote, a .edgeseq that `edgesdk adapt` or `teach` wrote, or a Hugging Face folder or id; "
     "MODEL::RECIPE is any of them compressed, such as example:normalizer::gptq:bits=4,group=32."
 )
 

@@ -37,7 +37,7 @@ def save(made: Compressed, base: ModelSpec, path: str | Path) -> Path:
     stored = {*made.spec.codes, *made.differences}
     coded = {f"{m}/{p}.weight" if p else f"{m}/weight" for n in stored for m, p, _ in holders(made.spec)[n]}
     changed = {k: v for k, v in names.items() if k not in coded and not _equal(v, before.get(k))}
-    members = {"compression.json": made.report.to_json().encode(), "codes": _codes(made.spec.codes), "values": _values(changed)}
+    members = {"compression.json": made.report.to_json().encode(), "codes": _codes(made.spec.codes), "values": write_values(changed)}
     if made.differences:
         members["differences"] = _codes(made.differences)
     write_members(path, members)
@@ -66,7 +66,7 @@ def load(path: str | Path, base: ModelSpec | None = None) -> Compressed:
             for name, code in differences.items():
                 set_weight(spec, name, _tensor(decode(code, now[name].matrix.numpy())))
         spec.codes.update(_read_codes(read_member(path, "codes")))
-        _put(spec, _read_values(read_member(path, "values")))
+        _put(spec, read_values(read_member(path, "values")))
         for name, code in spec.codes.items():
             set_weight(spec, name, _tensor(decode(code)))
     except (PackedError, KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -154,7 +154,7 @@ def _read_codes(content: bytes) -> dict[str, Code]:
     return codes
 
 
-def _values(values: Mapping[str, Any]) -> bytes:
+def write_values(values: Mapping[str, Any]) -> bytes:
     """Tensors by name, packed without loss; equal ones are stored once."""
     blobs: dict[str, bytes] = {}
     rows: dict[str, list[Any]] = {}
@@ -168,7 +168,8 @@ def _values(values: Mapping[str, Any]) -> bytes:
     return _with_head(list(rows.values()), blobs.values())
 
 
-def _read_values(content: bytes) -> dict[str, Any]:
+def read_values(content: bytes) -> dict[str, Any]:
+    """What `write_values` wrote."""
     import torch
 
     head, at = _head(content)
