@@ -6,6 +6,7 @@ Inside edgesdk every size is an `int` in bytes, every time a `float` in seconds,
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from edgesdk.errors import InputError
 
@@ -36,6 +37,19 @@ def parse_seconds(text: str) -> float:
     """`20ms` → 0.02. Raises `InputError`."""
     number, unit = _split(text, "time", _SECONDS, "20ms or 1.5s")
     return number * _SECONDS[unit]
+
+
+def parse_latencies(texts: Iterable[str]) -> dict[str, float]:
+    """`["20ms", "decode=2ms"]` → {"": 0.02, "decode": 0.002}: of one whole answer, and of one call of a method. Raises `InputError`."""
+    found: dict[str, float] = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if (name := name.strip() if sign else "") in found:
+            raise InputError(
+                f"latency '{text}': {name or 'the whole answer'} has one already", "give each once: 20ms for a whole answer, decode=2ms"
+            )
+        found[name] = parse_seconds(value if sign else text)
+    return found
 
 
 def parse_joules(text: str) -> float:
@@ -80,3 +94,12 @@ def show_joules(e: float | None) -> str:
         if abs(e) >= size:
             return f"{e / size:.3g} {unit}"
     return f"{e / 1e-6:.3g} µJ"
+
+
+def show_amount(metric: str, value: float) -> str:
+    """What is taken of a budget: bytes, times and energies by its name, all else as a share."""
+    if metric in ("memory", "storage"):
+        return show_bytes(value)
+    if metric.startswith("latency"):
+        return show_seconds(value)
+    return show_joules(value) if metric == "energy" else f"{value:.2%}"

@@ -10,6 +10,7 @@ import typer
 from edgesdk.cli.common import Json, console, emit_json, progress
 from edgesdk.cli.plan import (
     Device,
+    Energy,
     InputLength,
     Latency,
     Layout,
@@ -38,6 +39,7 @@ def build(
     latency: Latency = None,
     storage: Storage = None,
     quality_drop: QualityDrop = None,
+    energy: Energy = None,
     runtime: Runtime = None,
     threads: Threads = None,
     layout: Layout = None,
@@ -60,7 +62,7 @@ def build(
         if plan_file is not None:
             plan = Plan.load(plan_file)
         else:
-            budget = read_budget(memory, latency, storage, quality_drop)
+            budget = read_budget(memory, latency, storage, quality_drop, energy)
             workload = Workload(input_length=input_length, output_length=output_length)
             plan = make_plan(
                 model or DEFAULT_MODEL, device, budget=budget, workload=workload, runtime=runtime, threads=threads, layout=layout, step=step

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgesdk.cli.common import Json, console, emit_json, progress
-from edgesdk.cli.plan import Model
+from edgesdk.cli.plan import Energy, Latency, Memory, Model, Runtime, Storage, Threads, read_budget
 
 if TYPE_CHECKING:
     from edgesdk.compress.listing import Listing
     from edgesdk.compress.pipeline import Compression, Stage
+    from edgesdk.plan.types import Budget
 
 
 def compress(
@@ -27,11 +28,26 @@ def compress(
     bits: Annotated[
         float | None, typer.Option("--bits", help="Choose for every weight, to this many stored bits a weight on average.")
     ] = None,
-    storage: Annotated[str | None, typer.Option("--storage", help="Choose for every weight, to this many bytes of weights: 300kB.")] = None,
+    storage: Storage = None,
     quality_drop: Annotated[
         str | None,
         typer.Option("--quality-drop", help="Choose for every weight: the smallest found that loses no more than this, 1% or 0.01."),
     ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", help="Choose for every weight as it will run there: a name, an alias or a TOML file. For the budgets below."
+        ),
+    ] = "",
+    memory: Memory = None,
+    latency: Latency = None,
+    energy: Energy = None,
+    runtime: Runtime = None,
+    threads: Threads = None,
+    fastest: Annotated[
+        bool,
+        typer.Option("--fastest", help="With --quality-drop and --device: the fastest found that loses no more, instead of the smallest."),
+    ] = False,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -66,7 +82,10 @@ def compress(
         return
     if model is None:
         raise InputError("no --model", "name one, such as --model example:normalizer; `edgesdk compress --list` shows the methods")
-    stages = _stages(recipe or [], bits, storage, quality_drop, method or [], generations, engine)
+    budget = read_budget(memory, latency, storage, quality_drop, energy)
+    place: dict[str, Any] = {"device": device, "runtime": runtime, "threads": threads, "minimise": "latency" if fastest else None}
+    own: dict[str, Any] = {"methods": method, "generations": generations, "engine": engine}
+    stages = _stages(recipe or [], budget, {"bits": bits, **place}, own)
     from edgesdk.compress import compress as make
 
     with progress("compress") as step:
@@ -80,24 +99,22 @@ def compress(
         _show(made.report, out)
 
 
-def _stages(
-    recipe: list[str], bits: float | None, storage: str | None, drop: str | None, methods: list[str], generations: int | None, engine: str
-) -> list[Stage]:
+def _stages(recipe: list[str], budget: Budget, choice: dict[str, Any], own: dict[str, Any]) -> list[Stage]:
+    """The stages of a recipe, and one of `auto` where there is a budget. `choice` and `own` hold further settings of that."""
+    from edgesdk.compress.auto import as_settings
     from edgesdk.compress.pipeline import Stage, parse_stage
     from edgesdk.errors import InputError
-    from edgesdk.units import parse_bytes, parse_share
 
     stages = [parse_stage(text) for text in recipe]
-    goals: dict[str, Any] = {
-        "bits": bits, "bytes": parse_bytes(storage) if storage else None, "drop": parse_share(drop) if drop else None,
-    }  # fmt: skip
-    given = {k: v for k, v in goals.items() if v is not None}
-    own: dict[str, Any] = {"methods": methods, "generations": generations, "engine": engine}
+    given = {k: v for k, v in {**as_settings(budget), **choice}.items() if v not in (None, "")}
     own = {k: v for k, v in own.items() if v not in (None, "", [])}
     if given:
         stages.append(Stage(method="auto", settings={**given, **own}))
     elif own:
-        raise InputError(f"--{next(iter(own)).rstrip('s')}: nothing is to be chosen", "give --bits, --storage or --quality-drop as well")
+        raise InputError(
+            f"--{next(iter(own)).rstrip('s')}: nothing is to be chosen",
+            "give --bits, --storage, --quality-drop or a budget of a --device as well",
+        )
     if not stages:
         raise InputError("nothing says how to compress", "give --recipe gptq:bits=4, or --bits, --storage or --quality-drop")
     return stages

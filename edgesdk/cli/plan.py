@@ -14,23 +14,25 @@ if TYPE_CHECKING:
 
 
 def read_budget(
-    memory: str | None, latency: str | None, storage: str | None, quality_drop: str | None, method_latency: list[str] | None = None
+    memory: str | None, latency: list[str] | None, storage: str | None, quality_drop: str | None, energy: str | None = None
 ) -> Budget:
     """A Budget from what people type. Raises `InputError`."""
-    from edgesdk.errors import InputError
-    from edgesdk.plan.types import Budget
-    from edgesdk.units import parse_bytes, parse_seconds, parse_share
+    from pydantic import ValidationError
 
-    per_method = {}
-    for item in method_latency or []:
-        name, sign, value = item.partition("=")
-        if not sign:
-            raise InputError(f"--method-latency {item}: no '='", "write it like decode=5ms")
-        per_method[name] = parse_seconds(value)
-    return Budget(
-        memory_bytes=parse_bytes(memory) if memory else None, latency_s=parse_seconds(latency) if latency else None, method_latency_s=per_method,
-        storage_bytes=parse_bytes(storage) if storage else None, quality_drop=parse_share(quality_drop) if quality_drop else None,
-    )  # fmt: skip
+    from edgesdk.errors import InputError
+    from edgesdk.noun import describe
+    from edgesdk.plan.types import Budget
+    from edgesdk.units import parse_bytes, parse_joules, parse_latencies, parse_share
+
+    times = parse_latencies(latency or [])
+    try:
+        return Budget(
+            memory_bytes=parse_bytes(memory) if memory else None, latency_s=times.pop("", None), method_latency_s=times,
+            storage_bytes=parse_bytes(storage) if storage else None, energy_j=parse_joules(energy) if energy else None,
+            quality_drop=parse_share(quality_drop) if quality_drop else None,
+        )  # fmt: skip
+    except ValidationError as error:
+        raise InputError(*describe(error, "the budget")) from None
 
 
 Model = Annotated[str | None, typer.Option("--model", help=MODEL_HELP)]
@@ -38,12 +40,20 @@ Device = Annotated[
     str, typer.Option("--device", help="A name or alias (jetson, pi5, phone, …: `edgesdk devices list`), a TOML file, or host.")
 ]
 Memory = Annotated[str | None, typer.Option("--memory", help="All a model may take in memory, its runtime included: 512MB, 4GiB.")]
-Latency = Annotated[str | None, typer.Option("--latency", help="Time of one whole answer: 20ms, 1.5s.")]
+Latency = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--latency", "--method-latency", help="Time of one whole answer: 20ms, 1.5s; of one call of a method: decode=5ms. May be repeated."
+    ),
+]
+Energy = Annotated[
+    str | None,
+    typer.Option(
+        "--energy", help="Energy of one whole answer, 5mJ: at most, by the watts of the device's power mode, where its profile has them."
+    ),
+]
 Storage = Annotated[str | None, typer.Option("--storage", help="Bytes of weights on the device: 2MB.")]
 QualityDrop = Annotated[str | None, typer.Option("--quality-drop", help="Quality that may be lost: 1% or 0.01. Default: 1%.")]
-MethodLatency = Annotated[
-    list[str] | None, typer.Option("--method-latency", help="Time of one call of a method: decode=5ms. May be repeated.")
-]
 Runtime = Annotated[str | None, typer.Option("--runtime", help="Only this runtime. Default: every one the device has is weighed.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: 1.")]
 Layout = Annotated[str | None, typer.Option("--layout", help="Only this layout of a sequence model. Default: all are weighed.")]
@@ -64,7 +74,7 @@ def plan(
     latency: Latency = None,
     storage: Storage = None,
     quality_drop: QualityDrop = None,
-    method_latency: MethodLatency = None,
+    energy: Energy = None,
     runtime: Runtime = None,
     threads: Threads = None,
     layout: Layout = None,
@@ -87,7 +97,7 @@ def plan(
 
     if model is None:
         say(f"no --model: planning the built-in {DEFAULT_MODEL}")
-    budget = read_budget(memory, latency, storage, quality_drop, method_latency)
+    budget = read_budget(memory, latency, storage, quality_drop, energy)
     workload = Workload(batch=batch, input_length=input_length, output_length=output_length, sustained=sustained)
     with progress("plan") as step:
         answer = make(
@@ -182,19 +192,12 @@ def _front(plan: Plan) -> None:
 
 
 def _budgets(plan: Plan) -> None:
-    from edgesdk.units import show_bytes, show_seconds
+    from edgesdk.units import show_amount
 
     for check in plan.checks:
-        form = (
-            show_bytes
-            if check.name in ("memory", "storage")
-            else show_seconds
-            if check.name.startswith("latency")
-            else lambda v: f"{v or 0:.2%}"
-        )
         name = {"harm": "quality drop"}.get(check.name, check.name)
         mark = "[green]fits[/]" if check.fits else f"[red]needs {check.reached / check.limit:.2f}x[/]"
-        console().print(f"  budget {name}: {form(check.reached)} of {form(check.limit)} {mark}")
+        console().print(f"  budget {name}: {show_amount(check.name, check.reached)} of {show_amount(check.name, check.limit)} {mark}")
     if not plan.fits:
         worst = plan.checks[0]
         console().print(f"  binding: {worst.name}; raise it {worst.reached / worst.limit:.2f}x and the plan above fits")

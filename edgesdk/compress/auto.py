@@ -19,10 +19,11 @@ from edgesdk.compress.search import Search
 from edgesdk.compress.table import options_of
 from edgesdk.compress.types import Change, Config, Family, Need, Step
 from edgesdk.compress.weights import weights_of
-from edgesdk.units import parse_bytes, parse_joules, parse_seconds
+from edgesdk.units import parse_bytes, parse_joules, parse_latencies
 
 if TYPE_CHECKING:
     from edgesdk.model import ModelSpec
+    from edgesdk.plan.types import Budget
 
 STAGES = ("gptq:bits=8,group=0", *(f"gptq:rate={r}" for r in (0.75, 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)))
 """What is tried where the recipe names no methods."""
@@ -51,15 +52,6 @@ def _text(parse: Callable[[str], Any]) -> BeforeValidator:
     return BeforeValidator(lambda v: parse(v) if isinstance(v, str) else v)
 
 
-def seconds_of(text: str) -> dict[str, float]:
-    """`20ms|decode=2ms` → {"": 0.02, "decode": 0.002}; "" is one whole answer. Raises `InputError`."""
-    found: dict[str, float] = {}
-    for item in filter(None, (t.strip() for t in text.split("|"))):
-        name, sign, value = item.partition("=")
-        found[name.strip() if sign else ""] = parse_seconds(value if sign else name)
-    return found
-
-
 class AutoConfig(Config):
     bits: Annotated[float, Field(gt=0, le=32)] | None = None  # stored bits a weight, on average
     bytes: Annotated[int, _text(parse_bytes), Field(gt=0)] | None = None  # of all weights as they are stored
@@ -67,7 +59,7 @@ class AutoConfig(Config):
     device: str = ""  # a name, an alias or a TOML file; the budgets below are for it
     runtime: str = ""  # "": the best of those it has
     threads: Annotated[int, Field(ge=1)] | None = None
-    latency: Annotated[str, BeforeValidator(lambda v: str(v) if isinstance(v, int | float) else v)] = (
+    latency: Annotated[str, BeforeValidator(lambda v: f"{v:.9f}" if isinstance(v, int | float) else v)] = (
         ""  # 20ms (a whole answer), decode=2ms|prefill=9ms
     )
     memory: Annotated[int, _text(parse_bytes), Field(gt=0)] | None = None  # bytes, all that a model takes, its runtime included
@@ -98,15 +90,30 @@ class AutoConfig(Config):
             raise ValueError(f"minimise={self.minimise} needs drop: the quality that may be lost for it")
         if self.minimise == "latency" and not self.device:
             raise ValueError("latency depends on the device: give device, too")
-        seconds_of(self.latency)
+        if any(s <= 0 for s in self.latencies().values()):
+            raise ValueError(f"latency={self.latency}: no time at all is too little")
         return self
+
+    def latencies(self) -> dict[str, float]:
+        """Seconds by method; "" is one whole answer."""
+        return parse_latencies(t for t in self.latency.split("|") if t.strip())
 
     def limits(self, elements: int) -> dict[str, float]:
         """What may be taken, by metric; `elements` is how many weights there are."""
         size = self.bytes if self.bytes is not None else self.bits * elements / 8 if self.bits is not None else None
-        timed = {f"latency:{m}" if m else "latency": s for m, s in seconds_of(self.latency).items()}
-        given = {"bytes": size, "memory": self.memory, **timed, "energy": self.energy}
+        timed = {f"latency:{m}" if m else "latency": s for m, s in self.latencies().items()}
+        given = {"storage": size, "memory": self.memory, **timed, "energy": self.energy}
         return {k: float(v) for k, v in given.items() if v is not None}
+
+
+def as_settings(budget: Budget) -> dict[str, Any]:
+    """A plan's budget as settings of `auto`."""
+    times = {"": budget.latency_s, **budget.method_latency_s}
+    latency = "|".join(f"{m}={s:.9f}" if m else f"{s:.9f}" for m, s in times.items() if s is not None)
+    given = {
+        "bytes": budget.storage_bytes, "drop": budget.quality_drop, "latency": latency, "memory": budget.memory_bytes, "energy": budget.energy_j,
+    }  # fmt: skip
+    return {k: v for k, v in given.items() if v not in (None, "")}
 
 
 class Auto:
@@ -129,7 +136,7 @@ class Auto:
         if config.drop is None:
             found = search.within(limits)
         else:
-            found = search.smallest(config.drop, limits, "latency" if config.minimise == "latency" else "bytes")
+            found = search.smallest(config.drop, limits, "latency" if config.minimise == "latency" else "storage")
         return search.change(found)
 
 
@@ -143,7 +150,7 @@ def searched(spec: ModelSpec, config: AutoConfig, step: Step) -> Search:
     stages = stages_of([g for g in given if g] or usual)
     settings = []
     if config.device:  # before anything that takes long
-        timed = [m for m in seconds_of(config.latency) if m]
+        timed = [m for m in config.latencies() if m]
         settings = settings_of(spec, config.device, config.runtime, config.threads, timed, config.energy is not None)
     score = config.score if data or config.score in ("zscore", "uniform") else "zscore"
     loss = cache(lambda every: Loss(spec.reference or spec, every=every)) if data else None

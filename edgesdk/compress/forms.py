@@ -174,7 +174,7 @@ class Problem:
         for i, (mine, taken) in enumerate(zip(self.ways, self.uses, strict=True)):
             loss[i, : len(mine)] = [w.loss for w in mine]
             for k, metric in enumerate(metrics):
-                use[k, i, : len(mine)] = [w.bytes if metric == "bytes" else u[metric] for w, u in zip(mine, taken, strict=True)]
+                use[k, i, : len(mine)] = [w.bytes if metric == "storage" else u[metric] for w, u in zip(mine, taken, strict=True)]
         return loss, use
 
 

@@ -19,7 +19,7 @@ from edgesdk.errors import DoesNotFit, InputError
 from edgesdk.packed import decode
 from edgesdk.plan.fake_quant import observe, run
 from edgesdk.plan.setting import power_of
-from edgesdk.units import show_bytes, show_joules, show_seconds
+from edgesdk.units import show_amount, show_bytes, show_joules, show_seconds
 
 if TYPE_CHECKING:
     from edgesdk.compress.loss import Loss
@@ -44,7 +44,7 @@ class Found:
         return [mine[p] for mine, p in zip(self.problem.ways, self.picked, strict=True)]
 
     def reached(self, metric: str) -> float:
-        if metric == "bytes":
+        if metric == "storage":
             return float(sum(w.bytes for w in self.ways))
         taken = (uses[p][metric] for uses, p in zip(self.problem.uses, self.picked, strict=True))
         return self.problem.fixed.get(metric, 0.0) + sum(taken)
@@ -53,12 +53,7 @@ class Found:
 def named(metric: str) -> str:
     """A budget, for people."""
     what, _, method = metric.partition(":")
-    return f"latency of {method}" if method else "storage" if what == "bytes" else what
-
-
-def shown(metric: str, value: float) -> str:
-    """An amount of it."""
-    return show_seconds(value) if metric.startswith("latency") else show_joules(value) if metric == "energy" else show_bytes(value)
+    return f"{what} of {method}" if method else what
 
 
 class Search:
@@ -119,12 +114,12 @@ class Search:
                 continue
         if near:
             _, metric, least = min(near)
-            rest = " and ".join(f"{named(m)} {shown(m, v)}" for m, v in limits.items() if m != metric)
+            rest = " and ".join(f"{named(m)} {show_amount(m, v)}" for m, v in limits.items() if m != metric)
             self._refuse(problem, metric, least, limits[metric], f" within {rest}")
 
     def _refuse(self, problem: Problem, metric: str, least: float, limit: float, within: str) -> None:
         best = "fastest" if metric.startswith("latency") else "thriftiest" if metric == "energy" else "smallest"
-        over = f"{shown(metric, least)}, {shown(metric, limit)} are allowed: {shown(metric, least - limit)} ({least / limit - 1:.1%}) too little"
+        over = f"{show_amount(metric, least)}, {show_amount(metric, limit)} are allowed: {show_amount(metric, least - limit)} ({least / limit - 1:.1%}) too little"
         raise DoesNotFit(f"{self.spec.name}{problem.where}: {named(metric)}{within}: its {best} options take {over}", stretch=least / limit)
 
     def _evolved(self, found: Found, limits: Mapping[str, float]) -> Found:
@@ -202,7 +197,7 @@ class Search:
                 best, tried = self._keeps(limits, metric, limit, wanted), tried + 1
                 low, high = (low, limit) if best else (limit, high)
         if best is None:
-            told = " ".join(f"within {named(m)} {shown(m, v)}" for m, v in limits.items())
+            told = " ".join(f"within {named(m)} {show_amount(m, v)}" for m, v in limits.items())
             raise DoesNotFit(
                 f"{self.spec.name}: no choice of options{' ' if told else ''}{told} keeps to a drop of {drop:g}",
                 "allow a larger drop, or further methods",
@@ -211,7 +206,7 @@ class Search:
             limit = (low * high) ** 0.5
             got, tried = self._keeps(limits, metric, limit, wanted), tried + 1
             best, high, low = (got, limit, low) if got else (best, high, limit)
-        what = "sizes" if metric == "bytes" else "latencies"
+        what = "sizes" if metric == "storage" else "latencies"
         return Found(best.problem, best.picked, f"{best.told}; {tried} {what} evaluated to keep to a drop of {drop:g}")
 
     def _feasible(self, limits: Mapping[str, float]) -> None:
@@ -245,7 +240,7 @@ class Search:
             found = self.within({**limits, metric: limit})
         except DoesNotFit:
             return None
-        self.step(f"evaluating {shown(metric, limit)}", 0.9)
+        self.step(f"evaluating {show_amount(metric, limit)}", 0.9)
         assert self.spec.evaluate is not None
         with self.under(found):
             return found if float(self.spec.evaluate(run(self.spec))) >= wanted - 1e-12 else None

@@ -69,27 +69,46 @@ def _chosen(made: list[tuple[Setting, Plan]], budget: Budget, step: Step) -> tup
 
 
 def _compressed(settings: list[Setting], budget: Budget, step: Step) -> tuple[list[tuple[Setting, Plan]], str]:
-    """Plans of one model, compressed to the storage allowed, on every runtime; or why there are none."""
+    """Plans of one model, compressed to the storage allowed (within the other budgets, where that can be), on every runtime; or why there are none."""
     from edgesdk.compress.saved import compressed_model
 
     assert budget.storage_bytes is not None
-    first = settings[0]
+    first, why_not = settings[0], ""
     if first.graph.source != "torch" or first.subject.facts.coded:
         return [], ""
     weights = first.graph.weights().values()
     fixed = max(memory_of(s, {}).weights_bytes - sum(weight_bytes(u, "fp32", s.runtime) for u in weights) for s in settings)
     room = int(budget.storage_bytes - fixed - sum(4 * u.rows for u in weights))
-    recipe = f"auto:bytes={room}"
-    try:
-        compressed_model(first.subject.ref, recipe, step=step, **first.workload.lengths)
-    except EdgeError as error:
-        return [], f"compressing the weights to {budget.storage_bytes} bytes does not help: {error.what}"
+    for recipe in dict.fromkeys((f"auto:bytes={room}{_handed_on(settings, budget)}", f"auto:bytes={room}")):
+        try:
+            compressed_model(first.subject.ref, recipe, step=step, **first.workload.lengths)
+            break
+        except EdgeError as error:
+            why_not = why_not or f"compressing the weights to {budget.storage_bytes} bytes does not help: {error.what}"
+    else:
+        return [], why_not
     subject = Subject(f"{first.subject.ref}{SEPARATOR}{recipe}", first.workload)
     graph, harm = _answering(subject.graph, first.workload), harm_of(subject, step)
     before = first.harm.quality
     lost = max(0.0, before - harm.quality) if before is not None and harm.quality is not None else 0.0
     made = [replace(s, subject=subject, graph=graph, harm=harm, lost=lost) for s in settings]
     return [(s, _candidate(s, budget)) for s in made], ""
+
+
+def _handed_on(settings: list[Setting], budget: Budget) -> str:
+    """Budgets of memory, latency and energy as further settings of `auto`; nothing where it could not see them as they are meant here."""
+    from edgesdk.compress.auto import as_settings
+
+    s, rest = settings[0], as_settings(budget.model_copy(update={"storage_bytes": None, "quality_drop": None}))
+    try:
+        same = load_device(s.device.name) == s.device
+    except EdgeError:  # a profile of its own, in a file
+        same = False
+    if not rest or not same or s.workload.batch > 1 or s.workload.sustained or s.workload.output_length is not None:
+        return ""
+    runtimes = {other.runtime for other in settings}
+    place = {"device": s.device.name, "threads": s.threads, **({"runtime": s.runtime} if len(runtimes) == 1 else {})}
+    return "".join(f",{k}={v}" for k, v in (place | rest).items())
 
 
 def _told(s: Setting, plan: Plan, step: Step) -> bool:
