@@ -21,6 +21,7 @@ from edgesdk.bundle import GoldenCase
 from edgesdk.bundles import array_bytes, write_bundle
 from edgesdk.errors import InputError
 from edgesdk.flash import flash
+from edgesdk.profile import profile
 from edgesdk.run import run
 from edgesdk.sequence.choose import Settings
 from edgesdk.sequence.generate import generate
@@ -40,6 +41,8 @@ class Runner:
     def run(self, method, arrays):
         time.sleep({pause!r})
         return self.toy.run(method, arrays)
+    def inputs(self, method):
+        return self.toy.inputs(method)
 def open_program(path, runtime, threads=1):
     return Runner()
 def installed():
@@ -118,6 +121,16 @@ def test_wrong_prompts_and_settings_are_refused(device, bundle):
             run(bundle, device, prompt=prompt, settings=settings)
         assert error.value.hint
     assert run(bundle, device, prompt="fine").text
+
+
+@pytest.mark.parametrize("device", [0.005], indirect=True)
+def test_a_profile_measures_answers(device, bundle):
+    report = profile(bundle, device, runs=3, warmup=1)
+    found = {m.method: m for m in report.methods}
+    first, later = found["first of 16 tokens"], found["each later token"]
+    assert len(first.samples_s) == len(later.samples_s) == 3 and first.cold_s is None
+    assert later.p50_s >= 0.005 and first.p50_s >= 0.005
+    assert {m.method for m in profile(bundle, device, runs=1, warmup=0, method="decode_0_8_x1_b1").methods} == {"decode_0_8_x1_b1"}
 
 
 @pytest.mark.parametrize("device", [0.05], indirect=True)
