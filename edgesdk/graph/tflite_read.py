@@ -48,6 +48,8 @@ _OPS: dict[int, tuple[str, Op]] = {
     97: ("resize_nearest_neighbor", "elementwise"), 98: ("leaky_relu", "activation"), 99: ("squared_difference", "elementwise"), 101: ("abs", "elementwise"),
     102: ("split_v", "elementwise"), 107: ("gather_nd", "elementwise"), 108: ("cos", "elementwise"), 111: ("elu", "activation"), 114: ("quantize", "quantize"),
     117: ("hard_swish", "activation"), 123: ("select_v2", "elementwise"), 126: ("batch_matmul", "matmul"), 128: ("cumsum", "elementwise"),
+    90: ("floor_div", "elementwise"), 91: ("reduce_any", "pool"), 93: ("zeros_like", "elementwise"), 95: ("floor_mod", "elementwise"), 104: ("ceil", "elementwise"),
+    116: ("round", "elementwise"), 122: ("scatter_nd", "elementwise"), 140: ("reduce_all", "pool"),
     130: ("broadcast_to", "elementwise"), 150: ("gelu", "activation"), 151: ("dynamic_update_slice", "elementwise"), 152: ("relu_0_to_1", "activation"),
 }  # fmt: skip
 

@@ -60,7 +60,7 @@ class MethodGraph(Part):
     peak_activation_bytes: int  # liveness over intermediate tensors, as they come, inputs and outputs not counted
     cache_inputs: tuple[str, ...] = ()  # inputs that are KV caches
     cross_cache_inputs: tuple[str, ...] = ()  # inputs that are cross-attention KV
-    unroll: int = 1
+    unroll: float = 1  # calls in one answer, on average
 
     @property
     def macs(self) -> int:

@@ -22,12 +22,6 @@ class Lengths(Part):
     values: tuple[PositiveInt, ...]
     shares: tuple[PositiveFloat, ...]
 
-    @model_validator(mode="before")
-    @classmethod
-    def _number(cls, data: object) -> object:
-        """A plain number is one length."""
-        return {"values": (data,), "shares": (1.0,)} if isinstance(data, int) and not isinstance(data, bool) else data
-
     @model_validator(mode="after")
     def _whole(self) -> Lengths:
         if not self.values or len(self.values) != len(self.shares) or list(self.values) != sorted(set(self.values)):

@@ -13,6 +13,7 @@ from edgesdk.graph.memory import weight_bytes
 from edgesdk.graph.memory_plan import dry_plan
 from edgesdk.graph.types import ModelGraph, Unit
 from edgesdk.model import SEPARATOR
+from edgesdk.plan.answering import answering
 from edgesdk.plan.cost import Z80, UnitCost, call_seconds, fused, total, working_set
 from edgesdk.plan.harm import Step, harm_of, quality_of
 from edgesdk.plan.setting import Setting, cost_of, group_of, memory_of, need_power, offered_by, runtimes_of, setting_of, table_of
@@ -36,7 +37,7 @@ def make_plan(
     made: list[tuple[Setting, Plan]] = []
     for ref in [refs[layout]] if layout else list(refs.values()):
         subject = asked if ref == model else Subject(ref, workload)
-        graph, harm = _answering(subject.graph, workload), harm_of(subject, step)
+        graph, harm = answering(subject.graph, workload), harm_of(subject, step)
         for name in runtimes_of(profile, runtime, graph):
             setting = setting_of(subject, graph, harm, profile, name, threads, workload)
             made.append((setting, _candidate(setting, budget)))
@@ -88,7 +89,7 @@ def _compressed(settings: list[Setting], budget: Budget, step: Step) -> tuple[li
     else:
         return [], why_not
     subject = Subject(f"{first.subject.ref}{SEPARATOR}{recipe}", first.workload)
-    graph, harm = _answering(subject.graph, first.workload), harm_of(subject, step)
+    graph, harm = answering(subject.graph, first.workload), harm_of(subject, step)
     before = first.harm.quality
     lost = max(0.0, before - harm.quality) if before is not None and harm.quality is not None else 0.0
     made = [replace(s, subject=subject, graph=graph, harm=harm, lost=lost) for s in settings]
@@ -161,28 +162,6 @@ def _rank(plan: Plan, best_quality: float | None, budget: Budget) -> tuple[bool,
     worse = plan.quality is not None and best_quality is not None and best_quality - plan.quality > allowed
     over = max((c.reached / c.limit for c in plan.checks), default=0.0)
     return not plan.fits, worse, 0.0 if plan.fits else over, plan.latency.value
-
-
-def _answering(graph: ModelGraph, workload: Workload) -> ModelGraph:
-    """The graph with its decode method called once for every token of an answer. Raises `InputError` where that cannot be."""
-    n = workload.output_length
-    if n is None:
-        return graph
-    if not any(m.cache_inputs for m in graph.methods):
-        raise InputError(
-            f"--output-length {n}: {graph.name} writes no sequence", "leave it out, or give a model with a decode method and caches"
-        )
-    methods = []
-    for method in graph.methods:
-        if method.cache_inputs:
-            held = max(t.shape[-2] for t in method.inputs if t.name in method.cache_inputs)
-            if n > held:
-                raise InputError(
-                    f"--output-length {n}: the caches of {graph.name} hold {held} tokens", "ask for fewer, or export it with longer caches"
-                )
-            method = method.model_copy(update={"unroll": n})
-        methods.append(method)
-    return graph.model_copy(update={"methods": tuple(methods)})
 
 
 def _limits(s: Setting, budget: Budget) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from edgesdk.noun import Noun, Part
+from edgesdk.plan.lengths import Lengths
 
 Precision = Literal["fp32", "fp16", "int8-static", "int8-dynamic", "int8-weight-only", "int4-g32", "as-is"]
 """int4-g32: int4 weights in groups of 32, int8 dynamic activations (8da4w). as-is: a quantized flatbuffer kept."""
@@ -14,14 +15,15 @@ Precision = Literal["fp32", "fp16", "int8-static", "int8-dynamic", "int8-weight-
 
 class Workload(Part):
     batch: PositiveInt = 1
-    input_length: PositiveInt | None = None  # tokens of source or prompt that a sequence model's programs take; None: the model's own
-    output_length: PositiveInt | None = None  # tokens of one answer of a sequence model; None: the model's own `unroll`
+    input_length: PositiveInt | Lengths | None = None  # tokens of source or prompt of a sequence model; None: the model's own
+    output_length: PositiveInt | Lengths | None = None  # tokens of one answer of a sequence model; None: the model's own `unroll`
     sustained: bool = False
 
     @property
     def lengths(self) -> dict[str, int | None]:
-        """As `load_model` takes them."""
-        return {"input_length": self.input_length, "output_length": self.output_length}
+        """As `load_model` takes them: what programs must hold."""
+        longest = {"input_length": self.input_length, "output_length": self.output_length}
+        return {k: n.largest if isinstance(n, Lengths) else n for k, n in longest.items()}
 
 
 class Budget(Part):

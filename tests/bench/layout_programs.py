@@ -1,0 +1,124 @@
+"""Programs of a layout with random weights: lowered into a file, and timed in a fresh process that maps the file.
+
+    python tests/bench/layout_programs.py lower CONFIG.json FILE --runtime executorch --weights int8 --source 512 --slots 128
+    python tests/bench/layout_programs.py time CONFIG.json FILE --runtime executorch --seconds 4
+
+Both are called by `layouts_330m.py` and `layouts_pick.py`: one model at a time is in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from edgesdk.sequence.config import SequenceConfig
+
+START = (0,)
+
+
+def spec_of(config: SequenceConfig, source: int, slots: int, batch: int) -> Any:
+    """The model's programs for `source` tokens read and `slots` written, with seeded noise as weights."""
+    import torch
+
+    from edgesdk.sequence.export import sequence_spec
+    from edgesdk.sequence.model import SequenceModel
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    cache = slots if config.encoder else source + slots
+    return sequence_spec(
+        SequenceModel(config), name=config.layout, source_lengths=(source,), cache_lengths=(cache,), batch=batch, start=START
+    )
+
+
+def lower_to(config: SequenceConfig, path: Path, runtime: str, weights: str, source: int, slots: int, batch: int = 1) -> float:
+    """Lower into `path`; seconds of CPU it took. Each matrix is held as the layout search says."""
+    from edgesdk.devices import load_device
+    from edgesdk.graph import trace
+    from edgesdk.lower import lower
+    from edgesdk.sequence.estimate import places
+
+    spec, where = spec_of(config, source, slots, batch), places(load_device("host"), weights, runtime, 1)[0]  # type: ignore[arg-type]
+    choice: dict[tuple[str, str], str] = {}
+    for method in trace(spec).methods:
+        choice |= {(method.name, u.name): p for u in method.units if u.weight_elements and (p := where.precision(u)) != "fp32"}
+    start = time.process_time()
+    path.write_bytes(lower(spec, runtime, choice, lambda text: None))
+    return time.process_time() - start
+
+
+def status_bytes() -> dict[str, int]:
+    """Resident bytes of this process by kind, of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {
+        k: int(v.split()[0]) * 1024 for k, _, v in (line.partition(":") for line in lines) if k in ("VmRSS", "RssAnon", "RssFile", "VmHWM")
+    }
+
+
+def arrays_of(runner: Any, method: str) -> list[Any]:
+    """Inputs of a program: token 1 everywhere, everything seen, small noise in the caches."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    kinds = runner.inputs(method)
+    return [
+        np.ones(shape, dtype) if np.issubdtype(np.dtype(dtype), np.integer) else rng.standard_normal(shape).astype(np.float32) * 0.02
+        for shape, dtype in kinds
+    ]
+
+
+def timed(path: Path, runtime: str, threads: int, seconds: float) -> dict[str, Any]:
+    """Raw times of every program's calls, and the process's memory before and after."""
+    from edgesdk.runner import open_program
+
+    before = status_bytes()
+    start = time.perf_counter()
+    runner = open_program(str(path), runtime, threads)
+    found: dict[str, Any] = {"samples_s": {}}
+    for method in runner.methods:
+        arrays = arrays_of(runner, method)
+        runner.run(method, arrays)
+        if "opened_s" not in found:
+            found["opened_s"] = time.perf_counter() - start
+        times: list[float] = []
+        end = time.perf_counter() + seconds
+        while len(times) < 3 or time.perf_counter() < end:
+            at = time.perf_counter()
+            runner.run(method, arrays)
+            times.append(time.perf_counter() - at)
+        found["samples_s"][method] = times
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return found | {"before": before, "after": status_bytes(), "peak_bytes": peak, "file_bytes": path.stat().st_size}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("lower", "time"))
+    parser.add_argument("config", type=Path)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--runtime", default="executorch")
+    parser.add_argument("--weights", default="int8")
+    parser.add_argument("--source", type=int, default=512)
+    parser.add_argument("--slots", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=2.0)
+    args = parser.parse_args()
+    if args.what == "lower":
+        config = SequenceConfig.load(args.config)
+        cpu = lower_to(config, args.file.with_suffix(".part"), args.runtime, args.weights, args.source, args.slots, args.batch)
+        args.file.with_suffix(".part").replace(args.file)
+        sys.stdout.write(json.dumps({"cpu_s": cpu}) + "\n")
+    else:
+        sys.stdout.write(json.dumps(timed(args.file, args.runtime, args.threads, args.seconds)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
