@@ -75,8 +75,6 @@ def trace_method(method: Method, name: str) -> MethodGraph:
             taken[unit.name] = taken.get(unit.name, 0) + 1
             units.append(unit if taken[unit.name] == 1 else unit.model_copy(update={"name": f"{unit.name}#{taken[unit.name]}"}))
     inputs = [_info(n) for n in program.graph.nodes if n.op == "placeholder" and n.name in signature.user_inputs]
-    if called := getattr(method.module, "input_names", ()):  # of a module that takes `*rest`
-        inputs = [i.model_copy(update={"name": n}) for i, n in zip(inputs, called, strict=True)]
     told = getattr(method.module, "input_names", ())  # of a module that takes any number of inputs (see `sequence.export`)
     if len(told) == len(inputs):
         inputs = [i.model_copy(update={"name": n}) for i, n in zip(inputs, told, strict=True)]
