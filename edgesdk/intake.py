@@ -113,19 +113,19 @@ def _pt2(path: Path) -> ModelSpec:
 
     import torch
 
+    from edgesdk.intake_pt2 import layered
+
     logger = logging.getLogger("torch.export")
     was = logger.level
     logger.setLevel(logging.CRITICAL)  # torch logs a damaged file's traceback before it raises
     try:
         program = torch.export.load(path)
-        module = program.module(check_guards=False)
+        module = layered(program.module(check_guards=False))
     except Exception as error:
         hint = f"write it with torch.export.save and torch {torch.__version__.split('+')[0]}"
         raise InputError(f"{path}: not a program that torch.export.save wrote ({type(error).__name__})", hint) from None
     finally:
         logger.setLevel(was)
-    for name in ("train", "eval"):  # an exported module refuses both calls, even where there is nothing to change
-        setattr(module, name, lambda mode=True: module)
     args, kwargs = program.example_inputs or ((), {})
     if kwargs or not args:
         raise InputError(f"{path}: has no positional example inputs", "export with positional tensor inputs")
