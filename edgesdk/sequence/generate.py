@@ -127,7 +127,7 @@ class _Job:
         self.start, self.programs.calls, self.programs.seconds = time.perf_counter(), {}, {}
 
     def row(self, prompt: int, given: Input) -> _Row:
-        seen = [] if np.ndim(given) == 2 or self.programs.role("encode") else [int(t) for t in given]
+        seen = [*(() if self.programs.role("encode") else given), *self.card.start]
         return _Row(prompt, Text(self.tokenizer, self.settings.stop), np.random.default_rng([self.settings.seed, prompt]), seen)
 
     def finish(self, row: _Row, given: Input, **more: Any) -> Event:
