@@ -65,18 +65,18 @@ def _greedy(model: SequenceModel, source: Tensor, source_mask: Tensor, start: in
         if bool(done.all()) or n + 1 == longest:
             break
         at, mask = at + 1, torch.cat([mask, mask.new_zeros(count, 1)], 1)
-        every, new = model.decode(made[-1][:, None], at, mask[:, None], caches, _window(model, mask), cross, behind)
+        places = torch.cat([places, at], 1)
+        every, new = model.decode(made[-1][:, None], at, mask[:, None], caches, _window(model, mask, at - places), cross, behind)
         caches = [(torch.cat([k, a], 2), torch.cat([v, b], 2)) for (k, v), (a, b) in zip(caches, new, strict=True)]
         logits = every[:, 0]
     rows = torch.stack(made, 1).tolist()
     return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
 
-def _window(model: SequenceModel, mask: Tensor) -> Tensor | None:
-    """Layers with a window see so many of the last tokens; here their caches hold all."""
+def _window(model: SequenceModel, mask: Tensor, back: Tensor) -> Tensor | None:
+    """Layers with a window see so many of the last tokens (`back`: how far back each is); here their caches hold all."""
     assert model.config.decoder is not None
     window = max(model.config.decoder.windows, default=0)
     if not window:
         return None
-    back = torch.arange(mask.shape[1] - 1, -1, -1, device=mask.device)
     return (mask + (back >= window).to(torch.float32) * HIDDEN)[:, None]
