@@ -23,19 +23,19 @@ _JOULES = {"": 1.0, "j": 1.0, "mj": 1e-3, "uj": 1e-6, "µj": 1e-6, "kj": 1e3}
 def _split(text: str, kind: str, units: dict[str, float] | dict[str, int], example: str) -> tuple[float, str]:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Zµ]*)\s*", text)
     if not match or match[2].lower() not in units:
-        raise InputError(f"'{text}' is not a {kind}", f"write it like {example}; units: {', '.join(u for u in units if u)}")
+        raise InputError(f"'{text}' is not {kind}", f"write it like {example}; units: {', '.join(u for u in units if u)}")
     return float(match[1]), match[2].lower()
 
 
 def parse_bytes(text: str) -> int:
     """`512MB` → 512000000, `4GiB` → 4294967296. Raises `InputError`."""
-    number, unit = _split(text, "size", _BYTES, "512MB or 4GiB")
+    number, unit = _split(text, "a size", _BYTES, "512MB or 4GiB")
     return round(number * _BYTES[unit])
 
 
 def parse_seconds(text: str) -> float:
     """`20ms` → 0.02. Raises `InputError`."""
-    number, unit = _split(text, "time", _SECONDS, "20ms or 1.5s")
+    number, unit = _split(text, "a time", _SECONDS, "20ms or 1.5s")
     return number * _SECONDS[unit]
 
 
@@ -54,7 +54,7 @@ def parse_latencies(texts: Iterable[str]) -> dict[str, float]:
 
 def parse_joules(text: str) -> float:
     """`5mJ` → 0.005. Raises `InputError`."""
-    number, unit = _split(text, "energy", _JOULES, "5mJ or 0.2J")
+    number, unit = _split(text, "an energy", _JOULES, "5mJ or 0.2J")
     return number * _JOULES[unit]
 
 

@@ -69,7 +69,7 @@ class _Search:
 
     @property
     def done(self) -> bool:
-        return self.value - self.bound <= self.gap * max(abs(self.value), 1e-30)
+        return self.picked is not None and self.value - self.bound <= self.gap * max(abs(self.value), 1e-30)
 
     def useful(self, known: Any) -> Any:
         """Options that an answer better than this one can hold: the others' extra alone is too much."""

@@ -57,7 +57,7 @@ def load(path: str | Path, base: ModelSpec | None = None) -> Compressed:
         base = _base(report.base, path)
     if base.digest != report.base_digest:
         raise InputError(f"{path}: was made from another '{report.model}'", "its code or weights have changed since; compress it again")
-    spec = replace(base, methods=copy.deepcopy(base.methods), reference=base.reference or base)
+    spec = replace(base, methods=copy.deepcopy(base.methods), codes=dict(base.codes), reference=base.reference or base)
     apply_edits(spec, report.edits)
     differences: dict[str, Code] = {}
     try:
