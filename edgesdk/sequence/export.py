@@ -81,7 +81,9 @@ class Decode(Program):
 
 def exportable(model: SequenceModel) -> SequenceModel:
     """The model as programs hold it, sharing its weights: means as products, and a tied head as a matrix of its own, since a runtime looks
-    tokens up in one table and multiplies with another, in another precision and layout."""
+    tokens up in one table and multiplies with another, in another precision and layout. The first is kept at twice its size: where both are
+    equal to the bit, LiteRT's quantizer stores them anew for every method (ai-edge-quantizer 0.10).
+    """
     weights: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     core = copy.deepcopy(model, weights).eval()
     for module in core.modules():
@@ -93,6 +95,10 @@ def exportable(model: SequenceModel) -> SequenceModel:
         core.head.weight = nn.Parameter(weight.detach(), requires_grad=False)
         if core.head_bias is not None:
             core.head.bias, core.head_bias = core.head_bias, None
+        for table in (core.embed, core.source_embed):
+            if table is not None:
+                table.weight = nn.Parameter(2 * table.weight.detach(), requires_grad=False)
+        core.config = core.config.model_copy(update={"embed_scale": core.config.embed_scale / 2})
     return core
 
 
