@@ -12,7 +12,7 @@ import pytest
 from tiny import tiny_bundle
 
 from edgesdk.agent import agent as on_device
-from edgesdk.agent.client import Agent, agent_files
+from edgesdk.agent.client import Agent, agent_sources
 from edgesdk.agent.frames import decode, encode, is_frame
 from edgesdk.errors import DeviceError, InputError, LinkError
 from edgesdk.flash import flash
@@ -40,13 +40,13 @@ def test_frames_survive_and_notice_damage():
 
 
 def test_the_agent_stands_alone_and_is_python_3_9():
-    for name, source in agent_files().items():
+    for name, source in agent_sources().items():
         tree = ast.parse(source, feature_version=(3, 9))
         tops = {n.names[0].name.split(".")[0] for n in tree.body if isinstance(n, ast.Import)}
         tops |= {str(n.module).split(".")[0] for n in tree.body if isinstance(n, ast.ImportFrom) and not n.level}
         assert tops <= sys.stdlib_module_names | ({"numpy"} if name != "agent.py" else set()), name
         beside = {n.module or "__init__" for n in tree.body if isinstance(n, ast.ImportFrom) and n.level == 1}
-        assert all(f"{name.rpartition('/')[0]}/{module}.py" in agent_files() for module in beside), name
+        assert all(f"{name.rpartition('/')[0]}/{module}.py" in agent_sources() for module in beside), name
         assert not [n for n in ast.walk(tree) if isinstance(n, ast.Match)]
 
 
@@ -83,7 +83,7 @@ def test_a_crash_of_the_runtime_is_an_answer(device, monkeypatch, tmp_path):
     """A program that dies of a signal is told as such, and the agent lives on."""
     folder = tmp_path / "agent"
     folder.mkdir()
-    for name, source in agent_files().items():
+    for name, source in agent_sources().items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(source)
     (folder / "runner.py").write_text("import os\ndef open_program(*a):\n    os.kill(os.getpid(), 4)\n")

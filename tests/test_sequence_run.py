@@ -79,14 +79,13 @@ def toy_runner(pause):
     return {**FILES, "runner.py": source.encode()}
 
 
-FILES = client.agent_files()
+FILES = client.agent_sources()
 
 
 @pytest.fixture
 def device(monkeypatch, tmp_path, bundle, request):
     """A folder as the device, with the bundle installed; `pause` can be given as its parameter."""
-    monkeypatch.setattr(client, "agent_files", lambda: toy_runner(getattr(request, "param", 0.0)))
-    monkeypatch.setattr("edgesdk.install.agent_files", client.agent_files)
+    monkeypatch.setattr(client, "agent_sources", lambda: toy_runner(getattr(request, "param", 0.0)))
     transport = LocalTransport(tmp_path / "root")
     flash(bundle, transport)
     return transport
@@ -163,8 +162,8 @@ def test_a_device_ends_when_the_host_is_gone(device, bundle):
 def edgesdk(device, *args, **more):
     """The command line, with the toy in place of the runner."""
     code = (
-        "import sys, edgesdk.agent.client as c, edgesdk.install as i; sys.path.insert(0, sys.argv[1]); import test_sequence_run as t; "
-        "pause = float(sys.argv[2]); c.agent_files = i.agent_files = lambda: t.toy_runner(pause); from edgesdk.cli import main; main(sys.argv[3:])"
+        "import sys, edgesdk.agent.client as c; sys.path.insert(0, sys.argv[1]); import test_sequence_run as t; "
+        "pause = float(sys.argv[2]); c.agent_sources = lambda: t.toy_runner(pause); from edgesdk.cli import main; main(sys.argv[3:])"
     )
     argv = [sys.executable, "-c", code, str(Path(__file__).parent), str(more.pop("pause", 0.0)), *args, "--on", f"local:{device.root}"]
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL, **more)
@@ -204,8 +203,7 @@ def test_ctrl_c_shows_what_there_is(device, bundle):
 
 
 def test_over_ssh(monkeypatch, tmp_path, bundle):
-    monkeypatch.setattr(client, "agent_files", lambda: toy_runner(0.0))
-    monkeypatch.setattr("edgesdk.install.agent_files", client.agent_files)
+    monkeypatch.setattr(client, "agent_sources", lambda: toy_runner(0.0))
     (keys := tmp_path / "keys").mkdir()
     with serve(keys) as server:
         events = []

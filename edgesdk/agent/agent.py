@@ -1,4 +1,4 @@
-"""The agent: what edgesdk runs on a device. It is sent there as it is, next to runner.py.
+"""The agent: what edgesdk runs on a device. It is sent there with runner.py and its like, as one archive.
 
 This file stands alone: standard library, Python 3.9 and later; numpy only where a program is run.
 It answers requests, one framed line each (`LENGTH CRC32 JSON`), from stdin on stdout:
@@ -459,7 +459,7 @@ class Lines:
 
 def in_fresh_process(request: dict[str, Any], write: Write) -> None:
     """`check` and `profile` run in a process of their own: its memory is the program's, its crash is an answer."""
-    argv = [sys.executable, os.path.abspath(__file__), "--one"]
+    argv = [sys.executable, "-B", os.path.abspath(sys.argv[0]), "--one"]
     errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed below)
     child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
     assert child.stdin and child.stdout

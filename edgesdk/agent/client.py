@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
@@ -16,9 +18,20 @@ from edgesdk.transport.base import Stream, Transport
 Tell = Callable[[str, float], None]
 START_S = 60.0
 POLL_S = 0.05
+ARCHIVE = "agent.zip"
+_EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 def agent_files() -> dict[str, bytes]:
+    """What is sent, by name: one archive that the device's Python runs as it is, so that it takes one command to send."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, source in agent_sources().items():
+            file.writestr(zipfile.ZipInfo("__main__.py" if name == "agent.py" else name, _EPOCH), source, zipfile.ZIP_DEFLATED)
+    return {ARCHIVE: archive.getvalue()}
+
+
+def agent_sources() -> dict[str, bytes]:
     """The files the device needs, by name."""
     top = files("edgesdk")
     places = {"agent.py": top / "agent" / "agent.py", "runner.py": top / "runner.py"}
@@ -43,7 +56,7 @@ def _sequence_files() -> dict[str, bytes]:
 
 def agent_folder(root: str) -> str:
     """Where they go: a folder named by their content, so that two versions of edgesdk never mix."""
-    digest = hashlib.sha256(b"\0".join(agent_files().values())).hexdigest()
+    digest = hashlib.sha256(agent_files()[ARCHIVE]).hexdigest()
     return f"{root}/agent/{digest[:16]}"
 
 
@@ -69,7 +82,7 @@ class Agent:
         self.link = transport.link
         self.python = python or transport.python
         folder = folder or send_agent(transport)
-        self._stream: Stream = transport.open((self.python, "-u", "-B", f"{folder}/agent.py"))
+        self._stream: Stream = transport.open((self.python, "-u", "-B", f"{folder}/{ARCHIVE}"))
         self._number = 0
         try:
             while not is_frame(line := self._stream.readline(START_S)):
