@@ -65,7 +65,7 @@ def test_a_latency_budget_decides_what_weights_run_as() -> None:
     assert made.runs is not None and made.bits <= 8
     assert made.runs.latency_s["forward"] <= limit
     assert "int8-dynamic" in made.runs.forms.values()
-    assert made.runs.memory_bytes < free.memory_bytes
+    assert made.runs.memory_bytes <= free.memory_bytes
     assert made.runs.energy_j is None, "the profile has no power figure"
     assert "predicted on raspberry-pi-5 with litert" in made.notes[1]
 

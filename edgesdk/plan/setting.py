@@ -101,7 +101,7 @@ def need_power(device: DeviceProfile) -> float:
         modes = ", ".join(m.name for m in device.power_modes) or "none"
         raise InputError(
             f"energy: the profile of {device.name} has no power_w for its default power mode (modes: {modes})",
-            "give a latency budget instead, or a profile with power_modes and default_power_mode (docs/adding-a-device.md)",
+            "give a latency budget instead, or a profile with default_power_mode and a power_w for it, as profiles/jetson-orin-nano.toml has",
         )
     return power
 
