@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from edgesdk.errors import InputError
+from edgesdk.cli import main
+from edgesdk.devices import load_device
+from edgesdk.errors import DoesNotFit, InputError, UnknownName
+from edgesdk.graph.types import MethodGraph, ModelGraph, TensorInfo
+from edgesdk.plan.answering import answering
 from edgesdk.plan.lengths import Lengths, parse_lengths, quantile
+from edgesdk.plan.types import Workload
 from edgesdk.sequence.config import SequenceConfig, Stack
 from edgesdk.sequence.costs import decode, encode, prefill, programs
+from edgesdk.sequence.estimate import buckets_of, cost, places
+from edgesdk.sequence.plot import draw
+from edgesdk.sequence.search import LayoutSearch, search
+from edgesdk.sequence.shapes import LAYOUTS, base_config, sized
 
 
 def small(layout: str = "encoder-decoder", **changes: object) -> SequenceConfig:
@@ -88,3 +99,212 @@ class TestPrograms:
     def test_batch_multiplies_the_work(self) -> None:
         config = small()
         assert encode(config, 4, 16).macs == 4 * encode(config, 1, 16).macs
+
+
+@pytest.mark.parametrize("layout", ["encoder-decoder", "decoder-only", "encoder-ctc", "decoder-decoder", "windowed"])
+def test_costs_equal_the_traced_programs(layout: str) -> None:
+    from edgesdk.graph import trace
+    from edgesdk.sequence.export import sequence_spec
+    from edgesdk.sequence.model import SequenceModel
+
+    config = small("decoder-only" if layout == "windowed" else layout, gated=layout != "encoder-decoder")
+    if layout == "windowed" and config.decoder:
+        config = config.model_copy(update={"decoder": config.decoder.model_copy(update={"windows": (0, 8, 8)})})
+    slots = 10 if config.encoder else 30
+    spec = sequence_spec(SequenceModel(config), name="twin", source_lengths=(20,), cache_lengths=(slots,), batch=2, start=(0,))
+    mine = {p.graph.name: p.graph for p in programs(config, 2, 20, 10, 5)}
+    graph = trace(spec)
+    assert set(mine) == {m.name for m in graph.methods}
+    for real in graph.methods:
+        own = mine[real.name]
+        assert own.macs == real.macs
+        matrices = [
+            Counter((u.rows, u.cols, u.macs, u.bias_elements) for u in g.units if u.op in ("linear", "embedding")) for g in (own, real)
+        ]
+        assert matrices[0] == matrices[1]
+        assert sum(u.in_elements for u in own.units if u.op == "softmax") == sum(u.in_elements for u in real.units if u.op == "softmax")
+        moved = [sum(u.in_elements + u.out_elements for u in g.units) for g in (own, real)]
+        assert moved[0] == pytest.approx(moved[1], rel=0.15)
+        assert own.peak_activation_bytes == pytest.approx(real.peak_activation_bytes, rel=0.35)
+        assert Counter(t.shape for t in own.inputs) == Counter(t.shape for t in real.inputs)
+        assert Counter(t.shape for t in own.outputs) == Counter(t.shape for t in real.outputs)
+
+
+class TestCosts:
+    def test_expected_values_are_of_the_distribution(self) -> None:
+        config, where = base_config(20_000_000, vocab=4000), places(load_device("pi5"), "int8", "litert", 1)[0]
+        points = [cost(config, where, Lengths.of([(n, 1)]), Lengths.of([(8, 1)])) for n in (64, 256)]
+        both = cost(config, where, Lengths.of([(64, 3), (256, 1)]), Lengths.of([(8, 1)]), buckets=(64, 256))
+        firsts = [p.first_token.mean.value for p in points]
+        assert both.first_token.mean.value == pytest.approx(0.75 * firsts[0] + 0.25 * firsts[1])
+        assert (both.first_token.p50, both.first_token.p90) == pytest.approx(firsts)
+        assert both.memory.peak_bytes > points[1].memory.peak_bytes  # both buckets' programs are loaded
+        assert points[0].answer.mean.low < points[0].answer.mean.value < points[0].answer.mean.high
+
+    def test_buckets(self) -> None:
+        assert buckets_of(Lengths.of([(300, 1)])) == {300: 1.0}
+        assert buckets_of(Lengths.of([(20, 1), (40, 1), (100, 2)])) == {32: 0.25, 64: 0.25, 100: 0.5}
+        with pytest.raises(InputError, match="none holds 300"):
+            buckets_of(Lengths.of([(300, 1)]), (128,))
+
+    def test_energy_is_power_times_time(self) -> None:
+        config, where = base_config(20_000_000, vocab=4000), places(load_device("jetson"), "int8", None, None)[0]
+        found = cost(config, where, Lengths.of([(64, 1)]), Lengths.of([(8, 1)]))
+        assert found.energy_j and found.power_w
+        assert found.energy_j.value == pytest.approx(25 * found.answer.mean.value)
+
+    def test_weights_a_device_cannot_hold_are_refused(self) -> None:
+        with pytest.raises(UnknownName, match="runtime on"):
+            places(load_device("pi5"), "int8", "no-runtime", None)
+        with pytest.raises(InputError, match="int4"):
+            places(load_device("pi-zero-2w"), "int4", "litert", None)
+
+
+class TestSizes:
+    def test_every_layout_has_the_parameters_asked_for(self) -> None:
+        base = base_config(330_000_000)
+        for name in LAYOUTS:
+            assert sized(name, base, 330_000_000).parameters == pytest.approx(330e6, rel=0.01), name
+
+    def test_the_published_shape(self) -> None:
+        base = base_config(331_743_232, dim=1024)
+        assert base.encoder and base.decoder
+        assert (base.encoder.layers, base.decoder.layers, base.encoder.heads, base.encoder.kv_heads) == (20, 10, 6, 3)
+        assert base.parameters == pytest.approx(331_743_232, rel=0.005)
+
+    def test_too_few_parameters(self) -> None:
+        with pytest.raises(InputError, match="--parameters 1000"):
+            sized("decoder-only", base_config(20_000_000), 1000)
+
+
+@pytest.fixture(scope="module")
+def found() -> LayoutSearch:
+    return search(
+        "pi5", parameters=8_000_000, vocab=2000, input_length=Lengths.of([(256, 1)]), output_length=Lengths.of([(16, 1)]), runtime="litert"
+    )
+
+
+class TestSearch:
+    def test_rows_are_in_order_and_of_one_size(self, found: LayoutSearch) -> None:
+        assert {r.layout for r in found.rows} == set(LAYOUTS)
+        times = [r.cost.answer.mean.value for r in found.rows if r.cost]
+        assert times == sorted(times) and found.best.fits
+        assert all(r.parameters == pytest.approx(8e6, rel=0.03) for r in found.rows)
+
+    def test_crossovers_are_where_the_order_changes(self, found: LayoutSearch) -> None:
+        lead = [c for c in found.crossovers if c.leads and c.over == "input" and c.metric == "answer"]
+        assert lead
+        configs = {r.layout: r.config for r in found.rows}
+        where = places(load_device("pi5"), "int8", "litert", None)[0]
+        for c in lead[:2]:
+            before, after = (
+                (
+                    [cost(configs[n], where, Lengths.of([(at, 1)]), Lengths.of([(c.fixed, 1)])).answer.mean.value for n in (c.by, c.of)]
+                    for at in (c.at - 1, c.at)
+                    if at >= c.fixed
+                )
+                if c.at > c.fixed
+                else ([1.0, 0.0], [0.0, 1.0])
+            )
+            assert before[0] >= before[1] and after[0] <= after[1]
+
+    def test_one_cache_and_windows_hold_less(self, found: LayoutSearch) -> None:
+        held = {r.layout: r.cost.self_cache_bytes for r in found.rows if r.cost}
+        assert held["decoder-decoder"] < held["decoder-only, windowed"] < held["decoder-only"]
+
+    def test_quality_is_never_computed(self, found: LayoutSearch) -> None:
+        assert {r.layout for r in found.rows if r.evidence} == {"encoder-decoder 2/3", "encoder-decoder, one-layer decoder", "encoder-ctc"}
+
+    def test_a_longer_output_than_input_leaves_ctc_out(self) -> None:
+        config = small("encoder-ctc")
+        where = places(load_device("pi5"), "int8", "litert", None)[0]
+        with pytest.raises(InputError, match="as many tokens as it reads"):
+            cost(config, where, Lengths.of([(8, 1)]), Lengths.of([(9, 1)]))
+
+    def test_memory_alone_sizes_each_layout(self) -> None:
+        found = search(
+            "pi5", memory=60_000_000, vocab=2000, input_length=Lengths.of([(64, 1)]), output_length=Lengths.of([(8, 1)]), runtime="litert"
+        )
+        peaks = [r.cost.memory.peak_bytes for r in found.rows if r.cost]
+        assert peaks and all(0.9 * 60e6 < p <= 60e6 for p in peaks)
+        with pytest.raises(DoesNotFit):
+            search("pi5", memory=1_000_000, input_length=Lengths.of([(64, 1)]), output_length=Lengths.of([(8, 1)]), runtime="litert")
+
+    def test_the_figure(self, found: LayoutSearch, tmp_path: Path) -> None:
+        assert draw(found, tmp_path / "layouts.png").stat().st_size > 10_000
+        with pytest.raises(InputError, match="no figure ends so"):
+            draw(found, tmp_path / "layouts.mp4")
+        with pytest.raises(InputError, match="cannot be written"):
+            draw(found, tmp_path / "absent" / "layouts.png")
+
+
+class TestAnswering:
+    """How often programs of several lengths are called."""
+
+    def graph(self, sources: tuple[int, ...], caches: tuple[int, ...]) -> ModelGraph:
+        def info(name: str, *shape: int) -> TensorInfo:
+            return TensorInfo(name=name, shape=shape, dtype="float32")
+
+        methods = []
+        for s in sources:
+            methods.append(MethodGraph(name=f"encode_{s}", units=(), inputs=(info("source", 1, s),), outputs=(), peak_activation_bytes=0))
+            for t in caches:
+                inputs = (info("tokens", 1, 1), info("cross_k_0", 1, 1, s, 8), info("self_k_0", 1, 1, t, 8))
+                methods.append(
+                    MethodGraph(
+                        name=f"decode_{s}_{t}", units=(), inputs=inputs, outputs=(), peak_activation_bytes=0, cache_inputs=("self_k_0",),
+                        cross_cache_inputs=("cross_k_0",),
+                    )
+                )  # fmt: skip
+        return ModelGraph(name="m", source="torch", model_digest="", layout="encoder-decoder", methods=tuple(methods))
+
+    def test_each_text_takes_the_smallest_program_that_holds_it(self) -> None:
+        graph = answering(
+            self.graph((16, 64), (8, 32)),
+            Workload(input_length=Lengths.of([(10, 3), (40, 1)]), output_length=Lengths.of([(4, 1), (20, 1)])),
+        )
+        calls = {m.name: m.unroll for m in graph.methods}
+        assert calls["encode_16"] == 0.75 and calls["encode_64"] == 0.25
+        assert sum(v for k, v in calls.items() if k.startswith("decode")) == pytest.approx(12)
+        assert calls["decode_16_8"] == pytest.approx(0.75 * (4 + 9) / 2)
+        assert calls["decode_64_32"] == pytest.approx(0.25 * (0 + 11) / 2)
+
+    def test_lengths_that_do_not_fit(self) -> None:
+        with pytest.raises(InputError, match="take 64 tokens"):
+            answering(self.graph((16, 64), (8,)), Workload(input_length=65))
+        with pytest.raises(InputError, match="hold 8 tokens"):
+            answering(self.graph((16,), (8,)), Workload(output_length=9))
+
+
+class TestVerb:
+    def run(self, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            main(["layouts", *words])
+        shown = capsys.readouterr()
+        return int(stop.value.code or 0), shown.out, shown.err
+
+    SMALL = ("--parameters", "3M", "--vocab", "500", "--device", "pi5", "--runtime", "litert", "--output-length", "4")
+
+    def test_json(self, capsys: pytest.CaptureFixture[str]) -> None:
+        code, out, _ = self.run(capsys, *self.SMALL, "--input-length", "16-64", "--json")
+        answer = json.loads(out)
+        assert (code, answer["kind"], answer["schema_version"]) == (0, "layout-search", 1)
+        assert answer["rows"][0]["cost"]["first_token"]["p90"] > 0
+
+    def test_table_names_crossovers_and_says_what_does_not_fit(self, capsys: pytest.CaptureFixture[str]) -> None:
+        code, out, _ = self.run(capsys, *self.SMALL, "--input-length", "64", "--memory", "5MB")
+        assert code == 1 and "overtakes" in out and "does not fit" in out and "All figures are predicted" in out
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (("--parameters", "many"), "not a number of parameters"),
+            (("--weights", "int9"), "unknown weights"),
+            (("--buckets", "a,b"), "not lengths"),
+            (("--model", "example:normalizer", "--parameters", "3M"), "with --model"),
+            (("--config", "no-such.json"), "cannot be read"),
+        ],
+    )
+    def test_bad_input(self, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str) -> None:
+        code, _, err = self.run(capsys, *words)
+        assert code == 2 and message in err
