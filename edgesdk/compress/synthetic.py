@@ -1,14 +1,15 @@
-"""Calibration inputs for a model that comes without any: noise is changed until every batch norm meets the statistics it was trained with.
+"""Calibration inputs for a model that comes without any: made so that every batch norm meets the statistics it was trained with.
 
-Sources: Genie, "Show Me the Data for Quantization" (arXiv:2212.04780), here without its generator, as ZeroQ (arXiv:2001.00281): the inputs themselves
-are fitted, by Adam, to Σ over batch norms of mean((m - μ)² / σ² + (s / σ - 1)²), m and s the mean and deviation of what a norm is given, μ and σ
-those that it keeps. In place of Genie's swing convolutions, images are shifted by up to a pixel or so before each step.
+Sources: Genie, "Show Me the Data for Quantization" (arXiv:2212.04780): the inputs are what a small generator makes of latent vectors, one for each
+input, and both are fitted, by Adam, to Σ over batch norms of mean((m - μ)² / σ² + (s / σ - 1)²), m and s the mean and deviation of what a norm is
+given, μ and σ those that it keeps; convolutions with strides swing: before each step their inputs move by less than a stride, so that no pixel
+is favoured. `by="inputs"` fits the inputs themselves, as ZeroQ (arXiv:2001.00281); what is no image is made so in any case.
 As a stage of a recipe ("synthetic", then "gptq:bits=4") it gives the stages behind it their inputs; in Python: `with_synthetic(spec)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -28,6 +29,8 @@ class SyntheticConfig(Config):
     count: Annotated[int, Field(ge=2, le=4096)] = 64  # inputs to make for each method
     steps: Annotated[int, Field(ge=0, le=20000)] = 300  # of fitting
     rate: Annotated[float, Field(gt=0, le=10)] = 0.05  # of fitting
+    by: Literal["generator", "inputs"] = "generator"  # what is fitted: latent vectors and a generator of images, or the inputs themselves
+    swing: bool = True  # convolutions with strides read their inputs from another pixel at every step
     shift: Annotated[int, Field(ge=0, le=8)] = 1  # pixels that images are shifted by at most before each step
     low: float | None = None  # the least value of an input, where it is known
     high: float | None = None  # the largest
@@ -84,26 +87,87 @@ def fitted(spec: ModelSpec, method: str, config: SyntheticConfig, step: Step | N
     reason = why_not(spec, method)
     if reason:
         raise InputError(f"{spec.name}: no inputs can be made up: {reason}", "give the model a calibration function")
-    entry = spec.methods[method]
-    generator = torch.Generator().manual_seed(config.seed)
-    x = torch.randn(config.count, *entry.example_inputs[0].shape[1:], generator=generator)
-    x = _within(x, config).requires_grad_(True)
-    optimiser = torch.optim.Adam([x], lr=config.rate)
-    for i in range(config.steps):
-        if step and i % 20 == 0:
-            step(f"making up inputs of {method}", i / config.steps)
-        optimiser.param_groups[0]["lr"] = config.rate * (1 - i / config.steps)
-        with torch.enable_grad():
-            loss = distance(entry.module, _shifted(x, config.shift if i < 0.8 * config.steps else 0, generator))
-        (x.grad,) = torch.autograd.grad(loss, [x])
-        optimiser.step()
-        with torch.no_grad():
-            x.copy_(_within(x, config))
-    return [(row[None].clone(),) for row in x.detach()]
+    entry, shape = spec.methods[method], spec.methods[method].example_inputs[0].shape[1:]
+    draw = torch.Generator().manual_seed(config.seed)
+    make, parameters = _images(config, shape, draw) if config.by == "generator" and len(shape) == 3 else _inputs(config, shape, draw)
+    optimiser = torch.optim.Adam(parameters, lr=config.rate)
+    with ExitStack() as undo:
+        if config.swing:
+            _swing(entry.module, draw, undo)
+        for i in range(config.steps):
+            if step and i % 20 == 0:
+                step(f"making up inputs of {method}", i / config.steps)
+            optimiser.param_groups[0]["lr"] = config.rate * (1 - i / config.steps)
+            with torch.enable_grad():
+                loss = distance(entry.module, _shifted(make(), config.shift if i < 0.8 * config.steps else 0, draw))
+            for p, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                p.grad = gradient
+            optimiser.step()
+    return [(row[None].clone(),) for row in make().detach()]
+
+
+Maker = tuple[Callable[[], "torch.Tensor"], list["torch.Tensor"]]
+"""Makes all inputs [count, …], differentiable in the tensors beside it."""
+
+
+def _inputs(config: SyntheticConfig, shape: Sequence[int], draw: torch.Generator) -> Maker:
+    import torch
+
+    x = torch.randn(config.count, *shape, generator=draw).requires_grad_(True)
+    return (lambda: _within(x, config)), [x]
+
+
+def _images(config: SyntheticConfig, shape: Sequence[int], draw: torch.Generator, width: int = 64, wide: int = 64) -> Maker:
+    """Genie's generator: a latent vector to a small image of `width` channels, made larger and sharper by two convolutions, with batch norms."""
+    import torch
+    from torch.nn.functional import batch_norm, conv2d, interpolate, leaky_relu
+
+    channels, height, across = shape
+    low = (-(-height // 4), -(-across // 4))
+
+    def drawn(*sizes: int, inputs: int) -> torch.Tensor:
+        made: torch.Tensor = torch.randn(*sizes, generator=draw) * inputs**-0.5
+        return made.requires_grad_(True)
+
+    latent = torch.randn(config.count, wide, generator=draw).requires_grad_(True)
+    first = drawn(wide, width * low[0] * low[1], inputs=wide)
+    kernels = [drawn(o, i, 3, 3, inputs=9 * i) for i, o in ((width, width), (width, width // 2), (width // 2, channels))]
+    gain, middle = (torch.full((channels, 1, 1), v).requires_grad_(True) for v in (1.0, 0.0))
+
+    def normal(x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = batch_norm(x, None, None, training=True)
+        return made
+
+    def make() -> torch.Tensor:
+        x = normal((latent @ first).reshape(config.count, width, *low))
+        for size, kernel in zip(((-(-height // 2), -(-across // 2)), (height, across)), kernels[:2], strict=True):
+            x = leaky_relu(normal(conv2d(interpolate(x, size=size), kernel, padding=1)), 0.2)
+        return _within(normal(conv2d(x, kernels[2], padding=1)) * gain + middle, config)
+
+    return make, [latent, first, *kernels, gain, middle]
+
+
+def _swing(module: Any, draw: torch.Generator, undo: ExitStack) -> None:
+    """Until `undo` closes, the inputs of convolutions with strides move by less than a stride, mirrored at the edges."""
+    import torch
+    from torch import nn
+
+    def moved(conv: Any, inputs: Any) -> Any:
+        (x,), (dy, dx) = inputs, (s - 1 for s in conv.stride)
+        if min(x.shape[-2] - dy, x.shape[-1] - dx) < 1:
+            return None
+        padded = nn.functional.pad(x, (dx, dx, dy, dy), mode="reflect")
+        top, left = (int(torch.randint(0, 2 * d + 1, (1,), generator=draw)) for d in (dy, dx))
+        return (padded[..., top : top + x.shape[-2], left : left + x.shape[-1]],)
+
+    for conv in module.modules():
+        if isinstance(conv, nn.Conv2d) and max(conv.stride) > 1:
+            undo.callback(conv.register_forward_pre_hook(moved).remove)
 
 
 def _within(x: torch.Tensor, config: SyntheticConfig) -> torch.Tensor:
-    return x if config.low is None and config.high is None else x.clamp(config.low, config.high)
+    """The values cut off at the bounds; the gradient passes."""
+    return x if config.low is None and config.high is None else x + (x.clamp(config.low, config.high) - x).detach()
 
 
 def _shifted(x: torch.Tensor, most: int, generator: torch.Generator) -> torch.Tensor:
