@@ -12,7 +12,11 @@ import pytest
 import torch
 
 from edgesdk.errors import EdgeError, InputError, UnknownName
+from edgesdk.graph import trace
 from edgesdk.intake import load_model
+from edgesdk.lower import lower
+from edgesdk.lower.quiet import silent
+from edgesdk.runner import open_program
 from edgesdk.sequence.card import Card
 from edgesdk.sequence.hub import Checkpoint, convert, load_checkpoint, spec_of
 from edgesdk.sequence.model import HIDDEN
@@ -343,3 +347,45 @@ def test_lengths_are_asked_for_and_checked(folders):
         load_model("example:normalizer", input_length=8)
     whisper = load_model(str(folders / "whisper"))
     assert whisper.methods["encode"].example_inputs[0].shape == (1, 8, FRAMES)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """The user's own cache holds no lowered programs of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGESDK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+LOWERED = [("t5", "litert", "fp32"), ("whisper", "executorch", "fp32"), ("llama", "executorch", "int8-dynamic")]
+MORE = [(f, r, p) for f in FAMILIES for r in ("executorch", "litert") for p in ("fp32", "int8-dynamic") if (f, r, p) not in LOWERED]
+
+
+@pytest.mark.parametrize(("family", "runtime", "precision"), LOWERED)
+def test_lowered_steps_are_those_of_torch(folders, cache, tmp_path, family, runtime, precision):
+    lowered_steps(folders, tmp_path, family, runtime, precision)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(("family", "runtime", "precision"), MORE)
+def test_all_lowered_steps_are_those_of_torch(folders, cache, tmp_path, family, runtime, precision):
+    lowered_steps(folders, tmp_path, family, runtime, precision)
+
+
+def lowered_steps(folders, tmp_path, family, runtime, precision):
+    """Four greedy steps of the lowered programs beside those of torch."""
+    spec = spec_of(family, load_checkpoint(str(folders / family)), None if family == "whisper" else 12, 6)
+    units = [(m.name, u.name) for m in trace(spec).methods for u in m.units if u.op == "linear"] if precision != "fp32" else []
+    path = tmp_path / "program"
+    path.write_bytes(lower(spec, runtime, dict.fromkeys(units, precision)))
+    card, prompts = Card.read(spec.files["sequence.json"]), prompts_of(family)[:1]
+    with silent():
+        opened = open_program(str(path), runtime)
+        wanted, got = Session(Programs(card, run_of(spec)), prompts), Session(Programs(card, opened.run), prompts)
+    for _ in range(4):
+        worst = np.abs(got.logits - wanted.logits).max() / wanted.logits.std()
+        assert (0 < worst < 0.2) if units else worst < 1e-4
+        token = wanted.logits.argmax(-1)[:, None]
+        for session in (wanted, got):
+            session.logits = session.feed(token)[:, 0]
+            session.keep(np.ones(1, np.int64))

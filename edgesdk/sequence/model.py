@@ -251,8 +251,8 @@ class Stack(nn.Module):
         if self.config.positions == "relative":
             far, kv_heads = self.config.relative_distance, self.stack.kv_heads
             table = self.relative(torch.tensor(self.buckets, device=mask.device))
-            distance = (seen[:, None, :] - positions[:, :, None]).clamp(-far, far) + far
-            bias = F.embedding(distance, table).permute(0, 3, 1, 2)  # [B, H, N, time]
+            distance = seen.to(torch.float32)[:, None, :] - positions.to(torch.float32)[:, :, None]
+            bias = F.embedding((distance.clamp(-far, far) + far).to(torch.int64), table).permute(0, 3, 1, 2)  # [B, H, N, time]
             return over_heads(bias + mask[:, None], kv_heads)
         groups = self.stack.heads // self.stack.kv_heads
         return over_heads(torch.cat([mask] * groups, 1) if n > 1 and groups > 1 else mask)
@@ -347,8 +347,10 @@ class Decoder(Stack):
     def cached_masks(self, mask: Tensor, window_mask: Tensor | None, positions: Tensor) -> dict[int, Tensor]:
         """For tokens that attend to caches, too: slot t of a cache that sees all holds position t where there is a relative bias."""
         if self.config.positions == "relative":
-            slots = torch.arange(mask.shape[2] - positions.shape[1], device=mask.device)[None].expand(mask.shape[0], -1)
-            seen = torch.cat([slots, positions], 1)
+            slots = torch.arange(mask.shape[2] - positions.shape[1], device=mask.device, dtype=torch.float32)[None].expand(
+                mask.shape[0], -1
+            )
+            seen = torch.cat([slots, positions.to(torch.float32)], 1)  # LiteRT makes its inputs int32 and would not join them with int64
         else:
             seen = positions
         found = {0: self.scores_mask(mask, positions, seen)}
