@@ -84,13 +84,18 @@ def _all_delegated(method: MethodGraph) -> bool:
     return all(takes(u) for u in method.units)
 
 
+def kept_outside(method: MethodGraph, runtime: str) -> bool:
+    """Whether a program leaves its inputs where their owner keeps them: on ExecuTorch, where caches are among them (`lower.executorch`)."""
+    return runtime.startswith("executorch") and bool(method.cache_inputs or method.cross_cache_inputs)
+
+
 def planned_bytes(method: MethodGraph, runtime: str, kinds: frozenset[str]) -> tuple[int, bool]:
     """What the runtime sets aside for a method whose weights have the precisions `kinds`, and whether that is exact.
 
     Inputs, outputs and, where it is not surely all one delegate, every tensor alive between them at once (at least what lies between
     delegates, except for a few small tensors that an exporter may add).
     """
-    ends, whole = (*method.inputs, *method.outputs), _all_delegated(method)
+    ends, whole = (*(() if kept_outside(method, runtime) else method.inputs), *method.outputs), _all_delegated(method)
     if runtime.startswith("executorch"):
         io = sum(_size(t, 16) for t in ends)
         if whole and runtime == "executorch":
@@ -125,23 +130,28 @@ def memory_answer(
     if not exact:
         missing = ("activations between delegates: an estimate by liveness until the program is built", *missing)
     inside = sum(m.peak_activation_bytes for m in graph.methods)
-    fields = _split(graph, planned, 16 if runtime.startswith("executorch") else 64)
+    fields = _split(graph, planned, runtime)
     return MemoryAnswer(
-        weights_bytes=weights, **fields, runtime_bytes=own, delegate_bytes=inside, peak_bytes=weights + planned + inside + (own or 0),
+        weights_bytes=weights, **fields, runtime_bytes=own, delegate_bytes=inside, peak_bytes=weights + sum(fields.values()) + inside + (own or 0),
         from_runtime=ahead is not None, not_counted=graph.not_counted + missing,
     )  # fmt: skip
 
 
-def _split(graph: ModelGraph, planned: int, alignment: int) -> dict[str, int]:
+def _split(graph: ModelGraph, planned: int, runtime: str) -> dict[str, int]:
     """A runtime's planned bytes as caches, cross caches, inputs and outputs, and the rest: activations. Their sum is `planned`, even where
-    the runtime lets an output take a dead input's place."""
+    the runtime lets an output take a dead input's place; and behind it the caches that are kept outside, once for all methods."""
+    alignment = 16 if runtime.startswith("executorch") else 64
+    own = [m for m in graph.methods if not kept_outside(m, runtime)]
     left, fields = planned, {}
     for name in ("cache", "cross_cache"):
-        want = sum(_bytes(m, getattr(m, f"{name}_inputs"), alignment) for m in graph.methods)
+        want = sum(_bytes(m, getattr(m, f"{name}_inputs"), alignment) for m in own)
         fields[f"{name}_bytes"] = min(want, left)
         left -= fields[f"{name}_bytes"]
-    held = [t for m in graph.methods for t in m.inputs if t.name not in m.cache_inputs + m.cross_cache_inputs]
+    held = [t for m in own for t in m.inputs if t.name not in m.cache_inputs + m.cross_cache_inputs]
     io = min(left, sum(_size(t, alignment) for t in (*held, *(t for m in graph.methods for t in m.outputs))))
+    for name in ("cache", "cross_cache"):
+        outside = (_bytes(m, getattr(m, f"{name}_inputs"), 1) for m in graph.methods if m not in own)
+        fields[f"{name}_bytes"] += max(outside, default=0)
     return {**fields, "io_bytes": io, "activations_bytes": left - io}
 
 
@@ -156,8 +166,13 @@ def with_runtime_plan(answer: MemoryAnswer, program: Path, plan: Mapping[str, in
     size = plan.get("program", program.stat().st_size if program.exists() else answer.weights_bytes)
     fields: dict[str, object] = {"weights_bytes": size, "from_runtime": True}
     nothing = {"io_bytes": 0, "cache_bytes": 0, "cross_cache_bytes": 0, "activations_bytes": planned}
-    fields |= _split(graph, planned, 64 if program.name.endswith(".tflite") else 16) if graph else nothing
+    parts = _split(graph, planned, "litert" if program.name.endswith(".tflite") else "executorch") if graph else nothing
     left = tuple(n for n in answer.not_counted if "until the program is built" not in n)
     return answer.model_copy(
-        update={**fields, "not_counted": left, "peak_bytes": size + planned + (answer.delegate_bytes or 0) + (answer.runtime_bytes or 0)}
+        update={
+            **fields,
+            **parts,
+            "not_counted": left,
+            "peak_bytes": size + sum(parts.values()) + (answer.delegate_bytes or 0) + (answer.runtime_bytes or 0),
+        }
     )

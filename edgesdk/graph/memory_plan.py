@@ -34,7 +34,7 @@ def _path(model_digest: str, runtime: str, static: bool) -> Path:
     from edgesdk.cache import cache_dir
     from edgesdk.runner import installed
 
-    key = repr((model_digest, runtime, static, installed().get(runtime), __version__))
+    key = repr(("kept", model_digest, runtime, static, installed().get(runtime), __version__))
     return cache_dir("memory") / f"{hashlib.sha256(key.encode()).hexdigest()[:40]}.json"
 
 

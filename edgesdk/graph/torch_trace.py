@@ -36,6 +36,8 @@ _ACTIVATIONS = {
     "hardtanh_",
     "leaky_relu",
 }
+CACHES, CROSS = ("self_k", "self_v", "past", "kv_cache"), "cross"
+"""What is in the names of inputs that are keys and values: of self-attention, of cross-attention."""
 _POOLS = {"max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "mean", "sum", "amax"}
 _VIEWS = {
     "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "flatten", "expand", "slice", "select", "t", "alias", "detach", "contiguous",
@@ -83,9 +85,14 @@ def trace_method(method: Method, name: str) -> MethodGraph:
     names = [i.name for i in inputs]
     return MethodGraph(
         name=name, units=tuple(units), inputs=tuple(inputs), outputs=tuple(outputs), peak_activation_bytes=_peak(program), unroll=method.unroll,
-        cache_inputs=tuple(n for n in names if any(k in n for k in ("self_k", "self_v", "past", "kv_cache"))),
-        cross_cache_inputs=tuple(n for n in names if "cross" in n),
+        cache_inputs=tuple(n for n in names if any(k in n for k in CACHES)), cross_cache_inputs=tuple(n for n in names if CROSS in n),
     )  # fmt: skip
+
+
+def takes_caches(method: Method, program: Any) -> bool:
+    """Whether inputs of an exported program are keys and values, told by their names."""
+    names = (*program.graph_signature.user_inputs, *getattr(method.module, "input_names", ()))
+    return any(k in str(n) for n in names for k in (*CACHES, CROSS))
 
 
 def _value(node: Any) -> Any:

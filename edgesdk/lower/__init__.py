@@ -37,7 +37,7 @@ def lower(spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str], say
     from edgesdk.lower.held import refuse_difference
     from edgesdk.runner import installed
 
-    key = json.dumps(["held", spec.digest, runtime, sorted([*k, p] for k, p in choice.items()), installed(), __version__])
+    key = json.dumps(["kept", spec.digest, runtime, sorted([*k, p] for k, p in choice.items()), installed(), __version__])
     path = cache_dir("lowered") / hashlib.sha256(key.encode()).hexdigest()[:40]
     if path.exists():
         return path.read_bytes()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from edgesdk.errors import InputError, MissingTool
-from edgesdk.graph.torch_trace import fresh
+from edgesdk.graph.torch_trace import fresh, takes_caches
 from edgesdk.lower.inject import codes_by_module, inject
 from edgesdk.lower.quiet import quiet, silent
 from edgesdk.plan.fake_quant import samples
@@ -119,7 +119,8 @@ def lower_executorch(
         with silent():
             import torch
             import torchao.quantization  # noqa: F401  (talks when it is first imported)
-            from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+            from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+            from executorch.exir.passes import MemoryPlanningPass
     except ImportError:
         raise MissingTool("executorch is not installed", "pip install -c constraints.txt 'edgesdk[executorch]'") from None
     refuse_unapplied(spec, choice)
@@ -135,7 +136,10 @@ def lower_executorch(
         say("lowering to .pte")
         config = EdgeCompileConfig(_check_ir_validity=False)
         lowered = to_edge_transform_and_lower(programs, partitioner=partitioner or partitioners(delegate), compile_config=config)
-        return bytes(lowered.to_executorch().buffer)
+        # caches stay where their owner keeps them: a program that takes any has no room of its own for its inputs, and copies none
+        kept = {name: takes_caches(spec.methods[name], program) for name, program in programs.items()}
+        planning = {name: MemoryPlanningPass(alloc_graph_input=not kept[name]) for name in programs}
+        return bytes(lowered.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning)).buffer)
 
 
 def _with_strides(program: Any) -> Any:
