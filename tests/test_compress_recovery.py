@@ -300,8 +300,9 @@ def test_what_was_pruned_stays_away(last: str) -> None:
     assert holds_its_codes(made.spec)
 
 
-def test_training_goes_on_where_it_was_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = ["rtn:bits=2", "qat:steps=30,batch=8"]
+@pytest.mark.parametrize("last", ["qat:steps=30,batch=8", "nm:n=1,m=4,only=hidden,recipe=flow,every=3,steps=30,batch=8"])
+def test_training_goes_on_where_it_was_cut_off(last: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = ["rtn:bits=2", last]
     whole = compress.compress(mlp(), recipe).report.compressed_digest
     monkeypatch.setattr(training, "SAVE_S", -1.0)
     seen: list[str] = []
@@ -314,7 +315,7 @@ def test_training_goes_on_where_it_was_cut_off(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(KeyboardInterrupt):
         compress.compress(mlp(), recipe, step=cut)
     states = list(training.cache_dir("training").glob("*.pt"))
-    assert len(states) == 1 and "qat: step 0 of 30" in " ".join(seen)
+    assert len(states) == 1 and ": step 0 of 30" in " ".join(seen)
     seen.clear()
     resumed = compress.compress(mlp(), recipe, step=lambda text, share: seen.append(text))
     assert resumed.report.compressed_digest == whole and not any("step 0 of" in s or "step 10 of" in s for s in seen)
