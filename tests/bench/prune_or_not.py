@@ -101,7 +101,7 @@ def on_digits(seeds: int, steps: int) -> None:
         dense = [(w, mean([point(m, later) for m in twins])) for w, twins in small.items()]
         say(f"\n{title}\n{'pruned':>8} {'kB':>7} {'accuracy':>9}   {'width':>6} {'kB':>7} {'accuracy':>9}   ahead")
         for sparsity in SPARSITIES:
-            ours = mean([point(m, [f"magnitude:sparsity={sparsity},steps={steps},ramp=0,rate=0.0005", *later]) for m in large])
+            ours = mean([point(m, [f"magnitude:sparsity={sparsity},steps={steps},ramp=0", *later]) for m in large])
             enough = [(w, p) for w, p in dense if p.bytes >= ours.bytes]
             w, other = enough[0] if enough else dense[-1]
             row = f"{sparsity:>8.1%} {ours.bytes / 1e3:>7.1f} {ours.quality:>9.2%}   {w:>6.2f} {other.bytes / 1e3:>7.1f} {other.quality:>9.2%}"
