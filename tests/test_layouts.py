@@ -147,6 +147,16 @@ class TestCosts:
         with pytest.raises(InputError, match="none holds 300"):
             buckets_of(Lengths.of([(300, 1)]), (128,))
 
+    def test_memory_holds_every_weight_once(self) -> None:
+        from edgesdk.graph.memory import weight_bytes
+        from edgesdk.sequence.estimate import memory_of
+
+        where = places(load_device("pi5"), "int8", "litert", 1)[0]
+        for layout in ("encoder-decoder", "decoder-only", "decoder-decoder"):
+            units = {u.weight: u for p in programs(small(layout), 1, 16, 8, 4) for u in p.graph.units if u.weight}
+            total = sum(weight_bytes(u, where.precision(u), "litert") for u in units.values())
+            assert memory_of(small(layout), where, 1, [16, 32], 8).weights_bytes == total
+
     def test_energy_is_power_times_time(self) -> None:
         config, where = base_config(20_000_000, vocab=4000), places(load_device("jetson"), "int8", None, None)[0]
         found = cost(config, where, Lengths.of([(64, 1)]), Lengths.of([(8, 1)]))

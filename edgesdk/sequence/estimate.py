@@ -151,19 +151,24 @@ def program_estimate(program: Program, where: Where) -> Estimate:
 
 def memory_of(config: SequenceConfig, where: Where, batch: int, sources: list[int], slots: int) -> MemoryAnswer:
     """Every bucket's programs loaded at once; the weights they share are held once."""
-    from edgesdk.graph.memory import memory_answer
+    from edgesdk.graph.memory import memory_answer, weight_bytes
     from edgesdk.plan.setting import RUNTIME_BYTES
 
-    made = [p.graph.model_copy(update={"name": f"{p.graph.name}_{s}"}) for s in sources for p in programs(config, batch, s, slots, 1)]
+    made = [p for s in sources for p in programs(config, batch, s, slots, 1, alike=True)]
     graph = ModelGraph.model_construct(
-        name=config.layout, source="torch", model_digest=config.digest(), layout=config.layout, methods=tuple(made), not_counted=()
-    )
-    precisions = {(m.name, u.name): where.precision(u) for m in graph.methods for u in m.units}
-    answer = memory_answer(graph, precisions, where.runtime, where.device)
-    own = RUNTIME_BYTES.get(where.runtime)
-    if answer.runtime_bytes is None and own is not None:
-        answer = answer.model_copy(update={"runtime_bytes": own, "peak_bytes": answer.peak_bytes + own})
-    return answer
+        name=config.layout, source="torch", model_digest=config.digest(), layout=config.layout, methods=tuple(p.graph for p in made), not_counted=()
+    )  # fmt: skip
+    held = {(p.graph.name, u.name): where.precision(u) for p in made for u in p.graph.units}
+    answer = memory_answer(graph, held, where.runtime, where.device)
+    weights = {
+        u.weight: n * weight_bytes(u, where.precision(u), where.runtime)
+        for p in made
+        for u, n in zip(p.graph.units, p.times, strict=True)
+        if u.weight
+    }
+    own = answer.runtime_bytes or RUNTIME_BYTES.get(where.runtime)
+    peak = answer.peak_bytes - answer.weights_bytes + sum(weights.values()) + (own or 0) - (answer.runtime_bytes or 0)
+    return answer.model_copy(update={"weights_bytes": sum(weights.values()), "runtime_bytes": own, "peak_bytes": peak})
 
 
 @dataclass(frozen=True)
