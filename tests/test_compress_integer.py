@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import edgesdk.compress as compress
-from edgesdk.compress.rate import fair
+from edgesdk.compress.gptq import Problem
+from edgesdk.compress.rate import Rounder, fair
 from edgesdk.compress.registry import configured
 from edgesdk.compress.types import Stats, Weight
 from edgesdk.compress.weights import output_error, stats_of, weights_of
@@ -142,6 +143,18 @@ def test_the_trellis_pays() -> None:
     weight, stats = layer(96, 128)
     plain, trellis = (coded("gptq", weight, stats, rate=2.5, trellis=t)[1] for t in (False, True))
     assert trellis < 0.98 * plain
+
+
+def test_weights_past_the_largest_index_of_the_model_are_not_cut_off() -> None:
+    """What is fed back can push a weight beyond every index the model was made of; cut off there, its error would be many steps."""
+    weight, stats = layer(24, 32)
+    rounder = Rounder(Problem(weight, stats.gram, 0.01), trellis=False, water=False)
+    steps = np.ones((1, 24), np.float32), np.full(32, 2.0 ** rounder.start(5), np.float32)
+    free = [rounder._walk(0, None, [], steps, 0.0)]
+    most = int(np.abs(free[0]).max())
+    model = rounder._model([np.clip(free[0], -most + 2, most - 2)])
+    again = [rounder._walk(0, model, [], steps, 0.0)]
+    assert np.abs(again[0]).max() == most and np.array_equal(again[0], free[0])
 
 
 def test_rate_keeps_zeros_where_pruned_and_takes_embeddings_and_grouped_convolutions() -> None:

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from edgesdk.compress.gptq import Problem
 
 FREE = 1900  # the largest index while no model is known
-SHIFT = {False: 2.05, True: 1.2}  # a Gaussian of deviation σ takes about log2(σ / Δ) + this many bits, plain and on the trellis
+SHIFT = {
+    False: (2.05, 1.7),
+    True: (1.2, 2.3),
+}  # (a, b): weights of deviation σ take R bits where log2(σ / Δ) = R - a - b·e^-R; plain, trellis
 PRICE = {False: 0.09, True: 0.2}  # λ / Δ²; by theory 0.115 and 0.37 at high rates, best over layers of our models at 1.5 to 3 bits
 NONE = np.zeros(0, np.uint8)
 
@@ -63,8 +66,9 @@ class Rounder:
         self.spread = math.log2(max(float(problem.w.std(correction=0)), 1e-30))
 
     def start(self, bits: float) -> float:
-        """log2 of a step that takes about so many bits."""
-        return self.spread - float(self.col.mean()) - float(self.row.mean()) + SHIFT[self.trellis] - bits
+        """log2 of a step that takes about so many bits a weight."""
+        once, low = SHIFT[self.trellis]
+        return self.spread - float(self.col.mean()) - float(self.row.mean()) + once + low * math.exp(-bits) - bits
 
     def run(self, log_step: float, *, price: float | None = None, sweeps: int = 1) -> Rounded:
         """`price`: λ/Δ². The bits that are priced are those of rounding without a price (a model that follows its own choices drifts to zeros)."""
@@ -91,7 +95,7 @@ class Rounder:
             bits = np.zeros((2, FREE + 1), np.float32)
             classes = np.zeros(self.rows, np.int64), np.zeros(self.cols, np.int64)
         else:
-            bits = model.bits.reshape(-1, model.most + 1).astype(np.float32)
+            bits = _further(model.bits.reshape(-1, model.most + 1)).astype(np.float32)
             rows = model.row.astype(np.int64).reshape(self.groups, self.rows)[g]
             classes = rows, model.col.astype(np.int64)[self.perm[g]]
         given = col, steps[0][g], self.weights[g], *classes, bits, price, self.trellis, self.kept[g]
@@ -141,6 +145,13 @@ class Rounder:
         return Code("scaled", v.shape, (), (none if flat_row else row, col), (grid,))
 
 
+def _further(bits: Any) -> Any:
+    """What indices cost that the model has not seen, too, on a line: what is fed back may push a weight past the largest index so far, and to
+    round it to a smaller one would cost far more than any bits."""
+    slope = np.maximum(bits[:, -1:] - bits[:, -2:-1], 1.0) if bits.shape[1] > 1 else np.ones_like(bits)
+    return np.concatenate([bits, bits[:, -1:] + slope * np.arange(1, 5 + bits.shape[1] // 4)], 1)
+
+
 def size_of(code: Code) -> float:
     """len(pack(code)) of what `Rounder` makes, without writing all of it."""
     grid = code.parts[0] if code.parts else code
@@ -164,40 +175,46 @@ def best_at(problem: Problem, bits: float, *, trellis: bool = True, sweeps: int 
     tries = [way.run(way.start(bits), sweeps=0) for way in ways]
     count = problem.w.numel()
     losses = [math.log2(max(t.error, 1e-300)) / 2 + 8 * t.bytes / count for t in tries]  # an octave of Δ is a bit
-    return at_rate(ways[int(losses[1] < losses[0])], bits, sweeps=sweeps)
+    best = int(losses[1] < losses[0])
+    return at_rate(ways[best], bits, sweeps=sweeps, first=tries[best])
 
 
-def at_rate(rounder: Rounder, bits: float, *, price: float | None = None, sweeps: int = 1) -> Rounded:
+def at_rate(rounder: Rounder, bits: float, *, price: float | None = None, sweeps: int = 1, first: Rounded | None = None) -> Rounded:
     """The rounding that is stored in at most `bits` a weight and within about half a percent of it; where steps of any size take more,
-    that of fewest bytes found. Weights of less than 512 elements get 32 bytes on top for the names of their parts."""
+    that of fewest bytes found. Weights of less than 512 elements get 32 bytes on top for the names of their parts. `first`: what is known of this
+    rounder without sweeps."""
     count = rounder.groups * rounder.rows * rounder.cols
     goal = bits * count / 8 + (32 if count < 512 else 0)
-    quick = _search(rounder, rounder.start(bits), goal, bits, price, 0, 6)
-    return _search(rounder, quick.log_step, goal, bits, price, sweeps, 3) if sweeps else quick
+    done = first or rounder.run(rounder.start(bits), price=price, sweeps=0)
+    if sweeps:  # about right without them, then with them
+        quick = _search(rounder, done, (0.985 * goal, 1.01 * goal), price, 0, 3)
+        done = rounder.run(quick.log_step, price=price, sweeps=sweeps)
+    return _search(rounder, done, (0.994 * goal, goal), price, sweeps, 3 if sweeps else 5)
 
 
-def _search(rounder: Rounder, log_step: float, goal: float, bits: float, price: float | None, sweeps: int, most: int) -> Rounded:
-    below: Rounded | None = None  # the nearest of no more bytes than the goal
+def _search(rounder: Rounder, done: Rounded, window: tuple[float, float], price: float | None, sweeps: int, most: int) -> Rounded:
+    """From `done` on by at most so many more runs: the largest within a window of bytes or below it, or else what is least above it."""
+    below: Rounded | None = None
     above: Rounded | None = None
-    for _ in range(most):
-        done = rounder.run(log_step, price=price, sweeps=sweeps)
-        if done.bytes <= goal:
+    for left in range(most, -1, -1):
+        if done.bytes <= window[1]:
             below = done if below is None or done.bytes > below.bytes else below
-            if done.bytes > 0.994 * goal:
-                break
         elif above is None or done.bytes < above.bytes:
             above = done
-        log_step = _next_step(below, above, done, goal, bits)
+        step = _next_step(rounder, below, above, done, sum(window) / 2)
+        if not left or window[0] < done.bytes <= window[1] or abs(step - done.log_step) < 0.002:
+            break
+        done = rounder.run(step, price=price, sweeps=sweeps)
     answer = below or above
     assert answer is not None
     return answer
 
 
-def _next_step(below: Rounded | None, above: Rounded | None, last: Rounded, goal: float, bits: float) -> float:
-    """Bytes fall by about an eighth of the weights an octave: by that, or between the nearest on both sides."""
-    aim = 0.9975 * goal
+def _next_step(rounder: Rounder, below: Rounded | None, above: Rounded | None, last: Rounded, aim: float) -> float:
+    """Between the nearest on both sides, or as far from the last as the expected steps lie apart."""
     if below is not None and above is not None:
         share = (above.bytes - aim) / (above.bytes - below.bytes)
         return above.log_step + min(max(share, 0.05), 0.95) * (below.log_step - above.log_step)
-    move = 1.1 * bits * (last.bytes / aim - 1)
-    return last.log_step + min(max(move, -3.0), 3.0) + (0.01 if above is not None else -0.01)
+    scale = 8 / (rounder.groups * rounder.rows * rounder.cols)
+    move = rounder.start(scale * aim) - rounder.start(scale * last.bytes)
+    return last.log_step + min(max(move, -3.0), 3.0)
