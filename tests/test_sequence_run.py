@@ -177,7 +177,7 @@ def test_the_command_line(device, bundle, tmp_path):
         edgesdk(device, "run", str(bundle), "--prompt", "hello"),
         edgesdk(device, "run", "--prompts", str(file), "--json", "--max-tokens", "5"),
         edgesdk(device, "run", "--prompts", str(file), "--beams", "2"),
-        edgesdk(device, "run", "--prompt", "hello", "--stop", text[4:6], "--no-stream"),
+        edgesdk(device, "run", "--prompt", "hello", "--stop", text[4:6], "--no-stream", "--out", str(tmp_path / "tokens.npy")),
         edgesdk(device, "run", "--prompt", "Ä", "--top-k", "2"),
     ]
     plain, as_json, lines, stopped, wrong = (p.communicate(timeout=120) for p in started)
@@ -188,6 +188,7 @@ def test_the_command_line(device, bundle, tmp_path):
     assert answers["answers"][0]["text"] == text[:5] and answers["answers"][0]["stopped"] == "max-tokens"
     assert len(lines[0].splitlines()) == 3
     assert stopped[0] == text[: text.index(text[4:6])] + "\n" and "ended by stop" in stopped[1]
+    assert "".join(ALPHABET[i - 3] for i in np.load(tmp_path / "tokens0.npy")) == text[: text.index(text[4:6]) + 2]
     assert len(wrong[1].strip().splitlines()) == 2 and "Traceback" not in wrong[1]
 
 

@@ -252,6 +252,19 @@ def test_wrong_settings_are_refused(settings, words):
     assert error.value.hint
 
 
+@pytest.mark.parametrize("settings", [Settings(), Settings(temperature=1.0), Settings(beams=2)])
+def test_scores_that_are_no_numbers_are_an_error(settings):
+    toy = Toy()
+
+    def spoiled(method, arrays):
+        logits, *rest = toy.run(method, arrays)
+        logits[..., 5] = np.nan
+        return [logits, *rest]
+
+    with pytest.raises(SequenceError, match="not numbers"):
+        generate(spoiled, toy.card, [[3, 4]], settings)
+
+
 def test_wrong_prompts_and_bundles_are_refused():
     for toy, prompt, words in (
         (Toy(), [3] * 33, "the prompt has 33 tokens"),

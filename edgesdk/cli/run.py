@@ -31,7 +31,9 @@ def run(
     method: Annotated[str | None, typer.Option("--method", help="Which method.", show_default="forward, or the first")] = None,
     on: On = "local",
     python: PythonPath = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Save the outputs: OUT0.npy, OUT1.npy … beside this name.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Save the outputs (of answers the tokens): OUT0.npy, OUT1.npy … beside this name.")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens to write at most.", show_default="the model's")] = None,
     max_time: Annotated[float | None, typer.Option(help="Seconds to write at most, all prompts together.")] = None,
     temperature: Annotated[float, typer.Option(help="Draw tokens; 0 takes the likeliest.")] = 0.0,
@@ -76,21 +78,25 @@ def run(
             encoder=_encoder(encoder, encoder_bits),
             python=python,
         )
+    if out:
+        _save(answer, out)
     if answer.results:
         _answered(answer, asked, as_json)
-        return
-    if out:
-        import numpy as np
-
-        for i, array in enumerate(answer.outputs):
-            path = out.with_name(f"{out.stem}{i}.npy")
-            np.save(path, array)
-            say(f"wrote {path}")
-    if as_json:
+    elif as_json:
         outputs = [{"shape": list(o.shape), "dtype": str(o.dtype), "values": o.tolist()} for o in answer.outputs]
         emit_json({"kind": "answer", "schema_version": 1, "method": answer.method, "text": answer.text, "outputs": outputs})
     else:
         _show(answer)
+
+
+def _save(answer: Answer, out: Path) -> None:
+    import numpy as np
+
+    tokens = [np.asarray(r.tokens, np.int64) for r in answer.results]
+    for i, array in enumerate(tokens or answer.outputs):
+        path = out.with_name(f"{out.stem}{i}.npy")
+        np.save(path, array)
+        say(f"wrote {path}")
 
 
 def _load(path: Path) -> Any:

@@ -86,6 +86,14 @@ class Settings:
             )
 
 
+def _number(best: Any) -> Any:
+    if not np.isfinite(best).all():
+        raise SequenceError(
+            "the program's scores are not numbers", "it is damaged, or its precision is too low for this prompt: build it in another"
+        )
+    return best
+
+
 def penalized(logits: Any, seen: Iterable[int], penalty: float) -> Any:
     """Logits [V] where tokens that were `seen` are made less likely (Keskar et al. 2019: positive ones divided, negative ones multiplied)."""
     at = np.asarray(sorted(set(seen)), np.int64)
@@ -97,9 +105,9 @@ def penalized(logits: Any, seen: Iterable[int], penalty: float) -> Any:
 
 
 def log_softmax(logits: Any) -> Any:
-    """Over the last axis, in float64."""
+    """Over the last axis, in float64. Raises `SequenceError` where they are not numbers."""
     x = np.asarray(logits, np.float64)
-    x = x - x.max(-1, keepdims=True)
+    x = x - _number(x.max(-1, keepdims=True))
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
@@ -131,6 +139,8 @@ def choose(logits: Any, settings: Settings, rng: Any, seen: Iterable[int] = ()) 
     if settings.repetition_penalty != 1.0:
         logits = penalized(logits, seen, settings.repetition_penalty)
     if not settings.temperature:
-        return int(np.argmax(logits))
+        best = int(np.argmax(logits))
+        _number(logits[best])
+        return best
     edges = np.cumsum(probabilities(logits, settings))
     return int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))
