@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from edgesdk.lower import lower
 from edgesdk.lower.quiet import silent
 from edgesdk.runner import open_program
 from edgesdk.sequence.card import Card
+from edgesdk.sequence.choose import Settings
+from edgesdk.sequence.generate import generate
 from edgesdk.sequence.hub import Checkpoint, convert, load_checkpoint, spec_of
 from edgesdk.sequence.model import HIDDEN
 from edgesdk.sequence.programs import Programs
@@ -68,6 +71,7 @@ WHISPER = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2, "decoder_sta
 SOUND = {"max_source_positions": FRAMES // 2, "max_target_positions": 32, "num_mel_bins": 8, "begin_suppress_tokens": None}
 NARROW = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}
 
+torch.set_num_threads(1)
 FAMILIES = {
     "t5": ("T5", {**T5, **NARROW, "num_layers": 2, "num_decoder_layers": 1}),
     "t5-v1.1": ("T5", {**T5, "num_layers": 1, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
@@ -330,6 +334,23 @@ def test_steps_are_those_of_generate(folders, family):
         assert (session.logits.argmax(-1) == tokens[:, i]).all()
         session.logits = session.feed(tokens[:, i : i + 1])[:, 0]
         session.keep(np.ones(2, np.int64))
+
+
+def test_tokens_that_must_not_be_chosen(folders):
+    checkpoint, prompts = load_checkpoint(str(folders / "marian")), prompts_of("marian")
+
+    def answers(specials, **settings):
+        spec = spec_of("marian", replace(checkpoint, specials=replace(specials, eos=())), 12, 8)
+        card = Card.read(spec.files["sequence.json"])
+        return [r.tokens for r in generate(run_of(spec), card, prompts, Settings(**settings))]
+
+    plain = answers(checkpoint.specials)
+    never = {tokens[-1] for tokens in plain}
+    first = {tokens[0] for tokens in plain} - never
+    barred = replace(checkpoint.specials, suppress=tuple(never), suppress_first=tuple(first))
+    for settings in ({}, {"beams": 2}, {"temperature": 2.0, "seed": 1}):
+        for tokens in answers(barred, **settings):
+            assert len(tokens) == 8 and not never & set(tokens) and tokens[0] not in first
 
 
 def test_lengths_are_asked_for_and_checked(folders):

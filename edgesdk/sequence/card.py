@@ -25,6 +25,7 @@ class Card:
     `caches`: one entry per self-attention cache, in the order of the inputs: {"heads": K, "head": D, "window": W or 0}; `cross`: the
     same for cross-attention, {"heads", "head"}. `start`: tokens a generation begins with; `eos`: tokens that end it.
     `draft`, where it is there: the kind of guesses (see `drafts`) that pay with these programs.
+    `suppress`: tokens that are never chosen, `suppress_first`: not as an answer's first; both may be left out.
     `vocab`, `layout`, `pad`, `max_output` (tokens) and `tokenizer` ({"kind": "characters" | "bytes" | "hugging-face" | "none", …}).
     """
 
@@ -44,6 +45,7 @@ class Card:
         self.pad, self.max_output = int(fields["pad"]), int(fields["max_output"])
         self.tokenizer: dict[str, Any] = dict(fields["tokenizer"])
         self.draft = str(fields.get("draft", ""))
+        self.suppress, self.suppress_first = (tuple(int(t) for t in fields.get(f, ())) for f in ("suppress", "suppress_first"))
         for name, method in self.methods.items():
             if method.get("role") not in ROLES:
                 raise ValueError(f"{NAME}: method {name} has role {method.get('role')!r}, known: {', '.join(ROLES)}")
@@ -57,5 +59,6 @@ class Card:
         return cls(data)
 
     def to_bytes(self) -> bytes:
-        fields = {f: getattr(self, f) for f in (*self.FIELDS, *(("draft",) if self.draft else ()))}
+        more = [f for f in ("draft", "suppress", "suppress_first") if getattr(self, f)]
+        fields = {f: getattr(self, f) for f in (*self.FIELDS, *more)}
         return json.dumps({"kind": "sequence", "schema_version": 1, **fields}, indent=1, sort_keys=True).encode()

@@ -261,6 +261,7 @@ def _digest(core: SequenceModel, card: bytes) -> str:
 def sequence_spec(
     model: SequenceModel, *, name: str, source_lengths: Sequence[int] = (64,), cache_lengths: Sequence[int] = (64,), batch: int = 1,
     several: Sequence[int] = (), tokenizer: Mapping[str, Any] | None = None, start: Sequence[int] = (), eos: Sequence[int] = (), pad: int = 0,
+    suppress: Sequence[int] = (), suppress_first: Sequence[int] = (),
     max_output: int | None = None, typical_source: int | None = None, typical_output: int = 16, prompts: Sequence[Any] = (),
     calibration: Calibration | None = None, evaluate: Evaluate | None = None, quality_name: str = "quality", layout: Layout | None = None,
     alternatives: Mapping[Layout, str] | None = None, files: Mapping[str, bytes] | None = None,
@@ -289,6 +290,7 @@ def sequence_spec(
         {
             "layout": config.layout, "vocab": config.vocab, "methods": programs, "caches": caches_of(config), "cross": cross_of(config),
             "start": start, "eos": eos, "pad": pad, "max_output": max_output or longest, "tokenizer": tokenizer or {"kind": "none"},
+            "suppress": suppress, "suppress_first": suppress_first,
         }
     )  # fmt: skip
     content = card.to_bytes()

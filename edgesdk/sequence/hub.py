@@ -76,9 +76,7 @@ def checkpoint_of(ref: str, config: Any, theirs: Any, left: Sequence[str] = ()) 
     return Checkpoint(model, ours, specials_of(config, theirs.generation_config), tokenizer, files)
 
 
-def spec_of(
-    name: str, checkpoint: Checkpoint, input_length: int | None = None, output_length: int | None = None, **more: Any
-) -> ModelSpec:  # fmt: skip
+def spec_of(name: str, checkpoint: Checkpoint, input_length: int | None = None, output_length: int | None = None, **more: Any) -> ModelSpec:
     """The programs of a checkpoint for sources or prompts of `input_length` tokens and answers of `output_length`, `TOKENS` each by default.
 
     Behind sound `input_length` counts the encoder's positions, two frames each; all that the model hears by default. `more` goes to
@@ -87,33 +85,33 @@ def spec_of(
     """
     from edgesdk.sequence.export import sequence_spec
 
-    config, specials = checkpoint.config, checkpoint.specials
-    if config.encoder:
-        longest = config.sound.frames // 2 if config.sound else config.max_positions if config.positions != "relative" else None
-        source = input_length or (longest if config.sound and longest else min(TOKENS, longest or TOKENS))
-        held, room = len(specials.start), config.max_positions - 1 if config.positions != "relative" else None
-        output = output_length or min(TOKENS, room - held if room else TOKENS)
-        cache = output + held
-    else:
-        room = config.max_positions
-        source = input_length or min(TOKENS, room // 2)
-        output = output_length or min(TOKENS, room - source)
-        cache, longest = source + output, room
-    if (longest and source > longest) or (room and cache > room):
-        raise InputError(
-            f"{name}: {source} tokens in and {output} out want more positions than the model's {config.max_positions}",
-            "ask for less: --input-length, --output-length",
-        )
-    lengths = {
-        "source_lengths": (source,),
-        "cache_lengths": (cache,),
-        "typical_source": source,
-        "typical_output": output_length or min(output, TYPICAL),
-    }
+    specials = checkpoint.specials
+    source, output, cache = _sizes(name, checkpoint.config, len(specials.start), input_length, output_length)
+    lengths = {"source_lengths": (source,), "cache_lengths": (cache,), "typical_source": source}
     return sequence_spec(
         checkpoint.model, name=name, tokenizer=checkpoint.tokenizer, start=specials.start, eos=specials.eos, pad=specials.pad,
-        max_output=output, files=checkpoint.files, **{**lengths, **more},
+        suppress=specials.suppress, suppress_first=specials.suppress_first, max_output=output, files=checkpoint.files,
+        **{**lengths, "typical_output": output_length or min(output, TYPICAL), **more},
     )  # fmt: skip
+
+
+def _sizes(name: str, config: SequenceConfig, started: int, asked_in: int | None, asked_out: int | None) -> tuple[int, int, int]:
+    """Tokens of source or prompt and of an answer, and slots of the cache that both or the latter need. Raises `InputError`."""
+    bound = config.max_positions if config.positions != "relative" else 1 << 30
+    if config.encoder:
+        heard = config.sound.frames // 2 if config.sound else bound
+        source = asked_in or (heard if config.sound else min(TOKENS, heard))
+        before, room = started, bound - 1  # behind a full cache there is a token more
+    else:
+        heard, source = bound, asked_in or min(TOKENS, bound // 2)
+        before, room = source, bound
+    output = asked_out or min(TOKENS, room - before)
+    if source > heard or output < 1 or before + output > room:
+        raise InputError(
+            f"{name}: {source} tokens in and {output} out want more positions than the model's {bound}",
+            "ask for less: --input-length, --output-length",
+        )
+    return source, output, before + output
 
 
 def convert(config: Any, theirs: Any) -> tuple[SequenceModel, SequenceConfig]:

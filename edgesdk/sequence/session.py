@@ -48,6 +48,14 @@ def encode(programs: Programs, inputs: Sequence[Input], prefixes: Prefixes | Non
     return outputs, mask, size
 
 
+def without(logits: Any, tokens: Sequence[int]) -> Any:
+    """`logits` [..., V] by which none of `tokens` is chosen."""
+    if tokens:
+        logits = np.array(logits)
+        logits[..., list(tokens)] = -np.inf
+    return logits
+
+
 class Session:
     """`logits` [rows, V] are those of each row's next token, once it is begun. Raises `SequenceError` for what cannot be generated from."""
 
@@ -123,7 +131,7 @@ class Session:
             logits = behind if logits is None else np.where((counts > 0)[:, None], behind, logits)
         if self._prefixes and not self.source:
             self._prefixes.keep(begin[0], self.caches)
-        return logits
+        return without(logits, self.programs.card.suppress_first)
 
     def _worth(self, length: int) -> int:
         """How many tokens of a prompt a kept beginning must have to be worth it: the rest goes through `decode`."""
@@ -138,6 +146,7 @@ class Session:
         positions = np.minimum(np.arange(size), counts[:, None] - 1)
         mask = np.where(np.arange(size) < counts[:, None], np.float32(0), HIDDEN)
         out = self.programs.call_rows(name, [tokens, positions, counts - 1, mask, *self._cross])
+        out[0] = without(out[0], self.programs.card.suppress)
         fill = np.zeros(self.caches.rows, np.int64)
         fill[:rows] = counts
         self.caches.write(out[1:], fill)
@@ -182,7 +191,7 @@ class Session:
         outs = [p if p is not None else [np.zeros_like(a) for a in like] for p in parts]
         merged = outs[0] if len(outs) == 1 else [np.concatenate([o[i] for o in outs]) for i in range(len(like))]
         self._pending = merged[1:]
-        return merged[0][:given, :width]
+        return without(merged[0][:given, :width], self.programs.card.suppress)
 
     def keep(self, counts: Any) -> None:
         """Write the first `counts[b]` of the tokens that row b was fed last; moves to larger caches when these are full."""
