@@ -167,13 +167,15 @@ def _to_memory(
 
 
 def _row(name: str, config: SequenceConfig, where: Sequence[Where], task: Task, limit: int) -> ShapeRow:
-    """At the runtime where it fits and answers fastest."""
+    """At the runtime where it fits and answers fastest; of equally fast ones, where it takes the least memory."""
     row = ShapeRow(layout=name, config=config, parameters=config.parameters, evidence=EVIDENCE.get(name))
     try:
         made = [(w, cost(config, w, task.source, task.output, batch=task.batch, buckets=task.buckets)) for w in where]
     except InputError as error:
         return row.model_copy(update={"refused": error.what})
-    at, best = min(made, key=lambda pair: (pair[1].memory.peak_bytes > limit, pair[1].answer.mean.value))
+    made = [m for m in made if m[1].memory.peak_bytes <= limit] or made
+    fastest = min(c.answer.mean.value for _, c in made)
+    at, best = min((m for m in made if m[1].answer.mean.value <= SAME_TIME * fastest), key=lambda m: m[1].memory.peak_bytes)
     return row.model_copy(update={"runtime": at.runtime, "fits": best.memory.peak_bytes <= limit, "cost": best})
 
 
