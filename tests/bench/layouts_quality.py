@@ -63,7 +63,7 @@ def normalizer(count: int = 16_000, tests: int = 500) -> Task:
         return [*[data.ALPHABET.index(c) + 3 for c in text.lower() if c in data.ALPHABET], END]
 
     test = [(ids(a), [ids(b)]) for a, b in data.cases(tests, 7, True)]
-    return Task(data.VOCABULARY, Pairs([ids(a) for a, _ in found], [ids(b) for _, b in found], START, END, PAD), test, 1000, 20, 14)
+    return Task(data.VOCABULARY, Pairs([ids(a) for a, _ in found], [ids(b) for _, b in found], START, END, PAD), test, 800, 20, 14)
 
 
 @cache
@@ -89,7 +89,7 @@ def g2p(count: int = 16_000, tests: int = 800) -> Task:
 
     pairs = Pairs([source(w) for w in used], [target(said[w][0]) for w in used], START, END, PAD)
     test = [(source(w), [target(way) for way in said[w]]) for w in held[:tests]]
-    return Task(3 + len(letters) + len(phonemes), pairs, test, 1000, 32, 24)
+    return Task(3 + len(letters) + len(phonemes), pairs, test, 600, 32, 24)
 
 
 TASKS: dict[str, Callable[[], Task]] = {"g2p": g2p, "normalizer": normalizer}
