@@ -16,6 +16,10 @@ from edgesdk.intake import load_model
 from edgesdk.lower import build
 from edgesdk.plan import plan
 from edgesdk.profile import profile
+from edgesdk.run import run
+from edgesdk.sequence.choose import Settings
+from edgesdk.transport.local import LocalTransport
+from tests.sequence_small import built
 from tests.tiny import tiny_bundle
 
 pytestmark = pytest.mark.board
@@ -171,3 +175,19 @@ def test_the_command_line_over_ssh(board, digits, tmp_path):
     done = edgesdk("flash", "--status", "--on", board.cuttable_url)
     board.link.restore()
     assert done.returncode == 3 and len(done.stderr.strip().splitlines()) == 2, done.stderr
+
+
+def test_a_sequence_model_answers_on_the_board(board, tmp_path):
+    bundle = built("encoder_decoder", "raspberry-pi-5", "litert", tmp_path / "model.edge")
+    prompts = ["hello you", "a", "longer prompt"]
+    for settings in (Settings(), Settings(beams=2, max_tokens=6), Settings(temperature=0.5, seed=2, stop=("e",))):
+        events = []
+        answer = run(bundle, board.url, prompt=prompts, settings=settings, hear=events.append)
+        here = run(bundle, LocalTransport(tmp_path / "root"), prompt=prompts, settings=settings)
+        assert [(r.tokens, r.text, r.stopped) for r in answer.results] == [(r.tokens, r.text, r.stopped) for r in here.results]
+        assert [e["prompt"] for e in events if e["event"] == "done"] == [0, 1, 2]
+    seen = []
+    (cut,) = run(bundle, board.url, prompt="hello you", hear=seen.append, cancelled=lambda: len(seen) >= 2).results
+    assert cut.stopped in ("cancelled", "max-tokens") and cut.tokens
+    report = profile(bundle, board.url, runs=3, warmup=1)
+    assert {"first of 14 tokens", "each later token"} <= {m.method for m in report.methods} and report.trust.verdict == "emulated"

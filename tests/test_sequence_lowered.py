@@ -1,0 +1,56 @@
+"""Generation over programs that were planned and built: ExecuTorch and LiteRT write what the torch modules write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sequence_small import built
+
+from edgesdk.bundles import read_member
+from edgesdk.intake import load_model
+from edgesdk.run import run
+from edgesdk.runner import open_program
+from edgesdk.sequence.card import Card
+from edgesdk.sequence.choose import Settings
+from edgesdk.sequence.generate import generate
+from edgesdk.sequence.tokens import tokenizer_of
+from edgesdk.transport.local import LocalTransport
+
+torch = pytest.importorskip("torch")
+MODELS = Path(__file__).with_name("sequence_small.py")
+PROMPTS = ["hello you", "a", "longer prompt"]
+
+
+def modules(spec):
+    """`run` over the torch modules."""
+
+    def answer(method, arrays):
+        with torch.no_grad():
+            out = spec.methods[method].module(*(torch.from_numpy(np.array(a)) for a in arrays))
+        return [o.numpy() for o in (out if isinstance(out, tuple) else (out,))]
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("name", "runtime"), [("encoder_decoder", "litert"), pytest.param("decoder_decoder", "executorch", marks=pytest.mark.wide)]
+)
+def test_built_programs_write_what_the_modules_write(name, runtime, tmp_path):
+    pytest.importorskip("executorch" if runtime == "executorch" else "ai_edge_litert")
+    spec = load_model(f"{MODELS}:{name}")
+    bundle = built(name, "host", runtime, tmp_path / "model.edge")
+    card = Card.read(read_member(bundle, "sequence.json"))
+    tokenizer = tokenizer_of(card, lambda n: read_member(bundle, n))
+    program = tmp_path / ("model.pte" if runtime == "executorch" else "model.tflite")
+    program.write_bytes(read_member(bundle, program.name))
+    runner = open_program(str(program), runtime)
+    for settings in (Settings(), Settings(beams=2, max_tokens=6), Settings(temperature=0.5, seed=4, max_tokens=6)):
+        wanted = generate(modules(spec), card, PROMPTS, settings, tokenizer)
+        got = generate(runner.run, card, PROMPTS, settings, tokenizer)
+        assert [(r.tokens, r.text, r.stopped) for r in got] == [(r.tokens, r.text, r.stopped) for r in wanted]
+        assert [r.calls for r in got] == [r.calls for r in wanted]
+    assert max(len(r.tokens) for r in generate(runner.run, card, PROMPTS, tokenizer=tokenizer)) > 8, "beyond the first cache"
+    answer = run(bundle, LocalTransport(tmp_path / "root"), prompt=PROMPTS)
+    assert [r.tokens for r in answer.results] == [r.tokens for r in generate(runner.run, card, PROMPTS, tokenizer=tokenizer)]
