@@ -182,6 +182,12 @@ class TestSizes:
         assert (base.encoder.layers, base.decoder.layers, base.encoder.heads, base.encoder.kv_heads) == (20, 10, 6, 3)
         assert base.parameters == pytest.approx(331_743_232, rel=0.005)
 
+    def test_unequal_layers_become_equal(self) -> None:
+        stack = Stack(layers=3, dim=64, heads=4, kv_heads=2, head=16, ffn=128, windows=(0, 8, 8), ffns=(128, 64, 64))
+        config = SequenceConfig(layout="decoder-only", vocab=50, decoder=stack)
+        plain = sized("decoder-only", config, config.parameters)
+        assert plain.decoder and not plain.decoder.windows and not plain.decoder.ffns
+
     def test_too_few_parameters(self) -> None:
         with pytest.raises(InputError, match="--parameters 1000"):
             sized("decoder-only", base_config(20_000_000), 1000)

@@ -10,7 +10,6 @@ from edgesdk.cli.common import Json, console, emit_json, progress, say
 
 if TYPE_CHECKING:
     from edgesdk.layouts import LayoutTable
-    from edgesdk.sequence.config import SequenceConfig
     from edgesdk.sequence.estimate import Weights
     from edgesdk.sequence.search import LayoutSearch, ShapeRow
 
@@ -32,7 +31,10 @@ def layouts(
     weights: Annotated[str, typer.Option(help="What matrices are held in: fp32, int8 or int4.")] = "int8",
     dim: Annotated[int | None, typer.Option(min=64, help="Width. Default: in proportion to the parameters.")] = None,
     vocab: Annotated[int, typer.Option(min=2, help="Entries of the vocabulary.")] = 32128,
-    config: Annotated[str | None, typer.Option(help="A sequence-config JSON that gives widths, heads and the rest.")] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(help="Whose widths and heads to take: a sequence-config JSON, a .edgeseq file, a Hugging Face folder or id."),
+    ] = None,
     buckets: Annotated[
         str | None, typer.Option(help="Input lengths that programs are exported with: 128,512. Default: the length, or powers of two.")
     ] = None,
@@ -60,10 +62,11 @@ def layouts(
         _trained(table) if not as_json else emit_json(table)
         return
     from edgesdk.sequence.search import search
+    from edgesdk.sequence.shapes import base_of
 
     with progress("layouts") as step:
         answer = search(
-            device, parameters=_count(parameters) if parameters else None, memory=limit, base=_base(config), dim=dim, vocab=vocab,
+            device, parameters=_count(parameters) if parameters else None, memory=limit, base=base_of(config) if config else None, dim=dim, vocab=vocab,
             input_length=read or parse_lengths("512"), output_length=written or parse_lengths("32", "--output-length"), batch=batch,
             weights=_weights(weights), runtime=runtime, threads=threads, buckets=_buckets(buckets), step=step,
         )  # fmt: skip
@@ -95,12 +98,6 @@ def _count(text: str) -> int:
     if value < 1:
         raise InputError(f"--parameters {text}: not a number of parameters", "write it like 330M or 1.3B")
     return round(value)
-
-
-def _base(path: str | None) -> SequenceConfig | None:
-    from edgesdk.sequence.config import SequenceConfig
-
-    return SequenceConfig.load(path) if path else None
 
 
 def _weights(text: str) -> Weights:

@@ -113,22 +113,21 @@ def search(
     if parameters is None and memory is None:
         parameters = base.parameters if base else DEFAULT_PARAMETERS
     task = Task(input_length, output_length, batch, buckets)
-    rows: list[ShapeRow] = []
+    rows, left_out = [], []
     for i, name in enumerate(LAYOUTS):
         step(name, 0.5 * i / len(LAYOUTS))
         try:
-            config = _config(name, base, parameters, limit, where, task, dim, vocab)
-        except (InputError, DoesNotFit):
-            if len(LAYOUTS) == i + 1 and not rows:
-                raise
-            continue
-        rows.append(_row(name, config, where, task, limit))
+            rows.append(_row(name, _config(name, base, parameters, limit, where, task, dim, vocab), where, task, limit))
+        except (InputError, DoesNotFit) as error:
+            left_out.append((name, error))
+    if not rows:
+        raise left_out[0][1]
     rows.sort(key=lambda r: (r.cost is None, not r.fits, r.cost.answer.mean.value if r.cost else 0.0))
     table = Curves(tuple(r for r in rows if r.cost is not None), where, task, step)
     return LayoutSearch(
         device=profile.name, weights=weights, threads=where[0].threads, batch=batch, input_length=input_length, output_length=output_length,
         parameters=parameters, memory_bytes=limit, power_mode=profile.default_power_mode, rows=tuple(rows), lengths=table.lengths,
-        curves=table.curves(), crossovers=table.crossovers(), notes=_notes(where, rows),
+        curves=table.curves(), crossovers=table.crossovers(), notes=_notes(where, rows) + tuple(f"left out: {name} ({error.what})" for name, error in left_out),
     )  # fmt: skip
 
 

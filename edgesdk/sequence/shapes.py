@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from edgesdk.errors import InputError
-from edgesdk.noun import Part
 from edgesdk.sequence.config import SequenceConfig, Stack
 
 DEFAULT_PARAMETERS = 330_000_000
@@ -14,14 +14,6 @@ WINDOW = 128
 """Tokens that a windowed layer sees."""
 _STEP = 32
 """Feed-forward widths are multiples of it: groups of int4 weights are of 32."""
-
-
-class LayoutChoice(Part):
-    """A layout with its size."""
-
-    name: str
-    config: SequenceConfig
-    parameters: int
 
 
 def base_config(parameters: int, dim: int | None = None, vocab: int = 32128) -> SequenceConfig:
@@ -46,10 +38,20 @@ def base_config(parameters: int, dim: int | None = None, vocab: int = 32128) -> 
     return sized("encoder-decoder 2/3", config, parameters)
 
 
+def base_of(ref: str) -> SequenceConfig:
+    """The configuration in a JSON file, or that of a model: a `.edgeseq` file, a Hugging Face folder or id. Raises what loading it raises."""
+    if Path(ref).suffix == ".json":
+        return SequenceConfig.load(ref)
+    from edgesdk.sequence.saved import checkpoint_of
+
+    return checkpoint_of(ref).checkpoint.config
+
+
 def _stack(base: SequenceConfig) -> Stack:
+    """The layers that all layouts are made of: equal ones, which see all."""
     stack = base.encoder or base.decoder
     assert stack is not None
-    return stack
+    return stack.model_copy(update={"windows": (), "ffns": ()})
 
 
 def _narrow(stack: Stack) -> Stack:
@@ -68,7 +70,7 @@ def _split(share: float | None, narrow: bool = False) -> Make:
     """An encoder with `share` of the layers (all but one where None)."""
 
     def make(base: SequenceConfig, layers: int, ffn: int) -> SequenceConfig:
-        whole = _stack(base).model_copy(update={"ffn": ffn, "windows": ()})
+        whole = _stack(base).model_copy(update={"ffn": ffn})
         front = layers - 1 if share is None else min(layers - 1, max(1, round(layers * share)))
         back = _narrow(whole) if narrow else whole
         encoder, decoder = whole.model_copy(update={"layers": front}), back.model_copy(update={"layers": layers - front})
@@ -83,7 +85,7 @@ def _as(base: SequenceConfig, **fields: object) -> SequenceConfig:
 
 
 def _decoder_only(base: SequenceConfig, layers: int, ffn: int) -> SequenceConfig:
-    return _as(base, layout="decoder-only", decoder=_stack(base).model_copy(update={"layers": layers, "ffn": ffn, "windows": ()}))
+    return _as(base, layout="decoder-only", decoder=_stack(base).model_copy(update={"layers": layers, "ffn": ffn}))
 
 
 def _windowed(base: SequenceConfig, layers: int, ffn: int) -> SequenceConfig:
@@ -93,7 +95,7 @@ def _windowed(base: SequenceConfig, layers: int, ffn: int) -> SequenceConfig:
 
 
 def _ctc(base: SequenceConfig, layers: int, ffn: int) -> SequenceConfig:
-    return _as(base, layout="encoder-ctc", encoder=_stack(base).model_copy(update={"layers": layers, "ffn": ffn, "windows": ()}))
+    return _as(base, layout="encoder-ctc", encoder=_stack(base).model_copy(update={"layers": layers, "ffn": ffn}))
 
 
 def _cache_once(base: SequenceConfig, layers: int, ffn: int) -> SequenceConfig:
@@ -140,18 +142,3 @@ def _filled(make: Make, base: SequenceConfig, layers: int, wide: int, parameters
     one, two = make(base, layers, wide).parameters, make(base, layers, wide + _STEP).parameters
     ffn = max(_STEP, wide + round((parameters - one) / (two - one)) * _STEP)
     return make(base, layers, ffn)
-
-
-def choices(base: SequenceConfig, parameters: int) -> tuple[LayoutChoice, ...]:
-    """Every layout in the sizes of `base`, with about `parameters` each. Raises `InputError` where not one can be that small."""
-    found, errors = [], []
-    for name in LAYOUTS:
-        try:
-            config = sized(name, base, parameters)
-        except InputError as error:
-            errors.append(error)
-            continue
-        found.append(LayoutChoice(name=name, config=config, parameters=config.parameters))
-    if not found:
-        raise errors[0]
-    return tuple(found)
