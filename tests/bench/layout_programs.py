@@ -39,7 +39,8 @@ def spec_of(config: SequenceConfig, source: int, slots: int, batch: int) -> Any:
 
 
 def lower_to(config: SequenceConfig, path: Path, runtime: str, weights: str, source: int, slots: int, batch: int = 1) -> float:
-    """Lower into `path`; seconds of CPU it took. Each matrix is held as the layout search says."""
+    """Lower into `path`; seconds of CPU it took. Each matrix is held as the layout search says; tables of embeddings stay float, which no
+    time depends on (LiteRT leaves them so where they are tied to the head in one program)."""
     from edgesdk.devices import load_device
     from edgesdk.graph import trace
     from edgesdk.lower import lower
@@ -48,7 +49,7 @@ def lower_to(config: SequenceConfig, path: Path, runtime: str, weights: str, sou
     spec, where = spec_of(config, source, slots, batch), places(load_device("host"), weights, runtime, 1)[0]  # type: ignore[arg-type]
     choice: dict[tuple[str, str], str] = {}
     for method in trace(spec).methods:
-        choice |= {(method.name, u.name): p for u in method.units if u.weight_elements and (p := where.precision(u)) != "fp32"}
+        choice |= {(method.name, u.name): p for u in method.units if u.op == "linear" and (p := where.precision(u)) != "fp32"}
     start = time.process_time()
     path.write_bytes(lower(spec, runtime, choice, lambda text: None))
     return time.process_time() - start
