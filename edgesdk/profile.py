@@ -16,7 +16,7 @@ from edgesdk.transport import Transport, parse_link
 from edgesdk.trust import judge, method_samples
 
 if TYPE_CHECKING:
-    from edgesdk.plan.types import Plan
+    from edgesdk.plan.types import Estimate, Plan
 
 
 @dataclass(frozen=True)
@@ -154,11 +154,23 @@ def _plan_of(here: Here) -> Plan | None:
     return Plan.from_json(here.read("plan.json"), "plan.json of the bundle")
 
 
+def _predicted(plan: Plan, calls: dict[str, float]) -> Estimate | None:
+    """Seconds of so many calls of each method, or None where one of them is not in the plan."""
+    from edgesdk.plan.types import Estimate
+
+    if any(name not in plan.method_latency for name in calls):
+        return None
+    parts = [(count, plan.method_latency[name]) for name, count in calls.items()]
+    value, low, high = (sum(count * getattr(e, field) for count, e in parts) for field in ("value", "low", "high"))
+    return Estimate(value=value, low=low, high=high)
+
+
 def compare_with_plan(plan: Plan, methods: tuple[Any, ...], raw: dict[str, Any], *, emulated: bool) -> list[Comparison]:
     """Predicted beside measured. Latencies of an emulator are no measurement of the device that was planned for: left out."""
     found = []
+    calls = {m["method"]: m.get("calls", {m["method"]: 1}) for m in raw["methods"]}
     for m in methods:
-        predicted = plan.method_latency.get(m.method)
+        predicted = _predicted(plan, calls[m.method])
         if predicted is not None and not emulated:
             found.append(
                 Comparison(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ from edgesdk.bundle import GoldenCase
 from edgesdk.bundles import array_bytes, write_bundle
 from edgesdk.errors import InputError
 from edgesdk.flash import flash
-from edgesdk.profile import profile
+from edgesdk.plan.types import Estimate
+from edgesdk.profile import _predicted, profile
 from edgesdk.run import run
 from edgesdk.sequence.choose import Settings
 from edgesdk.sequence.generate import generate
@@ -129,7 +131,21 @@ def test_a_profile_measures_answers(device, bundle):
     first, later = found["first of 16 tokens"], found["each later token"]
     assert len(first.samples_s) == len(later.samples_s) == 3 and first.cold_s is None
     assert later.p50_s >= 0.005 and first.p50_s >= 0.005
+    with Agent(device) as agent:
+        raw = agent.ask("profile", folder=f"{device.root}/current", runs=1, warmup=0)["methods"]
+    calls = {m["method"]: m["calls"] for m in raw if "calls" in m}
+    assert calls["first of 16 tokens"] == {"prefill_0_4_b1": 1}
+    assert calls["each later token"] == pytest.approx(
+        {"decode_0_8_x1_b1": 5 / 15, "decode_0_16_x1_b1": 8 / 15, "decode_0_32_x1_b1": 2 / 15}
+    )
     assert {m.method for m in profile(bundle, device, runs=1, warmup=0, method="decode_0_8_x1_b1").methods} == {"decode_0_8_x1_b1"}
+
+
+def test_answers_are_predicted_by_their_calls():
+    latency = {"encode": Estimate(value=0.2, low=0.1, high=0.3), "decode": Estimate(value=0.01, low=0.01, high=0.02)}
+    plan = SimpleNamespace(method_latency=latency)
+    assert _predicted(plan, {"encode": 1, "decode": 2.5}) == Estimate(value=0.225, low=0.125, high=0.35)
+    assert _predicted(plan, {"encode": 1, "prefill": 1}) is None
 
 
 @pytest.mark.parametrize("device", [0.05], indirect=True)

@@ -22,7 +22,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Raw seconds of `runs` answers by the bundle in `folder`, after `warmup`: to the first token, and a later token on the mean of its answer.
 
-    `inputs(method)` gives inputs of a method, from which a prompt is taken. Nothing where the model does not write token by token.
+    `calls` of a row: how often each program ran for one sample. `inputs(method)` gives inputs of a method, from which a prompt is taken.
+    Nothing where the model does not write token by token.
     """
     with open(os.path.join(folder, NAME), "rb") as file:
         card = Card.read(file.read())
@@ -31,6 +32,7 @@ def measure(
     card.eos = ()
     prompt = example(card, inputs)
     settings = Settings(max_tokens=min(TOKENS, card.max_output))
+    before = generate(run, card, [prompt], Settings(max_tokens=1))[0].calls
     first, later = [], []
     for i in range(-warmup, runs):
         (result,) = generate(run, card, [prompt], settings)
@@ -38,8 +40,12 @@ def measure(
             first.append(result.first_token_s)
             later += [_later(result)] if len(result.tokens) > 1 else []
             tell(f"answer {i + 1}/{runs}", (i + 1) / runs)
-    rows = [{"method": f"first of {len(result.tokens)} tokens", "first_s": None, "samples_s": first}]
-    return [*rows, *([{"method": "each later token", "first_s": None, "samples_s": later}] if later else [])]
+    count = len(result.tokens)
+    rows: list[dict[str, Any]] = [{"method": f"first of {count} tokens", "first_s": None, "samples_s": first, "calls": before}]
+    if later:
+        after = {n: (c - before.get(n, 0)) / (count - 1) for n, c in result.calls.items() if c > before.get(n, 0)}
+        rows.append({"method": "each later token", "first_s": None, "samples_s": later, "calls": after})
+    return rows
 
 
 def _later(result: Result) -> float:
