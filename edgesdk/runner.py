@@ -144,14 +144,15 @@ class LiteRtRunner:
     """A .tflite through LiteRT, or tflite-runtime where that is what the device has. Callers see float in and out of int8 models."""
 
     def __init__(self, path: str, runtime: str, threads: int = 1) -> None:
-        if runtime == "litert" and importlib.util.find_spec("ai_edge_litert") is not None:
+        here = installed()
+        if "litert" in here and (runtime == "litert" or "tflite-runtime" not in here):  # LiteRT is tflite-runtime's successor
             from ai_edge_litert.interpreter import Interpreter
 
-            self.version = installed()["litert"]
-        elif importlib.util.find_spec("tflite_runtime") is not None:
+            self.version = here["litert"]
+        elif "tflite-runtime" in here:
             from tflite_runtime.interpreter import Interpreter
 
-            self.version = installed()["tflite-runtime"]
+            self.version = here["tflite-runtime"]
         else:
             raise RunnerError("neither ai-edge-litert nor tflite-runtime is installed")
         content = _program(path)
