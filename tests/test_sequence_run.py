@@ -36,12 +36,16 @@ RUNNER = """
 import sys, time
 sys.path[:0] = {paths!r}
 from sequence_toy import Toy
+class RunnerError(Exception):
+    pass
 class Runner:
     version = "0"
     def __init__(self):
         self.toy = Toy(**{toy!r})
     def run(self, method, arrays):
         time.sleep({pause!r})
+        if len(arrays) != len(self.inputs(method)):
+            raise RunnerError("takes other inputs")
         return self.toy.run(method, arrays)
     def inputs(self, method):
         return self.toy.inputs(method)

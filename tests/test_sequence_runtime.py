@@ -272,12 +272,17 @@ def test_wrong_prompts_and_bundles_are_refused():
         (Toy(), [], "the prompt is empty"),
         (Toy(), [3, 11], "token 11 of the prompt"),
         (Toy(), "hello", "no tokenizer"),
+        (Toy(), [0.5, 1.5], r"a prompt of float64\[2\]"),
+        (Toy(), np.zeros((2, 3)), "sound for the layout decoder-only"),
+        (Toy(), np.zeros((2, 3, 4)), r"a prompt of float64\[2, 3, 4\]"),
         (Toy(encoder=True, sources=()), [3], "no program with the role 'decode'"),
         (Toy(ctc=True, sources=()), [3], "no program with the role 'encode'"),
     ):
         with pytest.raises(SequenceError, match=words) as error:
             generate(toy.run, toy.card, [prompt])
         assert error.value.hint
+    with pytest.raises(SequenceError, match="tokens and of sound"):
+        generate(Toy(encoder=True).run, Toy(encoder=True).card, [[3], np.zeros((2, 4))])
     with pytest.raises(SequenceError, match="beams = 2 for the layout encoder-ctc"):
         generate(Toy(ctc=True).run, Toy(ctc=True).card, [[3]], Settings(beams=2))
     odd = Toy(window=3)

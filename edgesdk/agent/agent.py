@@ -418,6 +418,8 @@ def generate(
         serve.serve(runner.run, folder, inputs, settings, tell, cancelled, encoder)
     except serve.SequenceError as error:
         raise Refused(error.what, error.hint, not isinstance(error, serve.AwayError)) from None
+    except sys.modules["runner"].RunnerError as error:
+        raise Refused(f"the prompt is not what the program takes: {error}", "give a text, or inputs of that shape", True) from None
     return {}
 
 

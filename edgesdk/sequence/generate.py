@@ -274,6 +274,8 @@ def stream(
     """
     job = _Job(run, card, settings or Settings(), tokenizer, cancelled, prefixes)
     inputs = [_input(p, card, job.tokenizer) for p in prompts]
+    if len({np.ndim(x) for x in inputs}) > 1:
+        raise SequenceError("prompts of tokens and of sound", "give one kind at a time")
     ctc = card.layout == "encoder-ctc"
     if ctc and job.settings.beams > 1:
         raise SequenceError(f"beams = {job.settings.beams} for the layout {card.layout}", "leave --beams out")
@@ -306,9 +308,18 @@ def _input(prompt: Any, card: Card, tokenizer: Tokenizer) -> Input:
     """Token ids or sound, checked."""
     if isinstance(prompt, str):
         prompt = tokenizer.encode(prompt)
-    if np.ndim(prompt) == 2:
-        return np.asarray(prompt, np.float32)
-    ids = [int(t) for t in prompt]
+    given = np.asarray(prompt)
+    if given.ndim == 3 and len(given) == 1:
+        given = given[0]
+    if given.ndim == 2 and given.size:
+        if not any(m["role"] == "encode" for m in card.methods.values()):
+            raise SequenceError(f"a prompt of sound for the layout {card.layout}", "give a text or token ids: this model reads tokens")
+        return given.astype(np.float32)
+    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+        raise SequenceError(
+            f"a prompt of {given.dtype}{list(given.shape)}", "give a text, whole numbers in a row, or [bins, frames] of sound"
+        )
+    ids = [int(t) for t in given]
     if not ids:
         raise SequenceError("the prompt is empty", "give some text")
     bad = next((t for t in ids if not 0 <= t < card.vocab), None)
