@@ -26,30 +26,33 @@ METHOD_SETS = ({"forward"}, {"encode", "prefill", "decode"}, {"prefill", "decode
 """The methods a model may have, unless it brings a card that tells of others (see `sequence.card`)."""
 
 
-def load_model(ref: str, *, input_length: int | None = None, output_length: int | None = None) -> ModelSpec:
+def load_model(ref: str, *, input_length: int | None = None, output_length: int | None = None, draft: int | None = None) -> ModelSpec:
     """The model that `ref` names (see `MODEL_HELP`).
 
     The lengths, in tokens, are those that a sequence model from Hugging Face is made into programs for: of its source or prompt, and of its
-    answer. Other models have programs already; they take no `input_length`. Raises `InputError`, `UnknownName` or `MissingTool`.
+    answer. `draft`: a further program of a sequence model takes so many tokens at once, to check guesses (see `sequence.drafts`).
+    Other models have programs already; they take neither. Raises `InputError`, `UnknownName` or `MissingTool`.
     """
     path = Path(ref)
     if SEPARATOR in ref:
         from edgesdk.compress.saved import compressed_model
 
         base, _, recipe = ref.rpartition(SEPARATOR)
-        return compressed_model(base, recipe, input_length=input_length, output_length=output_length)
+        return compressed_model(base, recipe, input_length=input_length, output_length=output_length, draft=draft)
     if ".edgeseq" in (path.suffix, Path(ref.rpartition(":")[0]).suffix):
         from edgesdk.sequence.saved import load_saved
 
-        return load_saved(ref, input_length, output_length)
+        return load_saved(ref, input_length, output_length, draft)
     if _is_hub(ref):
         from edgesdk.intake_hub import load_hugging_face
 
-        return load_hugging_face(ref, input_length, output_length)
+        return load_hugging_face(ref, input_length, output_length, draft)
     if input_length is not None:
         raise InputError(f"--input-length {input_length}: {ref} has programs of fixed lengths", "it goes with a Hugging Face folder or id")
     if ref.startswith("example:"):
-        return _example(ref.removeprefix("example:"))
+        return _example(ref.removeprefix("example:"), draft)
+    if draft is not None:
+        raise InputError(f"--draft {draft}: {ref} is no sequence model that programs are made for", "leave it out")
     if path.suffix == ".tflite":
         return _tflite(path)
     if path.suffix == ".pt2":
@@ -74,12 +77,16 @@ def _is_hub(ref: str) -> bool:
     return ref.count("/") == 1 and not other and not ref.startswith((".", "/", "~")) and not path.exists()
 
 
-def _example(name: str) -> ModelSpec:
+def _example(name: str, draft: int | None) -> ModelSpec:
     from edgesdk.examples import EXAMPLES
 
     module, function = select_by_name("example", name, EXAMPLES).split(":")
-    spec: ModelSpec = getattr(importlib.import_module(module), function)()
-    return spec
+    make: Callable[..., ModelSpec] = getattr(importlib.import_module(module), function)
+    if draft is None:
+        return make()
+    if "draft" not in inspect.signature(make).parameters:
+        raise InputError(f"--draft {draft}: example:{name} is no sequence model", "leave it out, or give example:normalizer")
+    return make(draft=draft)
 
 
 def _near_example(ref: str) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def load_hugging_face(ref: str, input_length: int | None = None, output_length: int | None = None) -> ModelSpec:
+def load_hugging_face(ref: str, input_length: int | None = None, output_length: int | None = None, draft: int | None = None) -> ModelSpec:
     """A model in a local folder, or of an id through the hub's cache or network.
 
     Those of `FAMILIES` become the programs of a sequence model (see `sequence.hub.spec_of`), all others one static `forward`: text models take
@@ -30,7 +30,9 @@ def load_hugging_face(ref: str, input_length: int | None = None, output_length: 
     """
     config, inner, left = load_model_of(ref)
     if type(inner).__name__ in FAMILIES:
-        return spec_of(Path(ref).name, checkpoint_of(ref, config, inner, left), input_length, output_length)
+        return spec_of(Path(ref).name, checkpoint_of(ref, config, inner, left), input_length, output_length, draft)
+    if draft is not None:
+        raise InputError(f"--draft {draft}: {ref} is not a sequence model of {', '.join(FAMILIES)}", "leave it out")
     inputs = _inputs(config, inner, input_length, output_length)
     return _spec(ref, config, inner, inputs)
 

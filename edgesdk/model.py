@@ -50,4 +50,5 @@ class ModelSpec:
     alternatives: dict[str, str] = field(default_factory=dict)  # other layouts of the same task: layout → model ref
     codes: dict[str, Code] = field(default_factory=dict)  # how compressed weights are stored (the modules hold the decoded values)
     reference: ModelSpec | None = None  # the uncompressed model that this one was made from: what recovery trains towards
+    prompts: tuple[Any, ...] = ()  # of a sequence model: token ids, or features of sound, that calibration answered
     files: dict[str, bytes] = field(default_factory=dict)  # labels, tokenizer: go into the bundle under this name

@@ -10,6 +10,7 @@ import typer
 from edgesdk.cli.common import Json, console, emit_json, progress
 from edgesdk.cli.plan import (
     Device,
+    Draft,
     Energy,
     InputLength,
     Latency,
@@ -45,6 +46,7 @@ def build(
     layout: Layout = None,
     input_length: InputLength = None,
     output_length: OutputLength = None,
+    draft: Draft = None,
     out: Annotated[str | None, typer.Option(help="The bundle to write. Default: MODEL-DEVICE.edge.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -63,7 +65,7 @@ def build(
             plan = Plan.load(plan_file)
         else:
             budget = read_budget(memory, latency, storage, quality_drop, energy)
-            workload = Workload(input_length=input_length, output_length=output_length)
+            workload = Workload(input_length=input_length, output_length=output_length, draft=draft)
             plan = make_plan(
                 model or DEFAULT_MODEL, device, budget=budget, workload=workload, runtime=runtime, threads=threads, layout=layout, step=step
             )

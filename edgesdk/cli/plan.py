@@ -56,6 +56,12 @@ Storage = Annotated[str | None, typer.Option("--storage", help="Bytes of weights
 QualityDrop = Annotated[str | None, typer.Option("--quality-drop", help="Quality that may be lost: 1% or 0.01. Default: 1%.")]
 Runtime = Annotated[str | None, typer.Option("--runtime", help="Only this runtime. Default: every one the device has is weighed.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads. Default: 1.")]
+Draft = Annotated[
+    int | None,
+    typer.Option(
+        "--draft", min=2, help="Let a further program of a sequence model check so many tokens at once, and guess where that pays."
+    ),
+]
 Layout = Annotated[str | None, typer.Option("--layout", help="Only this layout of a sequence model. Default: all are weighed.")]
 
 InputLength = Annotated[
@@ -81,6 +87,7 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="Inputs in one answer, run one after another.")] = 1,
     input_length: InputLength = None,
     output_length: OutputLength = None,
+    draft: Draft = None,
     sustained: Annotated[
         bool, typer.Option("--sustained", help="Plan with the clocks the device holds for long, where its profile has them.")
     ] = False,
@@ -98,7 +105,7 @@ def plan(
     if model is None:
         say(f"no --model: planning the built-in {DEFAULT_MODEL}")
     budget = read_budget(memory, latency, storage, quality_drop, energy)
-    workload = Workload(batch=batch, input_length=input_length, output_length=output_length, sustained=sustained)
+    workload = Workload(batch=batch, input_length=input_length, output_length=output_length, sustained=sustained, draft=draft)
     with progress("plan") as step:
         answer = make(
             model or DEFAULT_MODEL,

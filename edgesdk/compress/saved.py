@@ -86,7 +86,13 @@ def base_of(path: str | Path) -> str:
 
 
 def compressed_model(
-    ref: str, recipe: str, step: Step | None = None, *, input_length: int | None = None, output_length: int | None = None
+    ref: str,
+    recipe: str,
+    step: Step | None = None,
+    *,
+    input_length: int | None = None,
+    output_length: int | None = None,
+    draft: int | None = None,
 ) -> ModelSpec:
     """`ref`, loaded for these lengths (see `load_model`), compressed by a recipe in text, its stages divided by `;`.
 
@@ -97,7 +103,7 @@ def compressed_model(
     from edgesdk.compress.pipeline import compress
     from edgesdk.intake import load_model
 
-    base = load_model(ref, input_length=input_length, output_length=output_length)
+    base = load_model(ref, input_length=input_length, output_length=output_length, draft=draft)
     key = hashlib.sha256(json.dumps([base.digest, ref, recipe, __version__]).encode()).hexdigest()[:40]
     kept = cache_dir("compressed") / f"{key}.edgec"
     if kept.exists():

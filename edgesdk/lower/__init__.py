@@ -97,7 +97,7 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
     choice = choice_of(plan)
     program = lower(spec, plan.runtime, choice, lambda text: step(text, 0.1))
     name, stored, sizes = _stored(plan.runtime, program, spec)
-    members: dict[str, bytes] = {name: stored, "plan.json": plan.to_json().encode(), **spec.files}
+    members: dict[str, bytes] = {name: stored, "plan.json": plan.to_json().encode(), **_files(plan, spec)}
     fields: dict[str, Any] = {
         "host_check": {},
         "golden": (),
@@ -126,6 +126,17 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
         memory=_memory(plan.runtime, program) | sizes, edgesdk_version=__version__, **fields,
     )  # fmt: skip
     return Path(out)
+
+
+def _files(plan: Plan, spec: ModelSpec) -> dict[str, bytes]:
+    """The model's own files; a sequence model's card says what the plan decided about guessed tokens."""
+    from edgesdk.sequence.card import NAME, Card
+
+    if plan.drafting is None or not plan.drafting.pays:
+        return spec.files
+    card = Card.read(spec.files[NAME])
+    card.draft = plan.drafting.kind
+    return {**spec.files, NAME: card.to_bytes()}
 
 
 def _refuse_loss(plan: Plan, quality: float, name: str) -> None:

@@ -49,9 +49,30 @@ def make_plan(
             at, best = _chosen(made, budget, step)
         if why_not:
             best = best.model_copy(update={"reasons": (*best.reasons, why_not)})
+    if workload.draft:
+        best = _drafting(made[at][0], best)
     plans = [p for _, p in made]
     front = _pareto([c for p in plans for c in p.front])
     return best.model_copy(update={"front": front, "reasons": (*best.reasons, *_against(best, plans))})
+
+
+def _drafting(s: Setting, plan: Plan) -> Plan:
+    """The plan with the way of guessing that suits it best, and whether it pays."""
+    from edgesdk.sequence.card import NAME, Card
+    from edgesdk.sequence.drafting import answers_of, weigh
+
+    spec = s.subject.spec
+    if not spec.prompts:
+        return plan.model_copy(
+            update={"reasons": (*plan.reasons, "guessed tokens were not weighed: the model brings no prompts to try them on")}
+        )
+    seconds = {name: e.value for name, e in plan.method_latency.items()}
+    found = weigh(Card.read(spec.files[NAME]), seconds, spec.prompts, answers_of(spec))
+    if found is None:
+        return plan
+    rate = "none made" if found.rate is None else f"{found.rate:.0%} right"
+    told = f"guessed tokens ({found.kind}, {found.tokens} a call, {rate} on {found.answers} answers): answers {found.speedup:.2f}x as fast"
+    return plan.model_copy(update={"drafting": found, "reasons": (*plan.reasons, told + ("" if found.pays else ", so they stay off"))})
 
 
 def _chosen(made: list[tuple[Setting, Plan]], budget: Budget, step: Step) -> tuple[int, Plan]:

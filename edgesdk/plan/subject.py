@@ -75,7 +75,8 @@ class Subject:
 
         self.ref, self._lengths = ref, (workload or Workload()).lengths
         key = _content_key(ref)
-        self.facts = cached("facts", f"{key}-{__version__}", Facts, self._facts) if key else self._facts()
+        made_for = "".join(f"-{name}{n}" for name, n in self._lengths.items() if n)
+        self.facts = cached("facts", f"{key}{made_for}-{__version__}", Facts, self._facts) if key else self._facts()
         saved = cache_dir("graphs") / f"{self.facts.model_digest[:32]}-{__version__}.json"
         self._saved_graph = saved if saved.exists() else None
 

@@ -18,12 +18,13 @@ class Workload(Part):
     input_length: PositiveInt | Lengths | None = None  # tokens of source or prompt of a sequence model; None: the model's own
     output_length: PositiveInt | Lengths | None = None  # tokens of one answer of a sequence model; None: the model's own `unroll`
     sustained: bool = False
+    draft: Annotated[int, Field(ge=2)] | None = None  # tokens that a further program of a sequence model checks at once
 
     @property
     def lengths(self) -> dict[str, int | None]:
         """As `load_model` takes them: what programs must hold."""
         longest = {"input_length": self.input_length, "output_length": self.output_length}
-        return {k: n.largest if isinstance(n, Lengths) else n for k, n in longest.items()}
+        return {"draft": self.draft, **{k: n.largest if isinstance(n, Lengths) else n for k, n in longest.items()}}
 
 
 class Budget(Part):
@@ -94,6 +95,17 @@ class Candidate(Part):
     built: Built | None = None  # with --verify
 
 
+class Drafting(Part):
+    """A way of guessing tokens that one call checks together, and what it is predicted to bring (see `sequence.drafting`)."""
+
+    kind: str  # "copy", "count"
+    tokens: PositiveInt  # that one call checks, the last decided one among them
+    rate: float | None  # of guessed tokens that were right
+    answers: int  # that it was replayed on
+    speedup: float  # of whole answers
+    pays: bool
+
+
 class SolverProof(Part):
     name: str  # "HiGHS"
     status: str
@@ -132,6 +144,7 @@ class Plan(Noun):
     storage_bytes: int
     quality: float | None  # reference quality on held-out data
     quality_drop: float | None  # predicted for this plan
+    drafting: Drafting | None = None  # of a sequence model with a program that checks several tokens; the bundle guesses where it pays
     proof: SolverProof
     front: tuple[Candidate, ...]
     reasons: tuple[str, ...]

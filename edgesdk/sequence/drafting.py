@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
-
-from edgesdk.noun import Part
+from edgesdk.noun import Noun
+from edgesdk.plan.types import Drafting
 from edgesdk.sequence.drafts import Copied, Counted
 
 if TYPE_CHECKING:
+    from edgesdk.model import ModelSpec
     from edgesdk.sequence.card import Card
 
 PAYS = 1.05
@@ -53,17 +53,6 @@ def replay(kind: str, prompts: Sequence[Sequence[int]], answers: Sequence[Sequen
     return counts
 
 
-class Drafting(Part):
-    """A way of guessing, and what it is predicted to bring on this device. `rate` is the share of guessed tokens that were right."""
-
-    kind: str
-    tokens: PositiveInt  # that one call checks, the last decided one among them
-    rate: float | None
-    answers: NonNegativeInt  # that it was replayed on
-    speedup: NonNegativeFloat  # of whole answers
-    pays: bool
-
-
 def weigh(card: Card, seconds: Mapping[str, float], prompts: Sequence[Any], answers: Sequence[Sequence[int]]) -> Drafting | None:
     """The best way of guessing, whether it pays or not; None where the bundle has no program that decodes several tokens, or there is
     no text to replay. `seconds` of one call of each method, predicted or measured."""
@@ -90,3 +79,28 @@ def _mean(card: Card, seconds: Mapping[str, float], role: str, source: int) -> f
     """Of one call of the programs that begin an answer; of several lengths, their mean."""
     found = [seconds[n] for n, m in card.methods.items() if m["role"] == role and m["source"] == source]
     return sum(found) / len(found) if found else 0.0
+
+
+class Answers(Noun):
+    KIND: ClassVar[str] = "greedy-answers"
+
+    tokens: tuple[tuple[int, ...], ...]  # with the end token, where it came
+
+
+def answers_of(spec: ModelSpec) -> tuple[tuple[int, ...], ...]:
+    """What the float model answers to its own prompts, greedily; kept in the cache by content."""
+    from edgesdk import __version__
+    from edgesdk.cache import cached
+
+    return cached("answers", f"{spec.digest[:32]}-{__version__}", Answers, lambda: _answered(spec)).tokens
+
+
+def _answered(spec: ModelSpec) -> Answers:
+    from edgesdk.plan.fake_quant import run
+    from edgesdk.sequence.card import NAME, Card
+    from edgesdk.sequence.choose import Settings
+    from edgesdk.sequence.generate import generate
+
+    card = Card.read(spec.files[NAME])
+    results = generate(run(spec), card, spec.prompts, Settings(draft="none"))
+    return Answers(tokens=tuple((*r.tokens, *(card.eos[:1] if r.stopped == "eos" else ())) for r in results))

@@ -298,5 +298,6 @@ def sequence_spec(
         calibration = recorded(methods, card, prompts)
     return ModelSpec(
         name=name, digest=_digest(core, content), methods=methods, layout=layout or config.layout, calibration=calibration,
-        evaluate=evaluate, quality_name=quality_name, alternatives={str(k): v for k, v in (alternatives or {}).items()}, files={**(files or {}), cards.NAME: content},
+        evaluate=evaluate, quality_name=quality_name, prompts=tuple(prompts), files={**(files or {}), cards.NAME: content},
+        alternatives={str(k): v for k, v in (alternatives or {}).items()},
     )  # fmt: skip

@@ -76,7 +76,14 @@ def checkpoint_of(ref: str, config: Any, theirs: Any, left: Sequence[str] = ()) 
     return Checkpoint(model, ours, specials_of(config, theirs.generation_config), tokenizer, files)
 
 
-def spec_of(name: str, checkpoint: Checkpoint, input_length: int | None = None, output_length: int | None = None, **more: Any) -> ModelSpec:
+def spec_of(
+    name: str,
+    checkpoint: Checkpoint,
+    input_length: int | None = None,
+    output_length: int | None = None,
+    draft: int | None = None,
+    **more: Any,
+) -> ModelSpec:
     """The programs of a checkpoint for sources or prompts of `input_length` tokens and answers of `output_length`, `TOKENS` each by default.
 
     Behind sound `input_length` counts the encoder's positions, two frames each; all that the model hears by default. `more` goes to
@@ -87,7 +94,14 @@ def spec_of(name: str, checkpoint: Checkpoint, input_length: int | None = None, 
 
     specials = checkpoint.specials
     source, output, cache = _sizes(name, checkpoint.config, len(specials.start), input_length, output_length)
-    lengths = {"source_lengths": (source,), "cache_lengths": (cache,), "typical_source": source}
+    if draft is not None and draft < 2:
+        raise InputError(f"--draft {draft}: a guess is checked beside the token before it", "give 2 or more")
+    lengths: dict[str, Any] = {
+        "several": (draft,) if draft else (),
+        "source_lengths": (source,),
+        "cache_lengths": (cache,),
+        "typical_source": source,
+    }
     return sequence_spec(
         checkpoint.model, name=name, tokenizer=checkpoint.tokenizer, start=specials.start, eos=specials.eos, pad=specials.pad,
         suppress=specials.suppress, suppress_first=specials.suppress_first, max_output=output, files=checkpoint.files,

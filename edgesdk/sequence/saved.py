@@ -127,7 +127,7 @@ def is_saved(ref: str) -> bool:
     return ref.endswith(SUFFIX) or f"{SUFFIX}:" in ref
 
 
-def load_saved(ref: str, input_length: int | None = None, output_length: int | None = None) -> ModelSpec:
+def load_saved(ref: str, input_length: int | None = None, output_length: int | None = None, draft: int | None = None) -> ModelSpec:
     """The programs of a saved model, or of one of its sub-models, for sources and answers of these lengths; by default, those of its held-out pairs.
 
     Raises `InputError`, `UnknownName`.
@@ -147,7 +147,7 @@ def load_saved(ref: str, input_length: int | None = None, output_length: int | N
         input_length = input_length or max(len(s) for s in held.sources) + behind
         output_length = output_length or max(len(t) for t in held.targets) + 1
         more["prompts"] = [s for s in held.sources[:CALIBRATION] if len(s) + behind <= input_length]
-    spec = spec_of(path.stem + (f"-{part}" if start else ""), point, input_length, output_length, **more)
+    spec = spec_of(path.stem + (f"-{part}" if start else ""), point, input_length, output_length, draft, **more)
     return dataclasses.replace(spec, evaluate=exact_match(spec, held), quality_name="exact match") if held else spec
 
 
