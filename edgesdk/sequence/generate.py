@@ -109,6 +109,9 @@ class _Job:
         self.prefixes = prefixes
         self.card, self.settings, self.tokenizer = card, settings, tokenizer or Tokenizer({})
         self.cap, self.counted = settings.check(card), Counted()
+        self._draws: Any = (
+            np.random.default_rng if settings.temperature else lambda seed: None
+        )  # importing it takes long: before the clock runs
         self.programs, self.begun = Programs(card, run), time.perf_counter()
         self.programs.watch = self._watch
         self._cancelled = cancelled
@@ -128,7 +131,7 @@ class _Job:
 
     def row(self, prompt: int, given: Input) -> _Row:
         seen = [*(() if self.programs.role("encode") else given), *self.card.start]
-        return _Row(prompt, Text(self.tokenizer, self.settings.stop), np.random.default_rng([self.settings.seed, prompt]), seen)
+        return _Row(prompt, Text(self.tokenizer, self.settings.stop), self._draws([self.settings.seed, prompt]), seen)
 
     def finish(self, row: _Row, given: Input, **more: Any) -> Event:
         rest, gaps = row.text.end(), len(row.token_s) - 1
