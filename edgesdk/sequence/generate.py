@@ -109,9 +109,8 @@ class _Job:
         self.prefixes = prefixes
         self.card, self.settings, self.tokenizer = card, settings, tokenizer or Tokenizer({})
         self.cap, self.counted = settings.check(card), Counted()
-        self._draws: Any = (
-            np.random.default_rng if settings.temperature else lambda seed: None
-        )  # importing it takes long: before the clock runs
+        # numpy.random is imported when first asked for, which takes long: here, before the clock runs
+        self._draws: Any = np.random.default_rng if settings.temperature else lambda seed: None
         self.programs, self.begun = Programs(card, run), time.perf_counter()
         self.programs.watch = self._watch
         self._cancelled = cancelled
