@@ -146,10 +146,10 @@ def main() -> None:
             found.append({"weights": weights, "source": source, "rows": rows, **samples})
             sys.stdout.write("\n".join(report(weights, source, rows)) + "\n")
             sys.stdout.flush()
+            if args.out:  # after every case: the next one takes minutes
+                kept = {"kind": "layouts-330m", "schema_version": 1, "runtime": args.runtime, "layers": [encoder, decoder], "cases": found}
+                args.out.write_text(json.dumps(kept, indent=1))
     sys.stdout.write("\npublished (other devices and runtimes): " + ", ".join(f"{k} {v}" for k, v in PUBLISHED.items()) + "\n")
-    if args.out:
-        kept = {"kind": "layouts-330m", "schema_version": 1, "runtime": args.runtime, "layers": [encoder, decoder], "cases": found}
-        args.out.write_text(json.dumps(kept, indent=1))
 
 
 if __name__ == "__main__":

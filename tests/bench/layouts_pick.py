@@ -31,7 +31,7 @@ BASES = {
     "wide": Stack(layers=4, dim=640, heads=8, kv_heads=4, head=64, ffn=1920),
 }
 VOCAB = {"narrow": 4000, "wide": 8000}
-NAMES = ("decoder-only", "encoder-decoder 1/2", "encoder-decoder, one-layer decoder", "encoder-ctc")
+NAMES = ("decoder-only", "encoder-decoder 1/2", "encoder-decoder, one-layer decoder", "decoder-decoder")
 READ = {"narrow": (24, 96), "wide": (48,)}
 WRITTEN = (4, 12, 24, 48)
 
