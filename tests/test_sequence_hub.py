@@ -33,7 +33,7 @@ GROUPED = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
@@ -44,7 +44,7 @@ GROUPED = {
 SIDES = {
     "vocab_size": VOCAB,
     "d_model": 32,
-    "encoder_layers": 2,
+    "encoder_layers": 1,
     "decoder_layers": 1,
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 2,
@@ -75,17 +75,29 @@ torch.set_num_threads(1)
 FAMILIES = {
     "t5": ("T5", {**T5, **NARROW, "num_layers": 2, "num_decoder_layers": 1}),
     "t5-v1.1": ("T5", {**T5, "num_layers": 1, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
-    "bart": ("Bart", {**SIDES, "max_position_embeddings": 40, "scale_embedding": True}),
+    "mt5": ("MT5", {**T5, "num_layers": 1}),
+    "bart": ("Bart", {**SIDES, "encoder_layers": 2, "max_position_embeddings": 40, "scale_embedding": True}),
     "marian": ("Marian", {**SIDES, **MARIAN, "scale_embedding": True}),
     "whisper": ("Whisper", {**SIDES, **WHISPER, **SOUND}),
     "llama": ("Llama", GROUPED),
-    "llama-3": ("Llama", {**GROUPED, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
+    "llama-3": (
+        "Llama",
+        {
+            **GROUPED,
+            "num_hidden_layers": 2,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": LLAMA3,
+        },
+    ),
     "llama-linear": ("Llama", {**GROUPED, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
     "mistral": ("Mistral", {**GROUPED, "sliding_window": 6}),
-    "qwen2": ("Qwen2", {**GROUPED, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen2": ("Qwen2", {**GROUPED, "num_hidden_layers": 2, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {**GROUPED, "head_dim": 12, "tie_word_embeddings": True}),
 }
 CLASSES = {"T5": "T5ForConditionalGeneration", "Bart": "BartForConditionalGeneration", "Marian": "MarianMTModel"}
+CLASSES["MT5"] = "MT5ForConditionalGeneration"
 CLASSES["Whisper"] = "WhisperForConditionalGeneration"
 
 
@@ -180,8 +192,8 @@ BAD = {
     "header cut": ("llama", lambda f: cut(f, 3000), "header"),
     "weights cut": ("llama", lambda f: cut(f, -3000), "not fully covered"),
     "another width": ("llama", lambda f: changed(f, intermediate_size=56), "down_proj.weight is [32, 48], wanted [32, 56]"),
-    "a layer more": ("llama", lambda f: changed(f, num_hidden_layers=3), "its weights lack model.layers.2."),
-    "a layer less": ("llama", lambda f: changed(f, num_hidden_layers=1), "no place for model.layers.1."),
+    "a layer more": ("llama", lambda f: changed(f, num_hidden_layers=2), "its weights lack model.layers.1."),
+    "a layer less": ("llama-3", lambda f: changed(f, num_hidden_layers=1), "no place for model.layers.1."),
     "yarn": ("llama", lambda f: changed(f, rope_parameters=YARN), "rope_type = 'yarn'"),
     "part of a head": ("llama", lambda f: changed(f, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}), "partial_rotary"),
     "activation": ("llama", lambda f: changed(f, hidden_act="relu2"), "'relu2'"),

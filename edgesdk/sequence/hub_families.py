@@ -96,7 +96,7 @@ def _llama(c: Any) -> SequenceConfig:
 
 
 def _t5(c: Any) -> SequenceConfig:
-    """T5 (relu) and T5 v1.1, Flan-T5 (gated gelu): RMS norm, relative positions shared by all layers, scores without a scale."""
+    """T5 (relu) and T5 v1.1, Flan-T5, mT5 (gated gelu): RMS norm, relative positions shared by all layers, scores without a scale."""
 
     def stack(layers: int) -> Stack:
         return Stack(layers=layers, dim=c.d_model, heads=c.num_heads, kv_heads=c.num_heads, head=c.d_kv, ffn=c.d_ff)
@@ -113,7 +113,7 @@ def _t5(c: Any) -> SequenceConfig:
         relative_buckets=c.relative_attention_num_buckets,
         relative_distance=c.relative_attention_max_distance,
         attention_scale=1.0,
-        logit_scale=c.d_model**-0.5 if c.scale_decoder_outputs else 1.0,
+        logit_scale=c.d_model**-0.5 if getattr(c, "scale_decoder_outputs", False) else 1.0,
     )
 
 
@@ -262,6 +262,7 @@ FAMILIES = {
     "Qwen2ForCausalLM": Family(_llama, _llama_names),
     "Qwen3ForCausalLM": Family(_llama, _llama_names),
     "T5ForConditionalGeneration": Family(_t5, _t5_names),
+    "MT5ForConditionalGeneration": Family(_t5, _t5_names),
     "BartForConditionalGeneration": Family(_bart, _bart_names),
     "MarianMTModel": Family(_marian, _bart_names),
     "WhisperForConditionalGeneration": Family(_whisper, _bart_names),
