@@ -61,9 +61,11 @@ def run(
     """
     from edgesdk.agent.client import Agent
     from edgesdk.profile import installed
+    from edgesdk.sequence.choose import Settings
 
     if (prompt is None) == (not len(inputs)):
         raise InputError("run wants inputs or a prompt", "edgesdk run BUNDLE --input x.npy, or --prompt TEXT for a sequence model")
+    settings = settings or Settings()
     transport = parse_link(on) if isinstance(on, str) else on
     try:
         here = installed(transport, bundle, python)
@@ -78,7 +80,11 @@ def run(
             if prompt is not None:
                 if "tokenizer.json" not in names:
                     raise InputError(f"{here.manifest.model_name} is no sequence model: it takes no prompt", "give --input FILE.npy")
-                return _spell(agent, here.folder, here.read("tokenizer.json"), prompt if isinstance(prompt, str) else prompt[0])
+                texts = [prompt] if isinstance(prompt, str) else prompt
+                if len(texts) > 1 or settings != Settings():
+                    what = f"{here.manifest.model_name} has no sequence.json: it answers one prompt at a time, greedily"
+                    raise InputError(what, "give --prompt alone")
+                return _spell(agent, here.folder, here.read("tokenizer.json"), texts[0])
             outputs = agent.run(here.folder, chosen, list(inputs))
         labels = here.read("labels.txt").decode().splitlines() if "labels.txt" in names else []
     finally:
@@ -91,29 +97,26 @@ def _generate(
     agent: Agent,
     here: Here,
     prompts: Sequence[Any],
-    settings: Settings | None,
+    settings: Settings,
     hear: Callable[[Event], None] | None,
     cancelled: Callable[[], bool] | None,
     encoder: Encoder | None,
 ) -> Answer:
     """Text becomes token ids here; what is written becomes text on the device, where stop strings are looked for."""
     from edgesdk.sequence.card import NAME, Card
-    from edgesdk.sequence.choose import Settings
     from edgesdk.sequence.generate import Result
     from edgesdk.sequence.split import away
     from edgesdk.sequence.tokens import tokenizer_of
 
     with _wrong_input():
         card = Card.read(here.read(NAME))
-        (settings or Settings()).check(card)
+        settings.check(card)
         tokenizer = tokenizer_of(card, here.read)
         ids = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
     if encoder and not away(card):
         raise InputError(f"{here.manifest.model_name} (layout {card.layout}) has no encoder to run elsewhere", "leave --encoder out")
     results, link = {}, None
-    for event in agent.generate(
-        here.folder, ids, (settings or Settings()).to_dict(), cancelled or (lambda: False), asdict(encoder) if encoder else None
-    ):
+    for event in agent.generate(here.folder, ids, settings.to_dict(), cancelled or (lambda: False), asdict(encoder) if encoder else None):
         if event["event"] == "link":
             link = {k: v for k, v in event.items() if k != "event"}
             continue

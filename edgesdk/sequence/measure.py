@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -33,13 +34,15 @@ def measure(
     prompt = example(card, inputs)
     settings = Settings(max_tokens=min(TOKENS, card.max_output))
     before = generate(run, card, [prompt], Settings(max_tokens=1))[0].calls
-    first, later = [], []
+    first, later, told = [], [], time.monotonic()
     for i in range(-warmup, runs):
         (result,) = generate(run, card, [prompt], settings)
         if i >= 0:
             first.append(result.first_token_s)
             later += [_later(result)] if len(result.tokens) > 1 else []
-            tell(f"answer {i + 1}/{runs}", (i + 1) / runs)
+            if time.monotonic() - told > 0.5:
+                told = time.monotonic()
+                tell(f"answer {i + 1}/{runs}", (i + 1) / runs)
     count = len(result.tokens)
     rows: list[dict[str, Any]] = [{"method": f"first of {count} tokens", "first_s": None, "samples_s": first, "calls": before}]
     if later:
