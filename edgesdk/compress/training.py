@@ -33,12 +33,18 @@ SAVE_S = 20.0  # seconds between two saved states
 FLOOR = 0.02  # the least size a free parameter (a bias of zeros) is taken to have
 
 
-class TrainConfig(Config):
+class Pace(Config):
     """What every training takes."""
 
     steps: Annotated[int, Field(ge=1, le=100_000)] = 300
     rate: Annotated[float, Field(gt=0, le=1)] = 0.01  # of a step, as a share of a weight's typical size
     batch: Annotated[int, Field(ge=1, le=1024)] = 32
+    seed: Annotated[int, Field(ge=0, le=2**31)] = 0
+
+
+class TrainConfig(Pace):
+    """And what one towards another model's answers takes."""
+
     pool: Annotated[int, Field(ge=2, le=100_000)] = 512  # different inputs
     data: Data = "auto"  # calibration inputs, with more of their kind; those alone; or none, the model's own
     mix: bool = True  # also mixtures of two inputs (float inputs only)
@@ -46,7 +52,6 @@ class TrainConfig(Config):
     activations: Literal[4, 8, 16] = 16  # bits of the inputs of coded weights while training (a range for each row); 16: as they are
     cache: Literal[4, 8, 16] = 16  # bits of a sequence model's caches while training
     whole: bool = True  # a sequence model is run from its source to its last token; false: each method for itself, on the teacher's inputs
-    seed: Annotated[int, Field(ge=0, le=2**31)] = 0
 
 
 def teacher_of(spec: ModelSpec) -> ModelSpec:
@@ -99,7 +104,7 @@ class Training:
     """
 
     def __init__(
-        self, spec: ModelSpec, lessons: Course, learned: Mapping[str, Learned], free: Sequence[torch.nn.Parameter], config: TrainConfig, *,
+        self, spec: ModelSpec, lessons: Course, learned: Mapping[str, Learned], free: Sequence[torch.nn.Parameter], config: Pace, *,
         ramp: float = 0.0, extra: Any = None, more: Sequence[torch.Tensor] = (), each: Callable[[int], None] | None = None,
         state: Sequence[torch.Tensor] = (), name: str = "training",
     ) -> None:  # fmt: skip
@@ -178,7 +183,7 @@ class Training:
         path.unlink(missing_ok=True)
 
     def _round_inputs(self, undo: ExitStack) -> None:
-        bits = self.config.activations
+        bits = self.config.activations if isinstance(self.config, TrainConfig) else 16
         if bits >= 16:
             return
         for name in self.learned:

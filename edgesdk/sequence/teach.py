@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edgesdk.compress.features import Comparison
-from edgesdk.compress.training import Outcome, TrainConfig, Training
+from edgesdk.compress.training import Outcome, Pace, Training
 from edgesdk.compress.types import Step
 from edgesdk.errors import InputError
 from edgesdk.model import Method, ModelSpec
@@ -33,7 +33,7 @@ Student = Callable[[int, Batch], Sequence[Tensor]]
 """Step and batch → logits [B, T, V], one or several, all of which are taught."""
 
 
-class TeachConfig(TrainConfig):
+class TeachConfig(Pace):
     """`rate` is a step as a share of a weight's typical size; a model that starts from nothing wants about 0.03, one that is adapted about 0.01."""
 
     steps: Annotated[int, Field(ge=1, le=10_000_000)] = 1000
@@ -73,10 +73,9 @@ def teach(
     """
     config = config or TeachConfig()
     device = _device(config.device)
-    was = next(model.parameters()).device
-    model.to(device).train()
-    if teacher is not None:
-        teacher.to(device).eval()
+    homes = [(m, next(m.parameters()).device) for m in (model, teacher) if m is not None]
+    for m, _ in homes:
+        m.to(device).eval()  # no layer of the family behaves otherwise in training
     course = PairsCourse(model, pairs, config, teacher, student)
     name = f"teach ({model.config.layout})"
     spec = ModelSpec(name=name, digest="", methods={"forward": Method(model, ())})
@@ -84,7 +83,8 @@ def teach(
         more = course.comparison.parameters if course.comparison else []
         return Training(spec, course, {}, list(model.parameters()), config, more=more, name=name).run(step or (lambda text, share: None))
     finally:
-        model.to(was).eval()
+        for m, home in homes:
+            m.to(home)
 
 
 def _device(name: str) -> torch.device:
