@@ -10,10 +10,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from edgesdk.devices import load_device
 from edgesdk.errors import InputError
 from edgesdk.graph.torch_trace import trace_method
 from edgesdk.lower.check import LIMITS, relative_error
-from edgesdk.model import ModelSpec
+from edgesdk.lower.executorch import lower_executorch
+from edgesdk.lower.held import pte_operators
+from edgesdk.lower.litert import lower_litert
+from edgesdk.model import Method, ModelSpec
+from edgesdk.plan.options import SMALL_TABLE, options
 from edgesdk.runner import open_program
 from edgesdk.sequence.card import NAME, Card
 from edgesdk.sequence.config import SequenceConfig, Sound, Stack
@@ -94,24 +99,31 @@ def forced(layout: str, source: Any, tokens: list[int]) -> Any:
         return model_of(layout)(given, None, torch.tensor(tokens)[None])[0].numpy()
 
 
+def stepped(spec: ModelSpec, run: Any, layout: str, widths: tuple[int, ...]) -> tuple[Any, Any, dict[str, int]]:
+    """Logits [rows, 1 + tokens, V] of an answer fed `widths` tokens at a time, those of teacher forcing, and what was called."""
+    card = Card.read(spec.files[NAME])
+    rows, total, start = next(iter(card.methods.values()))["batch"], sum(widths), start_of(layout)
+    given = sources(layout)[-rows:]
+    answer = np.random.default_rng(1).integers(4, VOCAB, (rows, total))
+    wanted = np.stack([forced(layout, s, [*start, *a]) for s, a in zip(given, answer.tolist(), strict=True)])[:, len(start) - 1 :]
+    programs = Programs(card, run)
+    session, at = Session(programs, given), 0
+    logits = [session.logits[:, None]]
+    for width in widths:
+        logits.append(session.feed(answer[:, at : at + width]))
+        session.keep(np.full(rows, width))
+        at += width
+    return np.concatenate(logits, 1), wanted, programs.calls
+
+
 @pytest.mark.parametrize("layout", [n for n in LAYOUTS if n != "ctc"])
 def test_programs_token_by_token_equal_teacher_forcing(layout):
     """Two rows of unequal length in one batch; caches that fill up, move to the next bucket and wrap around; one and three tokens at once."""
     spec = spec_of(layout)
-    given, start = sources(layout), start_of(layout)
-    answer = np.random.default_rng(1).integers(4, VOCAB, (2, 20))
-    wanted = np.stack([forced(layout, s, [*start, *a]) for s, a in zip(given, answer.tolist(), strict=True)])[:, len(start) - 1 :]
-    programs = Programs(Card.read(spec.files[NAME]), run_of(spec))
-    session = Session(programs, given)
-    np.testing.assert_allclose(session.logits, wanted[:, 0], atol=2e-5)
-    at = 0
-    for width in (1, 3, 1, 3, 3, 1, 3, 3, 1, 1):
-        logits = session.feed(answer[:, at : at + width])
-        np.testing.assert_allclose(logits, wanted[:, at + 1 : at + 1 + width], atol=2e-5)
-        session.keep(np.full(2, width))
-        at += width
-    assert at == 20 and any(n.endswith("_x3") for n in programs.calls)
-    assert {Card.read(spec.files[NAME]).methods[n]["cache"] for n in programs.calls if n.startswith("decode")} == {12, 32}
+    logits, wanted, calls = stepped(spec, run_of(spec), layout, (1, 3, 1, 3, 3, 1, 3, 3, 1, 1))
+    np.testing.assert_allclose(logits, wanted, atol=2e-5)
+    assert any(n.endswith("_x3") for n in calls)
+    assert {Card.read(spec.files[NAME]).methods[n]["cache"] for n in calls if n.startswith("decode")} == {12, 32}
 
 
 def test_encoder_only_is_the_model_itself_whatever_is_padded():
@@ -245,7 +257,7 @@ def test_configurations_that_cannot_be(fields, text):
 
 
 def built(layout: str, runtime: str, precision: str, tmp_path: Any, **more: Any) -> None:
-    """Lower, run on the example inputs, and compare every output with eager PyTorch; an `.pte` is one delegate but for looking tokens up."""
+    """Lower; compare every output on the example inputs with eager PyTorch, and every step's logits with teacher forcing."""
     fields = {"source_lengths": (8,), "cache_lengths": (12,), "batch": 1, "several": (), **more}
     spec = spec_of(layout, **fields)
     choice = {} if precision == "fp32" else {
@@ -253,10 +265,9 @@ def built(layout: str, runtime: str, precision: str, tmp_path: Any, **more: Any)
         if u.op == "linear" and u.weight == f"{u.name.split('#')[0]}.weight"
     }  # fmt: skip
     if runtime == "executorch":
-        from edgesdk.lower.executorch import lower_executorch as lower
+        content = lower_executorch(spec, choice, lambda text: None)
     else:
-        from edgesdk.lower.litert import lower_litert as lower
-    content = lower(spec, choice, lambda text: None)
+        content = lower_litert(spec, choice, lambda text: None)
     path = tmp_path / ("m.pte" if runtime == "executorch" else "m.tflite")
     path.write_bytes(content)
     runner = open_program(str(path), runtime)
@@ -266,6 +277,37 @@ def built(layout: str, runtime: str, precision: str, tmp_path: Any, **more: Any)
         outs = runner.run(name, [t.numpy() for t in method.example_inputs])
         for out, ref in zip(outs, wanted if isinstance(wanted, tuple) else (wanted,), strict=True):
             assert out.shape == tuple(ref.shape) and relative_error(out, ref.numpy()) <= LIMITS[precision], (name, precision)
+    if LAYOUTS[layout].decoder:
+        logits, wanted, _ = stepped(spec, runner.run, layout, (3, 1, 1) if "several" in more else (1, 1, 1))
+        assert relative_error(logits, wanted) <= LIMITS[precision]
+
+
+class Looked(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = torch.nn.Embedding(SMALL_TABLE // 64, 64), torch.nn.Linear(64, 32)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.out(self.table(ids))
+
+
+def test_a_large_table_can_be_int8_in_a_pte(tmp_path):
+    """It is offered, stored as such, what the check of held precisions sees, and right."""
+    torch.manual_seed(0)
+    spec = ModelSpec("looked", "looked-1", {"forward": Method(Looked().eval().requires_grad_(False), (torch.tensor([[3, 9, 4000]]),))})
+    table = trace_method(spec.methods["forward"], "forward").units[0]
+    assert options(table, "forward", "executorch", load_device("host")) == ["fp32", "int8-weight-only"]
+    assert options(table.model_copy(update={"rows": 64}), "forward", "executorch", load_device("host")) == ["fp32"]
+    choice = {("forward", "table"): "int8-weight-only"}
+    content = lower_executorch(spec, choice, lambda text: None)
+    assert SMALL_TABLE <= len(content) < 1.2 * SMALL_TABLE
+    held = [h.precision for h in pte_operators(content) or () if h.embedding]
+    assert held == ["int8-weight-only"]
+    path = tmp_path / "m.pte"
+    path.write_bytes(content)
+    inputs = spec.methods["forward"].example_inputs
+    (out,) = open_program(str(path), "executorch").run("forward", [inputs[0].numpy()])
+    assert relative_error(out, spec.methods["forward"].module(*inputs).numpy()) < 0.02
 
 
 SMALL = [

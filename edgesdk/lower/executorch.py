@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from edgesdk.errors import InputError, MissingTool
@@ -27,7 +28,8 @@ def refuse_unapplied(spec: ModelSpec, choice: Choice) -> None:
     """Raise `InputError` for a precision that would be dropped without a word, or differ between methods that share the weight."""
     import torch
 
-    kinds = {"int8-dynamic": torch.nn.Linear, "int4-g32": torch.nn.Linear, "int8-static": torch.nn.Module, "fp32": torch.nn.Module}
+    linear, table, any_kind = torch.nn.Linear, torch.nn.Embedding, torch.nn.Module
+    kinds = {"int8-dynamic": linear, "int4-g32": linear, "int8-weight-only": table, "int8-static": any_kind, "fp32": any_kind}
     taken: dict[int, tuple[str, str]] = {}
     for (method, unit), precision in choice.items():
         module = dict(spec.methods[method].module.named_modules()).get(_module_name(unit))
@@ -71,7 +73,42 @@ def quantized_modules(spec: ModelSpec, choice: Choice) -> dict[str, Any]:
             for fqn, m in chosen.items():
                 if (name, fqn) in codes:
                     inject(m.weight, codes[name, fqn], precision)
+    _round_tables(modules, choice)
     return modules
+
+
+def _round_tables(modules: dict[str, Any], choice: Choice) -> None:
+    """Put an `Int8Table` where an embedding is to be one, the same in all methods that share it."""
+    made: dict[int, Any] = {}
+    for (method, unit), precision in choice.items():
+        if precision == "int8-weight-only":
+            parent, _, name = _module_name(unit).rpartition(".")
+            owner = modules[method].get_submodule(parent)
+            table = getattr(owner, name)
+            if not isinstance(table, _table_kind()):
+                made.setdefault(id(table), _table_kind()(table.weight))
+                setattr(owner, name, made[id(table)])
+
+
+@cache
+def _table_kind() -> Any:
+    """The class `Int8Table`, made when torch is there."""
+    import torch
+
+    class Int8Table(torch.nn.Module):
+        """An embedding of int8 rows with a scale each, in operators that ExecuTorch has without a library of quantized ones."""
+
+        def __init__(self, weight: torch.Tensor) -> None:
+            super().__init__()
+            scale = weight.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127.0
+            self.register_buffer("table", torch.clamp(torch.round(weight / scale), -127, 127).to(torch.int8))
+            self.register_buffer("scale", scale)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            look = torch.nn.functional.embedding
+            return look(ids, self.table).to(torch.float32) * look(ids, self.scale)  # type: ignore[arg-type]
+
+    return Int8Table
 
 
 def _static(module: Any, spec: ModelSpec, method: str, units: set[str]) -> Any:

@@ -121,6 +121,8 @@ def _cols(shape: list[int], rows: int) -> int:
 _XNN_NODES = {2: (0, 1), 7: (15, 16), 13: (15, 16), 39: (15, 16)}
 """Node kind → fields of its input and its filter: XNNFullyConnected, XNNConv2d, XNNDepthwiseConv2d, XNNConvTranspose2d."""
 _XNN_KINDS = {1: "fp32", 2: "fp16", 3: "int8", 4: "int8", 6: "int8", 8: "int4", 10: "int4-g32", 13: "fp32"}
+_CHAR = 1
+"""ExecuTorch's ScalarType of int8 (exir/scalar_type.py)."""
 _XNN_STATIC, _XNN_DYNAMIC = (3, 4), (9, 11)
 
 
@@ -139,7 +141,19 @@ def pte_operators(content: bytes) -> list[Held] | None:
             if delegate.id != "XnnpackBackend":
                 return None
             found += list(_xnnpack(plan.name, bytes(program.backend_delegate_data[delegate.processed.index].data)))
+        found += list(_tables(plan))
     return found
+
+
+def _tables(plan: Any) -> Iterator[Held]:
+    """The embeddings of a method: they are not delegated. A table of one column holds the scales of another."""
+    for chain in plan.chains:
+        for call in (i.instr_args for i in chain.instructions if hasattr(i.instr_args, "op_index")):
+            if plan.operators[call.op_index].name == "aten::embedding":
+                table = plan.values[call.args[0]].val
+                if table.sizes[1] > 1:
+                    rows, cols = table.sizes
+                    yield Held(plan.name, True, rows, cols, "int8-weight-only" if int(table.scalar_type) == _CHAR else "fp32")
 
 
 def _xnnpack(method: str, payload: bytes) -> Iterator[Held]:

@@ -15,7 +15,10 @@ _EXECUTORCH: dict[str, tuple[Precision, ...]] = {
     "linear": ("fp32", "int8-static", "int8-dynamic", "int4-g32"),
     "conv2d": ("fp32", "int8-static"),
     "depthwise_conv2d": ("fp32", "int8-static"),
+    "embedding": ("fp32", "int8-weight-only"),
 }
+SMALL_TABLE = 1 << 18
+"""Elements of an embedding below which ExecuTorch's int8 form, three operators in place of one, gains nothing that counts."""
 _LITERT: dict[str, tuple[Precision, ...]] = {
     "linear": ("fp32", "int8-static", "int8-dynamic", "int8-weight-only"),
     "conv2d": ("fp32", "int8-static", "int8-dynamic", "int8-weight-only"),
@@ -43,7 +46,9 @@ def support(device: DeviceProfile, runtime: str) -> RuntimeSupport:
 def table(runtime: str) -> dict[str, tuple[Precision, ...]]:
     """Operator class → precisions that `edgesdk.lower` builds for a runtime."""
     if runtime in ("executorch", "executorch-vulkan", "executorch-coreml", "executorch-ethos-u"):
-        return _EXECUTORCH if runtime == "executorch" else dict.fromkeys(_EXECUTORCH, ("fp32", "int8-static"))
+        if runtime == "executorch":
+            return _EXECUTORCH
+        return {op: ("fp32", "int8-static") if "int8-static" in kinds else ("fp32",) for op, kinds in _EXECUTORCH.items()}
     return _TFLITE_RUNTIME if runtime == "tflite-runtime" else _LITERT if runtime.startswith("litert") else {}
 
 
@@ -70,7 +75,9 @@ def options(unit: Unit, method: str, runtime: str, device: DeviceProfile, *, sou
             continue
         if precision != "fp32" and runtime.startswith("executorch") and not _own_module(unit):
             continue
-        if precision in allowed:
+        if runtime == "executorch" and precision != "fp32" and unit.op == "embedding" and unit.weight_elements < SMALL_TABLE:
+            continue
+        if precision in allowed or (runtime == "executorch" and unit.op == "embedding"):  # int8 tables are made of plain operators
             found.append(precision)
     return found or ["fp32"]
 
