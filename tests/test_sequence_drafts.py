@@ -193,3 +193,34 @@ def test_guessing_pays_only_where_checks_are_cheap_and_guesses_right() -> None:
     assert wrong is not None and not wrong.rate and not wrong.pays
     assert weigh(toy.card, seconds(1.2), [], []) is None
     assert weigh(Toy(chunks=(1,)).card, {}, echo, other) is None
+
+
+@pytest.mark.parametrize("layout", ["encoder-decoder", "decoder-only"])
+def test_a_models_own_first_layers_guess(layout: str) -> None:
+    """Programs of a real model, as they are exported: the same answers, and the exit's keys and values are the model's."""
+    torch = pytest.importorskip("torch")
+    from edgesdk.plan.fake_quant import run
+    from edgesdk.sequence.config import SequenceConfig, Stack
+    from edgesdk.sequence.drafting import answers_of, exit_counts
+    from edgesdk.sequence.export import sequence_spec
+    from edgesdk.sequence.model import SequenceModel
+
+    torch.manual_seed(0)
+    stack = Stack(layers=3, dim=32, heads=4, kv_heads=2, head=8, ffn=64)
+    encoder = Stack(layers=1, dim=32, heads=4, kv_heads=2, head=8, ffn=64) if layout == "encoder-decoder" else None
+    model = SequenceModel(SequenceConfig(layout=layout, vocab=30, encoder=encoder, decoder=stack))
+    prompts = [[int(t) for t in np.random.default_rng(i).integers(3, 30, 8)] for i in range(4)]
+    spec = sequence_spec(
+        model, name="small", source_lengths=(16,), cache_lengths=(64,), several=(4,), exit=2, start=(1,), eos=(2,), max_output=20, prompts=prompts
+    )  # fmt: skip
+    card = Card.read(spec.files["sequence.json"])
+    assert card.methods["draft"]["layers"] == 2 and spec.methods["draft"].unroll == 0
+    names = {n for n, _ in spec.methods["draft"].module.named_parameters()}
+    assert names < {n for n, _ in spec.methods["decode"].module.named_parameters()}, "its weights are the model's"
+    plain = generate(run(spec), card, prompts, Settings(draft="none"))
+    for kind in ("copy", "count", "exit"):
+        assert [r.tokens for r in generate(run(spec), card, prompts, Settings(draft=kind))] == [r.tokens for r in plain]
+    answers = answers_of(spec)
+    assert [list(a[: len(r.tokens)]) for a, r in zip(answers, plain, strict=True)] == [r.tokens for r in plain]
+    counts = exit_counts(spec, card, answers)["decode_x4"]
+    assert counts.sketched >= counts.drafted >= counts.accepted

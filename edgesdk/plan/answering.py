@@ -31,7 +31,7 @@ def _source(method: MethodGraph) -> int:
 def answering(graph: ModelGraph, workload: Workload) -> ModelGraph:
     """The graph with each method called as often as an answer of the workload's lengths calls it, on average.
 
-    Of programs for several lengths each text takes the smallest that holds it; those that take several tokens at once are not called.
+    Of programs for several lengths each text takes the smallest that holds it; those that guess tokens, or check several at once, are not called.
     Raises `InputError` where the model writes no sequence, or holds no such lengths.
     """
     read, written = _as(workload.input_length), _as(workload.output_length)
@@ -61,7 +61,7 @@ def _calls(
     method: MethodGraph, read: Lengths | None, written: Lengths | None, sizes: list[int], caches: list[int], behind: bool
 ) -> float:  # fmt: skip
     """Expected calls of one method."""
-    if "_x" in method.name:
+    if "_x" in method.name or method.name.startswith("draft"):
         return 0.0
     source, total = _source(method), 0.0
     below = max((s for s in sizes if s < source), default=0)

@@ -59,7 +59,7 @@ def make_plan(
 def _drafting(s: Setting, plan: Plan) -> Plan:
     """The plan with the way of guessing that suits it best, and whether it pays."""
     from edgesdk.sequence.card import NAME, Card
-    from edgesdk.sequence.drafting import answers_of, weigh
+    from edgesdk.sequence.drafting import answers_of, exit_counts, weigh
 
     spec = s.subject.spec
     if not spec.prompts:
@@ -67,7 +67,8 @@ def _drafting(s: Setting, plan: Plan) -> Plan:
             update={"reasons": (*plan.reasons, "guessed tokens were not weighed: the model brings no prompts to try them on")}
         )
     seconds = {name: e.value for name, e in plan.method_latency.items()}
-    found = weigh(Card.read(spec.files[NAME]), seconds, spec.prompts, answers_of(spec))
+    card, answers = Card.read(spec.files[NAME]), answers_of(spec)
+    found = weigh(card, seconds, spec.prompts, answers, exit_counts(spec, card, answers))
     if found is None:
         return plan
     rate = "none made" if found.rate is None else f"{found.rate:.0%} right"

@@ -24,13 +24,14 @@ REPLAYED = ("copy", "count")
 
 @dataclass
 class Counts:
-    """Of answers with guesses: calls that checked one, plain calls, tokens guessed and found right, and tokens written by all calls."""
+    """Of answers with guesses: calls that checked one, plain calls, tokens guessed and found right, and tokens written."""
 
     checks: int = 0
     plain: int = 0
     drafted: int = 0
     accepted: int = 0
     tokens: int = 0
+    sketched: int = 0  # calls of a program that guesses
 
 
 def replay(kind: str, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], most: int) -> Counts:
@@ -53,26 +54,41 @@ def replay(kind: str, prompts: Sequence[Sequence[int]], answers: Sequence[Sequen
     return counts
 
 
-def weigh(card: Card, seconds: Mapping[str, float], prompts: Sequence[Any], answers: Sequence[Sequence[int]]) -> Drafting | None:
+def weigh(
+    card: Card,
+    seconds: Mapping[str, float],
+    prompts: Sequence[Any],
+    answers: Sequence[Sequence[int]],
+    exits: Mapping[str, Counts] | None = None,
+) -> Drafting | None:
     """The best way of guessing, whether it pays or not; None where the bundle has no program that decodes several tokens, or there is
-    no text to replay. `seconds` of one call of each method, predicted or measured."""
+    no text to replay.
+
+    `seconds` of one call of each method, predicted or measured. `exits`: decode of several tokens → what an early exit did (see `exit_counts`).
+    """
     decodes = {n: m for n, m in card.methods.items() if m["role"] == "decode"}
     texts = [(p, a) for p, a in zip(prompts, answers, strict=True) if len(a) > 1 and isinstance(p, Sequence)]
     found: list[Drafting] = []
     for name, wide in decodes.items():
-        alike = {k: v for k, v in wide.items() if k != "tokens"}
-        plain = next((n for n, m in decodes.items() if m["tokens"] == 1 and {k: v for k, v in m.items() if k != "tokens"} == alike), None)
+        plain = next((n for n, m in decodes.items() if m["tokens"] == 1 and _beside(m, wide)), None)
         if wide["tokens"] == 1 or plain is None or not texts:
             continue
-        once = sum(_mean(card, seconds, role, wide["source"]) for role in ("encode", "prefill"))
-        for kind in REPLAYED:
-            counts = replay(kind, [p for p, _ in texts], [a for _, a in texts], wide["tokens"] - 1)
-            before = len(texts) * once + sum(len(a) - 1 for _, a in texts) * seconds[plain]
-            after = len(texts) * once + counts.checks * seconds[name] + counts.plain * seconds[plain]
+        once = len(texts) * sum(_mean(card, seconds, role, wide["source"]) for role in ("encode", "prefill"))
+        before = once + sum(len(a) - 1 for _, a in texts) * seconds[plain]
+        tried = {kind: replay(kind, [p for p, _ in texts], [a for _, a in texts], wide["tokens"] - 1) for kind in REPLAYED}
+        tried |= {"exit": exits[name]} if exits and name in exits else {}
+        guess = next((seconds[n] for n, m in card.methods.items() if m["role"] == "draft" and _beside(m, wide)), 0.0)
+        for kind, counts in tried.items():
+            after = once + counts.checks * seconds[name] + counts.plain * seconds[plain] + counts.sketched * guess
             rate = counts.accepted / counts.drafted if counts.drafted else None
             speedup = before / after
             found.append(Drafting(kind=kind, tokens=wide["tokens"], rate=rate, answers=len(texts), speedup=speedup, pays=speedup >= PAYS))
     return max(found, key=lambda d: d.speedup, default=None)
+
+
+def _beside(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two programs serve the same batch, source and cache."""
+    return all(one[k] == other[k] for k in ("batch", "source", "cache"))
 
 
 def _mean(card: Card, seconds: Mapping[str, float], role: str, source: int) -> float:
@@ -104,3 +120,29 @@ def _answered(spec: ModelSpec) -> Answers:
     card = Card.read(spec.files[NAME])
     results = generate(run(spec), card, spec.prompts, Settings(draft="none"))
     return Answers(tokens=tuple((*r.tokens, *(card.eos[:1] if r.stopped == "eos" else ())) for r in results))
+
+
+def exit_counts(spec: ModelSpec, card: Card, answers: Sequence[Sequence[int]]) -> dict[str, Counts]:
+    """What the model's early exit guesses right in its own answers, by the float model: decode of several tokens → counts; empty without an exit."""
+    from edgesdk.plan.fake_quant import run
+    from edgesdk.sequence.drafts import Shallow, Speculation
+    from edgesdk.sequence.programs import Programs
+    from edgesdk.sequence.session import Session
+
+    wide = [n for n, m in card.methods.items() if m["role"] == "decode" and m["tokens"] > 1]
+    if not any(m["role"] == "draft" for m in card.methods.values()) or len(wide) != 1:
+        return {}
+    counts = Counts()
+    for prompt, answer in zip(spec.prompts, answers, strict=True):
+        programs = Programs(card, run(spec))
+        session = Session(programs, [prompt])
+        speculation = Speculation(session, Shallow(session), adaptive=False)
+        output = list(answer[:1])
+        while len(output) < len(answer):
+            output += speculation.step(output, len(answer) - len(output) + 1)
+        told = speculation.told
+        counts.checks, counts.plain = counts.checks + told["checks"], counts.plain + told["steps"] - told["checks"]
+        counts.drafted, counts.accepted = counts.drafted + told["drafted"], counts.accepted + told["accepted"]
+        counts.tokens += len(answer) - 1
+        counts.sketched += sum(n for name, n in programs.calls.items() if card.methods[name]["role"] == "draft")
+    return {wide[0]: counts}

@@ -126,10 +126,15 @@ class Lengths:
     batch: int
     several: tuple[int, ...]
     start: int
+    exit: int = 0  # layers of a further decode, which guesses; 0: there is none
 
     def check(self, name: str) -> None:
         """Raises `InputError`."""
         c, most = self.config, max((1, *self.several))
+        if self.exit and not (c.decoder and 0 < self.exit < c.decoder.layers and self.several and c.shared_from is None):
+            raise InputError(
+                f"{name}: an exit behind {self.exit} layers", "give fewer than the decoder has, and `several`, which checks its guesses"
+            )
         if not self.sources or not self.caches or min(*self.sources, *self.caches, self.batch) < 1 or min(self.several, default=2) < 2:
             raise InputError(
                 f"{name}: sources {self.sources}, caches {self.caches}, several {self.several}",
@@ -172,6 +177,9 @@ class Lengths:
             for slots in self.caches:
                 for tokens in (1, *self.several):
                     add("decode", size, slots, tokens)
+        if self.exit:
+            plain = {n: m for n, m in found.items() if m["role"] == "decode" and m["tokens"] == 1}
+            found |= {n.replace("decode", "draft"): {**m, "role": "draft", "layers": self.exit} for n, m in plain.items()}
         return found
 
     def uses(self, source: int, output: int) -> dict[str, int]:
@@ -180,6 +188,8 @@ class Lengths:
         found: dict[str, int] = {}
         before = 0 if self.config.encoder else source
         for name, m in self.programs().items():
+            if m["role"] == "draft":
+                continue
             if m["role"] != "decode":
                 found[name] = int(size == (m["source"] or m["tokens"]))
             elif m["source"] in (0, size) and m["tokens"] == 1:
@@ -225,6 +235,13 @@ def _build(core: SequenceModel, sizes: Mapping[str, Any]) -> tuple[Program, tupl
     return Decode(core, tuple(inputs)), tuple(inputs.values())
 
 
+def _exit(model: SequenceModel, layers: int) -> SequenceModel:
+    """The model's first decoder layers with its head, for programs; the weights are shared."""
+    from edgesdk.sequence.exits import skipped
+
+    return exportable(skipped(model, range(layers)))
+
+
 def recorded(methods: Mapping[str, Method], card: Card, prompts: Sequence[Any]) -> Calibration:
     """Calibration inputs: what each method is called with while the model answers `prompts` (token ids, or features [bins, frames])
     greedily, up to `card.max_output` tokens. A method that is not called has its example."""
@@ -260,7 +277,7 @@ def _digest(core: SequenceModel, card: bytes) -> str:
 
 def sequence_spec(
     model: SequenceModel, *, name: str, source_lengths: Sequence[int] = (64,), cache_lengths: Sequence[int] = (64,), batch: int = 1,
-    several: Sequence[int] = (), tokenizer: Mapping[str, Any] | None = None, start: Sequence[int] = (), eos: Sequence[int] = (), pad: int = 0,
+    several: Sequence[int] = (), exit: int = 0, tokenizer: Mapping[str, Any] | None = None, start: Sequence[int] = (), eos: Sequence[int] = (), pad: int = 0,
     suppress: Sequence[int] = (), suppress_first: Sequence[int] = (),
     max_output: int | None = None, typical_source: int | None = None, typical_output: int = 16, prompts: Sequence[Any] = (),
     calibration: Calibration | None = None, evaluate: Evaluate | None = None, quality_name: str = "quality", layout: Layout | None = None,
@@ -270,20 +287,22 @@ def sequence_spec(
 
     Without an encoder `source_lengths` are those of a prompt with `start` behind it, and a cache holds prompt and answer. An answer that
     begins with one token needs no `prefill` behind an encoder: `decode` takes it. `several`: further `decode` programs that take so many
-    tokens at once. `typical_source` and `typical_output` (tokens) say which programs a usual answer calls, and how often: `Method.unroll`.
+    tokens at once. `exit`: behind so many of the decoder's layers a program guesses (see `drafts`).
+    `typical_source` and `typical_output` (tokens) say which programs a usual answer calls, and how often: `Method.unroll`.
     `prompts`: what to take calibration inputs from (see `recorded`) where `calibration` is not given.
     The other arguments are the fields of `ModelSpec` and `Card` of their names.
 
     Raises `InputError` for lengths that the model, or one another, do not allow.
     """
     config = model.config
-    lengths = Lengths(config, tuple(sorted(source_lengths)), tuple(sorted(cache_lengths)), batch, tuple(sorted(several)), len(start))
+    lengths = Lengths(config, tuple(sorted(source_lengths)), tuple(sorted(cache_lengths)), batch, tuple(sorted(several)), len(start), exit)
     lengths.check(name)
     core, programs = exportable(model), lengths.programs()
     uses = lengths.uses(typical_source or lengths.sources[len(lengths.sources) // 2], typical_output)
     methods = {}
+    first = _exit(model, exit) if exit else core
     for method, sizes in programs.items():
-        module, inputs = _build(core, sizes)
+        module, inputs = _build(first if sizes["role"] == "draft" else core, sizes)
         methods[method] = Method(module, inputs, unroll=uses.get(method, 0))
     longest = lengths.caches[-1] if config.decoder else lengths.sources[-1]
     card = Card(
