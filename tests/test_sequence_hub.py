@@ -417,7 +417,7 @@ def lowered_steps(folders, tmp_path, family, runtime, precision):
         wanted, got = Session(Programs(card, run_of(spec)), prompts), Session(Programs(card, opened.run), prompts)
     for _ in range(4):
         worst = np.abs(got.logits - wanted.logits).max() / wanted.logits.std()
-        assert (0 < worst < 0.2) if units else worst < 1e-4
+        assert (0 < worst < 0.2) if units else worst < 1e-3  # XNNPACK approximates GELU
         token = wanted.logits.argmax(-1)[:, None]
         for session in (wanted, got):
             session.logits = session.feed(token)[:, 0]
