@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -76,27 +77,34 @@ def arrays_of(runner: Any, method: str) -> list[Any]:
 
 
 def timed(path: Path, runtime: str, threads: int, seconds: float) -> dict[str, Any]:
-    """Raw times of every program's calls, and the process's memory before and after."""
+    """Raw times of every program's calls, by the clock and of the processor, and the process's memory before and after."""
     from edgesdk.runner import open_program
 
     before = status_bytes()
     start = time.perf_counter()
     runner = open_program(str(path), runtime, threads)
-    found: dict[str, Any] = {"samples_s": {}}
+    found: dict[str, Any] = {"samples_s": {}, "cpu_samples_s": {}}
     for method in runner.methods:
         arrays = arrays_of(runner, method)
         runner.run(method, arrays)
         if "opened_s" not in found:
             found["opened_s"] = time.perf_counter() - start
         times: list[float] = []
+        cpu: list[float] = []
         end = time.perf_counter() + seconds
         while len(times) < 3 or time.perf_counter() < end:
-            at = time.perf_counter()
+            at, used = time.perf_counter(), time.process_time()
             runner.run(method, arrays)
+            cpu.append(time.process_time() - used)
             times.append(time.perf_counter() - at)
-        found["samples_s"][method] = times
+        found["samples_s"][method], found["cpu_samples_s"][method] = times, cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return found | {"before": before, "after": status_bytes(), "peak_bytes": peak, "file_bytes": path.stat().st_size}
+
+
+def seconds_of(rounds: list[dict[str, Any]]) -> dict[str, float]:
+    """Each program's least median of a round, of the processor's time: with one thread that is the clock's on a machine that does nothing else."""
+    return {m: min(statistics.median(r["cpu_samples_s"][m]) for r in rounds) for m in rounds[0]["cpu_samples_s"]}
 
 
 def main() -> None:

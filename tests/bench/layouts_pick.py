@@ -3,7 +3,7 @@
     python tests/bench/layouts_pick.py --folder FOLDER [--runtime litert] [--out samples.json]
 
 For each size, every layout is lowered once (kept in the folder) with caches for the longest answer; each program is timed in fresh
-processes by turns, and an answer's time is that of its programs as often as they run. A case is a budget of parameters, a length read
+processes by turns (processor time, one thread), and an answer's time is that of its programs as often as they run. A case is a budget of parameters, a length read
 and a length written. The regret is how much longer the picked layout takes than the best one.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from edgesdk.devices import load_device
 from edgesdk.sequence.config import SequenceConfig, Stack
 from edgesdk.sequence.estimate import Where, parts_of, places
 from edgesdk.sequence.shapes import LAYOUTS, sized
+from tests.bench.layout_programs import seconds_of
 
 CHILD = Path(__file__).with_name("layout_programs.py")
 SLOTS = 48
@@ -33,7 +33,7 @@ BASES = {
 VOCAB = {"narrow": 4000, "wide": 8000}
 NAMES = ("decoder-only", "encoder-decoder 1/2", "encoder-decoder, one-layer decoder", "decoder-decoder")
 READ = {"narrow": (24, 96), "wide": (48,)}
-WRITTEN = (4, 12, 24, 48)
+WRITTEN = (2, 4, 8, 16, 32, 48)
 
 
 def config_of(size: str, name: str) -> SequenceConfig:
@@ -73,7 +73,7 @@ class Model:
         return self.config.decoder is not None or written <= self.read
 
     def measured(self, written: int) -> float:
-        times = {m: min(statistics.median(r["samples_s"][m]) for r in self.rounds) for m in self.rounds[0]["samples_s"]}
+        times = seconds_of(self.rounds)
         if self.config.decoder is None:
             return times["encode"]
         first = times["encode"] + times["decode"] if self.config.encoder else times["prefill"]
