@@ -17,6 +17,7 @@ _BYTES = {
     "kib": 2**10, "mib": 2**20, "gib": 2**30,
 }  # fmt: skip
 _SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "min": 60.0}
+_RATES = {"bit": 0.125, "kbit": 125.0, "mbit": 1.25e5, "gbit": 1.25e8, "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9}
 _JOULES = {"": 1.0, "j": 1.0, "mj": 1e-3, "uj": 1e-6, "µj": 1e-6, "kj": 1e3}
 
 
@@ -56,6 +57,14 @@ def parse_joules(text: str) -> float:
     """`5mJ` → 0.005. Raises `InputError`."""
     number, unit = _split(text, "an energy", _JOULES, "5mJ or 0.2J")
     return number * _JOULES[unit]
+
+
+def parse_rate(text: str) -> float:
+    """`100Mbit` or `12MB`, a second → bytes a second. Raises `InputError`."""
+    number, unit = _split(text.removesuffix("/s"), "rate", _RATES, "100Mbit or 12MB (a second)")
+    if not number:
+        raise InputError(f"'{text}' carries nothing", "give a rate above 0")
+    return number * _RATES[unit]
 
 
 def parse_share(text: str) -> float:

@@ -61,3 +61,23 @@ def test_what_cannot_be_placed():
         placements(only, PI, 16, 4)
     with pytest.raises(InputError, match="helper goes with a link"):
         placements(CONFIG, PI, 16, 4, helper=JETSON)
+
+
+def test_the_verb_places_layouts_on_a_device_and_beside_a_helper():
+    import json
+
+    from typer.testing import CliRunner
+
+    from edgesdk.cli import app
+
+    asked = ["layouts", "--parameters", "4M", "--vocab", "2000", "--input-length", "64", "--output-length", "8", "--json"]
+    alone = CliRunner().invoke(app, [*asked, "--device", "galaxy-s24", "--place"])
+    assert alone.exit_code == 0, alone.output
+    tables = json.loads(alone.stdout)["placements"]
+    assert len(tables) > 3 and all(t["rows"][0]["wins"] and t["helper"] is None for t in tables)
+    assert [t["rows"][0]["answer"]["value"] for t in tables] == sorted(t["rows"][0]["answer"]["value"] for t in tables)
+    beside = CliRunner().invoke(app, [*asked, "--device", "pi5", "--helper", "jetson-agx-orin", "--link-rate", "1Gbit", "--link-bits", "4"])
+    table = json.loads(beside.stdout)["placements"][0]
+    assert table["link"] == {"bytes_per_s": 1.25e8, "latency_s": 0.002, "bits": 4} and table["helper"] == "jetson-agx-orin"
+    bad = CliRunner().invoke(app, [*asked, "--device", "pi5", "--helper", "jetson-agx-orin", "--link-rate", "fast"])
+    assert bad.exit_code == 2 or "rate" in str(bad.exception)

@@ -41,6 +41,11 @@ def layouts(
     runtime: Annotated[str | None, typer.Option(help="Only this runtime. Default: the fastest one for each layout.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the target's.")] = None,
     model: Annotated[str | None, typer.Option(help=_TRAINED)] = None,
+    place: Annotated[bool, typer.Option("--place", help="Also cost encoder and decoder on different units of the device.")] = False,
+    helper: Annotated[str | None, typer.Option(help="And the encoder on this device, over a link.")] = None,
+    link_rate: Annotated[str, typer.Option(help="What the link carries a second: 100Mbit, 12MB.")] = "100Mbit",
+    link_latency: Annotated[str, typer.Option(help="The link's delay, one way.")] = "2ms",
+    link_bits: Annotated[int, typer.Option(min=2, max=32, help="Bits of a value on the link.")] = 8,
     plot: Annotated[str | None, typer.Option(help="Draw time over input length into this file (.png, .svg, .pdf).")] = None,
     as_json: Json = False,
 ) -> None:
@@ -48,20 +53,21 @@ def layouts(
     from edgesdk.layouts import layouts as compare
     from edgesdk.plan.lengths import parse_lengths
     from edgesdk.plan.types import Budget, Workload
-    from edgesdk.units import parse_bytes
+    from edgesdk.units import parse_bytes, parse_rate, parse_seconds
 
     limit = parse_bytes(memory) if memory else None
     read = parse_lengths(input_length, "--input-length") if input_length else None
     written = parse_lengths(output_length, "--output-length") if output_length else None
     if model is not None:
-        _refuse_with_model(parameters=parameters, dim=dim, config=config, buckets=buckets, plot=plot)
+        _refuse_with_model(parameters=parameters, dim=dim, config=config, buckets=buckets, plot=plot, place=place or None, helper=helper)
         say(f"planning every layout of {model} for {device}")
         table = compare(
             model, device, budget=Budget(memory_bytes=limit), workload=Workload(batch=batch, input_length=read, output_length=written)
         )
         _trained(table) if not as_json else emit_json(table)
         return
-    from edgesdk.sequence.search import search
+    from edgesdk.sequence.placement import Link
+    from edgesdk.sequence.search import placed, search
     from edgesdk.sequence.shapes import base_of
 
     with progress("layouts") as step:
@@ -70,6 +76,9 @@ def layouts(
             input_length=read or parse_lengths("512"), output_length=written or parse_lengths("32", "--output-length"), batch=batch,
             weights=_weights(weights), runtime=runtime, threads=threads, buckets=_buckets(buckets), step=step,
         )  # fmt: skip
+    if place or helper:
+        link = Link(bytes_per_s=parse_rate(link_rate), latency_s=parse_seconds(link_latency), bits=link_bits) if helper else None
+        answer = placed(answer, helper, link)
     if plot:
         from edgesdk.sequence.plot import draw
 
@@ -164,12 +173,34 @@ def _show(answer: LayoutSearch) -> None:
     screen.print()
     screen.print(room)
     screen.print()
+    if answer.placements:
+        _places(answer)
     for c in answer.crossovers:
         unit, held = ("read", "written") if c.over == "input" else ("written", "read")
         lead = ", and leads" if c.leads else ""
         screen.print(f"  {c.metric}: from {c.at} tokens {unit} ({c.fixed} {held}) {c.by} overtakes {c.of}{lead}")
     for note in answer.notes:
         screen.print(f"  {note}", style="dim")
+
+
+def _places(answer: LayoutSearch) -> None:
+    """Each layout's best places, and for the fastest layout all that are worth a look."""
+    from rich.table import Table
+
+    from edgesdk.units import show_bytes, show_seconds
+
+    table = Table(box=None, header_style="dim")
+    for column in ("layout", "encoder", "decoder", "first token", "per token", "answer", "handed over", "in", "weights here"):
+        table.add_column(column, no_wrap=True)
+    best = answer.placements[0]
+    for name, r in [*((best.layout, r) for r in best.rows[:6]), *((t.layout, t.rows[0]) for t in answer.placements[1:])]:
+        over = (show_bytes(r.over_bytes), show_seconds(r.over_s)) if r.over_bytes else ("–", "–")
+        table.add_row(
+            name, r.encoder, r.decoder, show_seconds(r.first_token.value), show_seconds(r.per_token.value), show_seconds(r.answer.value), *over,
+            show_bytes(r.weight_bytes),
+        )  # fmt: skip
+    console().print(table)
+    console().print()
 
 
 def _times(row: ShapeRow, spread: bool) -> list[str]:

@@ -57,6 +57,7 @@ class PlacementTable(Noun):
 
     KIND: ClassVar[str] = "placements"
 
+    layout: str
     device: str
     helper: str | None
     link: Link | None
@@ -116,8 +117,9 @@ def placements(
     threads: int | None = None,
     helper: DeviceProfile | None = None,
     link: Link | None = None,
+    name: str = "",
 ) -> PlacementTable:
-    """Every pair of places for an encoder-decoder that reads `read` tokens and writes `written`.
+    """Every pair of places for an encoder-decoder that reads `read` tokens and writes `written`. `name`: how the layout is called.
 
     Raises `InputError` for a layout without both an encoder and a decoder, and for a helper without a link.
     """
@@ -133,7 +135,13 @@ def placements(
     rows.sort(key=lambda r: r.answer.value)
     rows[0] = rows[0].model_copy(update={"wins": True})
     return PlacementTable(
-        device=device.name, helper=helper.name if helper else None, link=link, input_length=read, output_length=written, rows=tuple(rows)
+        layout=name or config.layout,
+        device=device.name,
+        helper=helper.name if helper else None,
+        link=link,
+        input_length=read,
+        output_length=written,
+        rows=tuple(rows),
     )
 
 

@@ -14,6 +14,7 @@ from edgesdk.noun import Noun, Part
 from edgesdk.plan.lengths import Lengths
 from edgesdk.sequence.config import SequenceConfig
 from edgesdk.sequence.estimate import SequenceCost, Weights, Where, cost, memory_of, places, times
+from edgesdk.sequence.placement import Link, PlacementTable, placements
 from edgesdk.sequence.shapes import DEFAULT_PARAMETERS, LAYOUTS, base_config, sized
 
 Step = Callable[[str, float], None]
@@ -86,6 +87,7 @@ class LayoutSearch(Noun):
     curves: tuple[Curve, ...]
     crossovers: tuple[Crossover, ...]
     notes: tuple[str, ...]
+    placements: tuple[PlacementTable, ...] = ()  # where asked for: of each encoder-decoder, at the mean lengths
 
     @property
     def best(self) -> ShapeRow:
@@ -260,3 +262,24 @@ def _notes(where: Sequence[Where], rows: Sequence[ShapeRow]) -> tuple[str, ...]:
     if power:
         notes.append(f"energy: {power:g} W of the power mode x time; an upper bound, not a measurement")
     return (*notes, "quality: what is published for a layout, where anything is; nothing here was trained or measured")
+
+
+def placed(answer: LayoutSearch, helper: str | None = None, link: Link | None = None) -> LayoutSearch:
+    """The search with every place that encoder and decoder of its layouts may have, those of the fastest layout first.
+
+    Raises what `placements` raises, `InputError` where no layout has both, and `UnknownName` for the helper.
+    """
+    from edgesdk.devices import load_device
+
+    device, other = load_device(answer.device), load_device(helper) if helper else None
+    read, written = max(1, round(answer.input_length.mean)), max(1, round(answer.output_length.mean))
+    tables = [
+        placements(
+            r.config, device, read, written, weights=answer.weights, batch=answer.batch, threads=answer.threads, helper=other, link=link, name=r.layout
+        )
+        for r in answer.rows
+        if r.config.layout == "encoder-decoder" and r.cost is not None
+    ]  # fmt: skip
+    if not tables:
+        raise InputError("none of these layouts has an encoder and a decoder", "leave --config or --buckets out")
+    return answer.model_copy(update={"placements": tuple(sorted(tables, key=lambda t: t.rows[0].answer.value))})

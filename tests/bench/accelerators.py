@@ -1,0 +1,246 @@
+"""Guessed tokens, measured: the same answers, how many guesses were right, how much sooner answers came, and what the planner foretold.
+
+    python tests/bench/accelerators.py --out FOLDER [--prompts 1000] [--runtimes executorch,litert] [--tokens 4,8]
+
+Two models of the family: the shipped date-and-number normalizer (`example:normalizer`'s weights), whose answers repeat little of their input, and one that is
+trained here in a few minutes to correct typing errors, whose answers repeat most of it. The latter is taught with an exit behind its first decoder
+layer, too. Each answer is written with and without guesses one after the other, in the same process, so that both see the same machine; raw times are
+kept in FOLDER/accelerators.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from edgesdk.examples import normalizer_data as data
+from edgesdk.lower import build
+from edgesdk.model import ModelSpec
+from edgesdk.plan.planner import make_plan
+from edgesdk.plan.types import Budget, Workload
+from edgesdk.sequence.card import NAME, Card
+from edgesdk.sequence.choose import Settings
+from edgesdk.sequence.config import SequenceConfig, Stack
+from edgesdk.sequence.drafting import answers_of, exit_counts, weigh
+from edgesdk.sequence.exits import exits_student
+from edgesdk.sequence.export import sequence_spec
+from edgesdk.sequence.generate import generate
+from edgesdk.sequence.model import SequenceModel
+from edgesdk.sequence.pairs import Pairs
+from edgesdk.sequence.teach import TeachConfig, teach
+
+WORDS = sorted({w for said, _ in data.cases(4000, 1, False) for w in said.split() if w.isalpha() and len(w) > 2})
+LONGEST = 40
+"""Tokens of a sentence, its end included."""
+
+
+def normalizer() -> tuple[SequenceModel, list[list[int]]]:
+    """The shipped encoder-decoder as a model of the family, and held-out prompts."""
+    import edgesdk.examples as folder
+
+    with np.load(Path(folder.__file__).parent / "normalizer.npz") as file:
+        old = {k: torch.from_numpy(v.astype(np.float32)) for k, v in file.items()}
+    config = _config(96, 256, 4, 2, position_rows=data.MAX_INPUT + data.MAX_OUTPUT)
+    new = {"encoder.position.weight": old.pop("position.weight")}
+    new["decoder.position.weight"] = new["encoder.position.weight"].clone()
+    renamed = (
+        ("norm_memory.g", "encoder.final_norm.weight"), ("norm_out.g", "decoder.final_norm.weight"), ("encoder.", "encoder.layers."),
+        ("decoder.", "decoder.layers."), ("norm_self.g", "self_norm.weight"), ("norm_cross.g", "cross_norm.weight"),
+        ("norm_ffn.g", "ffn_norm.weight"), (".attn.", ".self_attn."), (".cross.", ".cross_attn."), (".up.", ".ffn.up."), (".down.", ".ffn.down."),
+    )  # fmt: skip
+    for key, value in old.items():
+        if key in ("norm_memory.g", "norm_out.g"):
+            new[dict(renamed)[key]] = value
+            continue
+        for a, b in renamed[2:]:
+            key = key.replace(a, b)
+        new[key] = value
+    model = SequenceModel(config)
+    model.load_state_dict(new)
+    prompts = [_ids(said, data.MAX_INPUT) for said, _ in data.cases(1400, 7, True)]
+    return model.eval(), prompts
+
+
+def _config(dim: int, ffn: int, encoder: int, decoder: int, *, position_rows: int) -> SequenceConfig:
+    def stack(layers: int) -> Stack:
+        return Stack(layers=layers, dim=dim, heads=4, kv_heads=4, head=dim // 4, ffn=ffn)
+
+    return SequenceConfig(
+        layout="encoder-decoder", vocab=data.VOCABULARY, encoder=stack(encoder), decoder=stack(decoder), positions="learned",
+        max_positions=position_rows, activation="relu", gated=False, ffn_bias=True, tied=False, head_bias=True,
+    )  # fmt: skip
+
+
+def _ids(text: str, longest: int) -> list[int]:
+    return [t for t in data.encode(text, longest) if t != data.PAD]
+
+
+def _sentence(rng: random.Random) -> str:
+    words = [rng.choice(WORDS)]
+    while len(" ".join(words)) < LONGEST - 14:
+        words.append(rng.choice(WORDS))
+    return " ".join(words)
+
+
+def _typed(text: str, rng: random.Random) -> str:
+    """With one or two letters swapped, doubled, dropped or mistaken."""
+    letters = list(text)
+    for _ in range(rng.randint(1, 2)):
+        at = rng.randrange(1, len(letters) - 1)
+        match rng.randrange(4):
+            case 0:
+                letters[at], letters[at - 1] = letters[at - 1], letters[at]
+            case 1:
+                letters.insert(at, letters[at])
+            case 2:
+                del letters[at]
+            case _:
+                letters[at] = rng.choice("abcdefghijklmnopqrstuvwxyz")
+    return "".join(letters)
+
+
+def typos(steps: int, count: int) -> tuple[SequenceModel, list[list[int]]]:
+    """A model that corrects typing errors in sentences of the normalizer's words, with an exit behind its first decoder layer."""
+    rng = random.Random(0)
+    right = [_sentence(rng) for _ in range(steps * 32 + count)]
+    wrong = [_typed(s, rng) for s in right]
+    cut = len(right) - count
+    pairs = Pairs([_ids(s, LONGEST + 4) for s in wrong[:cut]], [_ids(s, LONGEST) for s in right[:cut]], start=data.BOS, end=data.EOS)
+    torch.manual_seed(0)
+    model = SequenceModel(_config(96, 256, 2, 3, position_rows=LONGEST + 8))
+    teach(model, pairs, TeachConfig(steps=steps, batch=32), student=exits_student(model, [1], data.PAD), step=_progress())
+    return model.eval(), [_ids(s, LONGEST + 4) for s in wrong[cut:]]
+
+
+def _progress() -> object:
+    last = [0.0]
+
+    def step(text: str, share: float) -> None:
+        if time.monotonic() - last[0] > 30:
+            last[0] = time.monotonic()
+            sys.stderr.write(f"  {text} ({share:.0%})\n")
+
+    return step
+
+
+def spec_of(name: str, model: SequenceModel, prompts: list[list[int]], tokens: int, exit: int) -> ModelSpec:
+    longest = max(map(len, prompts))
+    return sequence_spec(
+        model, name=name, source_lengths=(longest,), cache_lengths=(model.config.max_positions - longest if name == "normalizer" else LONGEST,),
+        several=(tokens,), exit=exit, start=(data.BOS,), eos=(data.EOS,), pad=data.PAD, typical_output=12 if name == "normalizer" else 30, prompts=prompts[-64:],
+    )  # fmt: skip
+
+
+def measured(spec: ModelSpec, runtime: str, prompts: list[list[int]], kinds: list[str], folder: Path) -> dict[str, object]:
+    """Built for this host through the planner, then answers with each kind of guesses beside plain ones."""
+    from edgesdk.runner import open_program
+    from edgesdk.sequence.drafting import replay
+
+    source = folder / f"{spec.name}.py"
+    MADE[spec.name] = spec
+    source.write_text(f"import sys\ndef model():\n    return sys.modules['__main__'].MADE[{spec.name!r}]\n", encoding="utf-8")
+    plan = make_plan(f"{source}:model", "host", Budget(), Workload(), runtime, 1, None, lambda text, share: None)
+    bundle = build(plan, spec, folder / f"{spec.name}-{runtime}.edge")
+    card = Card.read(spec.files[NAME])
+    from edgesdk.bundles import read_manifest, read_member
+
+    manifest = read_manifest(bundle)
+    program = folder / manifest.program
+    program.write_bytes(read_member(bundle, manifest.program))
+    run = open_program(str(program), runtime, 1).run
+    predicted = {n: e.value for n, e in plan.method_latency.items()}
+    held, times = prompts[:-64], {kind: [] for kind in ["none", *kinds]}
+    same, told = dict.fromkeys(kinds, 0), {kind: {"checks": 0, "steps": 0, "drafted": 0, "accepted": 0} for kind in kinds}
+    answers, calls = [], {}
+    for prompt in held:
+        (plain,) = generate(run, card, [prompt], Settings(draft="none"))
+        times["none"].append(plain.total_s)
+        answers.append([*plain.tokens, *([data.EOS] if plain.stopped == "eos" else [])])
+        for name, n in plain.calls.items():
+            at = calls.setdefault(name, [0, 0.0])
+            at[0], at[1] = at[0] + n, at[1] + plain.call_s[name]
+        for kind in kinds:
+            (guessed,) = generate(run, card, [prompt], Settings(draft=kind))
+            times[kind].append(guessed.total_s)
+            same[kind] += guessed.tokens == plain.tokens
+            for key in told[kind]:
+                told[kind][key] += guessed.drafts[key]
+            for name, n in guessed.calls.items():
+                at = calls.setdefault(name, [0, 0.0])
+                at[0], at[1] = at[0] + n, at[1] + guessed.call_s[name]
+    per_call = {name: seconds / n for name, (n, seconds) in calls.items()}
+    rows = {}
+    exits = exit_counts(spec, card, answers_of(spec))
+    for kind in kinds:
+        only = {n: exits[n] for n in exits} if kind == "exit" else {}
+        rows[kind] = {
+            "same": same[kind], "of": len(held), "rate": told[kind]["accepted"] / max(1, told[kind]["drafted"]), **told[kind],
+            "speedup": sum(times["none"]) / sum(times[kind]),
+            "speedup_median": statistics.median(a / b for a, b in zip(times["none"], times[kind], strict=True)),
+            "predicted": _predicted(card, predicted, spec, kind, only), "predicted_from_measured_calls": _predicted(card, per_call, spec, kind, only),
+        }  # fmt: skip
+    counts = {k: vars(replay(k, held, answers, max(m["tokens"] for m in card.methods.values()) - 1)) for k in kinds if k != "exit"}
+    return {
+        "rows": rows,
+        "call_s": per_call,
+        "predicted_call_s": predicted,
+        "times_s": times,
+        "replayed": counts,
+        "precisions": sorted({u.precision for u in plan.units}),
+    }
+
+
+MADE: dict[str, ModelSpec] = {}
+
+
+def _predicted(card: Card, seconds: dict[str, float], spec: ModelSpec, kind: str, exits: dict[str, object]) -> float | None:
+    """Speedup of answers that this kind alone would be predicted to bring."""
+    import edgesdk.sequence.drafting as drafting
+
+    before, drafting.REPLAYED = drafting.REPLAYED, () if kind == "exit" else (kind,)
+    try:
+        found = weigh(card, {n: seconds.get(n, 0.0) for n in card.methods}, spec.prompts, answers_of(spec), exits)  # type: ignore[arg-type]
+    finally:
+        drafting.REPLAYED = before
+    return found.speedup if found else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--prompts", type=int, default=1000)
+    parser.add_argument("--runtimes", default="executorch,litert")
+    parser.add_argument("--tokens", default="4,8")
+    parser.add_argument("--models", default="normalizer,typos")
+    parser.add_argument("--steps", type=int, default=1500, help="Training of the model that corrects typing errors.")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for name in asked.models.split(","):
+        model, prompts = normalizer() if name == "normalizer" else typos(asked.steps, asked.prompts + 64)
+        prompts = [*prompts[: asked.prompts], *prompts[-64:]]
+        for tokens in map(int, asked.tokens.split(",")):
+            spec = spec_of(name, model, prompts, tokens, 1)
+            for runtime in asked.runtimes.split(","):
+                with tempfile.TemporaryDirectory() as folder:
+                    got = measured(spec, runtime, prompts, ["copy", "count", "exit"], Path(folder))
+                found[f"{name} {runtime} x{tokens}"] = got
+                for kind, row in got["rows"].items():  # type: ignore[attr-defined]
+                    told = " ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+                    sys.stdout.write(f"{name} {runtime} x{tokens} {kind}: {told}\n")
+                    sys.stdout.flush()
+                (asked.out / "accelerators.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
