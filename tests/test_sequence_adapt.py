@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,17 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(monkeypatch: pytest.Mon
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
 
 
+def test_what_a_pretrained_decoder_reads_has_no_start_between() -> None:
+    model, pairs = model_of(), replace(reversals(6), start=None)
+    batch = pairs.batch(range(6))
+    whole = [*pairs.sources[0], *pairs.targets[0]]
+    with torch.no_grad():
+        wanted = model(None, None, torch.tensor([whole]))[0, len(pairs.sources[0]) - 1 : -1]
+        assert torch.allclose(forced(model, batch, 0)[0, : len(wanted)], wanted, atol=1e-5)
+    first = answers(model, pairs.sources, start=None, end=2, longest=4)[0][0]
+    assert first == int(wanted[0].argmax())
+
+
 def test_a_student_of_another_layout_learns_from_a_teacher() -> None:
     pairs, teacher = reversals(400), model_of(dim=24, layers=2)
     config = TeachConfig(steps=150, batch=32, held=32, rate=0.05)
@@ -199,6 +211,8 @@ def test_a_student_of_another_layout_learns_from_a_teacher() -> None:
     own = TeachConfig(steps=60, batch=32, held=32, rate=0.05, labels=0, features="cka")
     outcome = teach(student, pairs, own, teacher=teacher)
     assert outcome.after < 0.75 * outcome.before
+    bare = teach(model_of(seed=1, layers=2), pairs, TeachConfig(steps=2, batch=8, held=32, features="mse"), teacher=teacher, bare=True)
+    assert np.isfinite(bare.after)
     told = answered(teacher, pairs)
     assert told.sources == pairs.sources and all(t[-1] == 2 and len(t) <= 7 for t in told.targets)
     right = sum(a == list(b) for a, b in zip(told.targets, pairs.targets, strict=True))

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from edgesdk.compress.types import Step
 from edgesdk.sequence.model import HIDDEN, Pair, SequenceModel
-from edgesdk.sequence.pairs import Tokens, padded
+from edgesdk.sequence.pairs import Tokens, begun, padded
 
 
 def answers(
     model: SequenceModel,
     sources: Sequence[Tokens],
     *,
-    start: int,
+    start: int | None,
     end: int,
     pad: int = 0,
     longest: int,
@@ -31,9 +31,11 @@ def answers(
             if step:
                 step("answering", at / len(order))
             rows = order[at : at + batch]
-            given = padded([sources[i] for i in rows], pad).to(next(model.parameters()).device)
+            device = next(model.parameters()).device
+            before, starts = begun([sources[i] for i in rows], start, pad)
+            given, tokens = padded(before, pad).to(device), torch.tensor(starts, device=device)[:, None]
             mask = (given == pad).to(torch.float32) * HIDDEN
-            made = _ctc(model, given, mask, pad, end) if model.decoder is None else _greedy(model, given, mask, start, end, longest)
+            made = _ctc(model, given, mask, pad, end) if model.decoder is None else _greedy(model, given, mask, tokens, end, longest)
             found |= zip(rows, made, strict=True)
     return [found[i] for i in range(len(sources))]
 
@@ -43,9 +45,8 @@ def _ctc(model: SequenceModel, source: Tensor, mask: Tensor, pad: int, end: int)
     return [[*(t for i, t in enumerate(row) if t != pad and (i == 0 or row[i - 1] != t)), end] for row in best]
 
 
-def _greedy(model: SequenceModel, source: Tensor, source_mask: Tensor, start: int, end: int, longest: int) -> list[list[int]]:
+def _greedy(model: SequenceModel, source: Tensor, source_mask: Tensor, tokens: Tensor, end: int, longest: int) -> list[list[int]]:
     count = len(source)
-    tokens = torch.full((count, 1), start, device=source.device)
     cross: list[Pair] = []
     places = torch.zeros_like(tokens)
     mask: Tensor = source_mask.new_zeros(count, 1)

@@ -164,6 +164,7 @@ def choose(file: str, device: str, **asked: Any) -> tuple[str, Any]:
             return row.name, last
     binding = next((c for c in last.checks if not c.fits), None) if last else None
     raise DoesNotFit(
-        f"{file}: none of {len(rows)} sub-models fits {device}" + (f": {binding}" if binding else ""),
+        f"{file}: none of {len(rows)} sub-models fits {device}"
+        + (f" ({binding.name} {binding.reached:g}, limit {binding.limit:g})" if binding else ""),
         "raise the budget, or train smaller sub-models",
     )

@@ -16,11 +16,14 @@ WINDOW = 16  # batches that are sorted by length together
 
 @dataclass(frozen=True)
 class Pairs:
-    """`sources[i]` is answered by `targets[i]`, which ends with `end`. `start` is put before a target, `pad` behind what is shorter than its batch."""
+    """`sources[i]` is answered by `targets[i]`, which ends with `end`. `start` is put before a target, `pad` behind what is shorter than its batch.
+
+    `start` None: the last token of the source stands there, as in pretrained decoder-only models, to whom both are one text.
+    """
 
     sources: Sequence[Tokens]
     targets: Sequence[Tokens]
-    start: int
+    start: int | None
     end: int
     pad: int = 0
 
@@ -48,10 +51,11 @@ class Pairs:
         return tuple(replace(self, sources=self.sources[a:b], targets=self.targets[a:b]) for a, b in ((0, cut), (cut, None)))  # type: ignore[return-value]
 
     def batch(self, rows: Sequence[int]) -> Batch:
+        sources, starts = begun([self.sources[i] for i in rows], self.start, self.pad)
         return Batch(
             list(rows),
-            padded([self.sources[i] for i in rows], self.pad),
-            padded([[self.start, *self.targets[i][:-1]] for i in rows], self.pad),
+            padded(sources, self.pad),
+            padded([[s, *self.targets[i][:-1]] for s, i in zip(starts, rows, strict=True)], self.pad),
             padded([self.targets[i] for i in rows], IGNORED),
         )
 
@@ -70,6 +74,13 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         return Batch(self.rows, self.source.to(device), self.given.to(device), self.wanted.to(device))
+
+
+def begun(sources: Sequence[Tokens], start: int | None, pad: int) -> tuple[list[Tokens], list[int]]:
+    """The sources as they stand before an answer, and what each answer begins behind."""
+    if start is not None:
+        return list(sources), [start] * len(sources)
+    return [s[:-1] or [pad] for s in sources], [s[-1] for s in sources]
 
 
 def padded(rows: Sequence[Tokens], pad: int) -> torch.Tensor:

@@ -50,7 +50,13 @@ def checkpoint_for(
     model: Any, pairs: Pairs, *, tokenizer: dict[str, Any] | None = None, files: dict[str, bytes] | None = None
 ) -> Checkpoint:
     """A model and the tokens of the pairs it was trained on, as a checkpoint."""
-    return Checkpoint(model, model.config, Specials((pairs.start,), (pairs.end,), pairs.pad), tokenizer or {"kind": "none"}, files or {})
+    return Checkpoint(
+        model,
+        model.config,
+        Specials(() if pairs.start is None else (pairs.start,), (pairs.end,), pairs.pad),
+        tokenizer or {"kind": "none"},
+        files or {},
+    )
 
 
 def save(path: str | Path, made: Saved) -> Path:
@@ -212,7 +218,7 @@ def read_pairs(path: str | Path, checkpoint: Checkpoint) -> Pairs:
     from edgesdk.sequence.tokens import Tokenizer
 
     tokenizer: Tokenizer = _tokenizer(checkpoint)
-    end, start = checkpoint.specials.eos[:1] or (checkpoint.specials.pad,), checkpoint.specials.start or checkpoint.specials.eos[:1]
+    end, start = checkpoint.specials.eos[:1] or (checkpoint.specials.pad,), checkpoint.specials.start
     rows: dict[str, list[list[int]]] = {"source": [], "target": []}
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -237,7 +243,7 @@ def read_pairs(path: str | Path, checkpoint: Checkpoint) -> Pairs:
             raise InputError(
                 f"{path}, line {number}: {str(error).splitlines()[0]}", 'write {"source": …, "target": …}, text or token ids'
             ) from None
-    return Pairs(rows["source"], rows["target"], start[0] if start else checkpoint.specials.pad, end[0], checkpoint.specials.pad)
+    return Pairs(rows["source"], rows["target"], start[0] if start else None, end[0], checkpoint.specials.pad)
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Any:
@@ -267,14 +273,15 @@ def teach_saved(
         config = TeachConfig(**{"held": max(1, min(SCORED, len(found) // 10)), **(settings or {})})
     except ValidationError as error:
         raise InputError(*describe(error, "teach")) from None
-    right = checkpoint_of(teacher).checkpoint.model if teacher else None
+    master = checkpoint_of(teacher).checkpoint if teacher else None
+    right, bare = (master.model, not master.specials.start) if master else (None, False)
     if answers and right is None:
         raise InputError("--answers without --teacher", "name the model that answers")
     work = found
     if answers and right is not None:
-        work, right = answered(right, found, step=step), None
+        work, right = answered(right, found, bare=bare, step=step), None
     model = given.checkpoint.model.requires_grad_(True)
-    outcome = teach(model, work, config, teacher=right, step=step)
+    outcome = teach(model, work, config, teacher=right, bare=bare, step=step)
     model.requires_grad_(False)
     held = found.split(config.held)[1]
     save(out, Saved(given.checkpoint, held, given.cuts, (), given.adaptation))

@@ -55,28 +55,32 @@ def forced(model: SequenceModel, batch: Batch, pad: int) -> Tensor:
     return logits
 
 
-def answered(teacher: SequenceModel, pairs: Pairs, *, longest: int = 0, batch: int = 256, step: Step | None = None) -> Pairs:
+def answered(
+    teacher: SequenceModel, pairs: Pairs, *, bare: bool = False, longest: int = 0, batch: int = 256, step: Step | None = None
+) -> Pairs:
     """The same sources with what `teacher` answers to them as targets; answers of more than `longest` tokens (0: the longest target's) are cut."""
     longest = longest or max(len(t) for t in pairs.targets)
-    found = answers(teacher, pairs.sources, start=pairs.start, end=pairs.end, pad=pairs.pad, longest=longest, batch=batch, step=step)
+    start = None if bare else pairs.start
+    found = answers(teacher, pairs.sources, start=start, end=pairs.end, pad=pairs.pad, longest=longest, batch=batch, step=step)
     return replace(pairs, targets=[[*a[: longest - 1], pairs.end] if pairs.end not in a else a for a in found])
 
 
 def teach(
-    model: SequenceModel, pairs: Pairs, config: TeachConfig | None = None, *, teacher: SequenceModel | None = None, student: Student | None = None,
-    step: Step | None = None,
+    model: SequenceModel, pairs: Pairs, config: TeachConfig | None = None, *, teacher: SequenceModel | None = None, bare: bool = False,
+    student: Student | None = None, step: Step | None = None,
 ) -> Outcome:  # fmt: skip
     """Train `model` in place; what was there before is put back where that is better on the pairs held out.
 
-    A run that was cut off goes on where it was, with the same result: state is kept in the cache, by content. `student`: what is taught instead of
-    the model's own logits (exits, sub-models); without a teacher the later ones learn from the first, too. Raises `InputError`.
+    A run that was cut off goes on where it was, with the same result: state is kept in the cache, by content. `bare`: the teacher wants
+    no start token between source and target (a pretrained decoder-only model). `student`: what is taught instead of the model's own logits
+    (exits, sub-models); without a teacher the later ones learn from the first, too. Raises `InputError`.
     """
     config = config or TeachConfig()
     device = _device(config.device)
     homes = [(m, next(m.parameters()).device) for m in (model, teacher) if m is not None]
     for m, _ in homes:
         m.to(device).eval()  # no layer of the family behaves otherwise in training
-    course = PairsCourse(model, pairs, config, teacher, student)
+    course = PairsCourse(model, pairs, config, teacher, bare, student)
     name = f"teach ({model.config.layout})"
     spec = ModelSpec(name=name, digest="", methods={"forward": Method(model, ())})
     try:
@@ -110,19 +114,21 @@ class PairsCourse:
     """The course that `Training` follows here."""
 
     def __init__(
-        self, model: SequenceModel, pairs: Pairs, config: TeachConfig, teacher: SequenceModel | None = None, student: Student | None = None
-    ) -> None:
+        self, model: SequenceModel, pairs: Pairs, config: TeachConfig, teacher: SequenceModel | None = None, bare: bool = False,
+        student: Student | None = None,
+    ) -> None:  # fmt: skip
         if config.held >= len(pairs):
             raise InputError(f"held = {config.held} of {len(pairs)} pairs leaves none to learn from", "give more pairs, or hold fewer out")
         self.model, self.config, self.teacher, self.own = model, config, teacher, student
         self.pad, self.ctc = pairs.pad, model.config.layout == "encoder-ctc"
         self.device = next(model.parameters()).device
         self.train, self.held = pairs.split(config.held)
+        self.theirs = [replace(p, start=None) if bare else p for p in (self.train, self.held)]  # as the teacher reads them
         self.batches = Batches(self.train.lengths(), config.batch, config.seed)
         self.comparison: Comparison | None = None
         self.taps: tuple[list[int], list[int]] = ([], [])
         self.kept: list[_Values] | None = None
-        self.digest = _digest(pairs, teacher)
+        self.digest = _digest(pairs, teacher) + str(bare)
         if teacher is not None:
             self._meet(teacher)
 
@@ -141,7 +147,8 @@ class PairsCourse:
             self.taps = tuple([-(-s.layers // h) - 1 for h in halves] for s in (own.decoder, theirs.decoder))  # type: ignore[assignment]
             batch = self.train.batch([0]).to(self.device)
             with torch.no_grad():
-                mine, right = self._values(self.model, batch, self.taps[0]), self._values(teacher, batch, self.taps[1])
+                mine = self._values(self.model, batch, self.taps[0])
+                right = self._values(teacher, self.theirs[0].batch([0]).to(self.device), self.taps[1])
             flat, other = ([h.flatten(0, 1) for h in v.hidden] for v in (mine, right))
             self.comparison = Comparison(self.config.features, flat, other, own.vocab, self.config.seed)
             self.comparison.maps = [m.detach().to(self.device).requires_grad_(m.requires_grad) for m in self.comparison.maps]
@@ -154,7 +161,7 @@ class PairsCourse:
         order = sorted(range(len(self.train)), key=self.train.lengths().__getitem__)
         kept: dict[int, _Values] = {}
         for i in range(0, len(order), 256):
-            batch = self.train.batch(order[i : i + 256]).to(self.device)
+            batch = self.theirs[0].batch(order[i : i + 256]).to(self.device)
             with torch.no_grad():
                 made = self._values(teacher, batch, self.taps[1])
             for at, row in enumerate(batch.rows):
@@ -181,7 +188,7 @@ class PairsCourse:
             return None
         if self.kept is None or held:
             with torch.no_grad():
-                return self._values(self.teacher, batch, self.taps[1])
+                return self._values(self.teacher, self.theirs[held].batch(batch.rows).to(self.device), self.taps[1])
         rows = [self.kept[i] for i in batch.rows]
         return _Values(_stacked([r.logits for r in rows]), [_stacked([r.hidden[i] for r in rows]) for i in range(len(self.taps[1]))])
 
