@@ -40,8 +40,8 @@ def spec_of(config: SequenceConfig, source: int, slots: int, batch: int) -> Any:
 
 
 def lower_to(config: SequenceConfig, path: Path, runtime: str, weights: str, source: int, slots: int, batch: int = 1) -> float:
-    """Lower into `path`; seconds of CPU it took. Each matrix is held as the layout search says; tables of embeddings stay float, which no
-    time depends on (LiteRT leaves them so where they are tied to the head in one program)."""
+    """Lower into `path`; seconds of CPU it took. Each weight is held as the layout search says, but LiteRT's embeddings in float: it leaves
+    them so where one program has them as its head, too, and no time depends on it."""
     from edgesdk.devices import load_device
     from edgesdk.graph import trace
     from edgesdk.lower import lower
@@ -50,7 +50,11 @@ def lower_to(config: SequenceConfig, path: Path, runtime: str, weights: str, sou
     spec, where = spec_of(config, source, slots, batch), places(load_device("host"), weights, runtime, 1)[0]  # type: ignore[arg-type]
     choice: dict[tuple[str, str], str] = {}
     for method in trace(spec).methods:
-        choice |= {(method.name, u.name): p for u in method.units if u.op == "linear" and (p := where.precision(u)) != "fp32"}
+        choice |= {
+            (method.name, u.name): p
+            for u in method.units
+            if (u.op == "linear" or runtime == "executorch") and u.weight_elements and (p := where.precision(u)) != "fp32"
+        }
     start = time.process_time()
     path.write_bytes(lower(spec, runtime, choice, lambda text: None))
     return time.process_time() - start
