@@ -42,7 +42,7 @@ def config(layout: str, **more: Any) -> SequenceConfig:
 
 BIASED = {"norm": "layer", "qkv_bias": True, "out_bias": True, "ffn_bias": True, "gated": False, "positions": "learned"}
 LAYOUTS = {
-    "encoder-decoder": config("encoder-decoder", decoder=stack(1, 48)),
+    "encoder-decoder": config("encoder-decoder", decoder=stack(1, 64)),
     "relative": config("encoder-decoder", positions="relative", relative_buckets=8, relative_distance=12, attention_scale=1.0, logit_scale=0.2),
     "post-norm": config("encoder-decoder", **{**BIASED, "positions": "sinusoidal"}, norm_place="post", final_norm=False, head_bias=True, embed_norm=True),
     "sound": config("encoder-decoder", **BIASED, k_bias=False, activation="gelu", sound=Sound(features=6, frames=32), position_offset=2),
