@@ -9,8 +9,10 @@ import pytest
 from sequence_small import built
 
 from edgesdk.bundles import read_member
+from edgesdk.errors import DeviceError, InputError
+from edgesdk.helper import serve
 from edgesdk.intake import load_model
-from edgesdk.run import run
+from edgesdk.run import Encoder, run
 from edgesdk.runner import open_program
 from edgesdk.sequence.card import Card
 from edgesdk.sequence.choose import Settings
@@ -54,3 +56,24 @@ def test_built_programs_write_what_the_modules_write(name, runtime, tmp_path):
     assert max(len(r.tokens) for r in generate(runner.run, card, PROMPTS, tokenizer=tokenizer)) > 8, "beyond the first cache"
     answer = run(bundle, LocalTransport(tmp_path / "root"), prompt=PROMPTS)
     assert [r.tokens for r in answer.results] == [r.tokens for r in generate(runner.run, card, PROMPTS, tokenizer=tokenizer)]
+    if name == "encoder_decoder":
+        _with_the_encoder_elsewhere(bundle, tmp_path, [r.tokens for r in answer.results])
+
+
+def _with_the_encoder_elsewhere(bundle: Path, folder: Path, tokens: list[list[int]]) -> None:
+    """The encoder in this process, the decoder in the agent's: over TCP, floats as they are and in 8 bits."""
+    device = LocalTransport(folder / "root")
+    with serve(bundle, port=0) as helper:
+        host, port = helper.address
+        whole = run(bundle, device, prompt=PROMPTS, encoder=Encoder(host, port, 32))
+        coarse = run(bundle, device, prompt=PROMPTS, encoder=Encoder(host, port, 8))
+    assert [r.tokens for r in whole.results] == tokens and helper.answered == 2 * len(PROMPTS)
+    assert whole.link["received_bytes"] > coarse.link["received_bytes"] > 0 and whole.link["wait_s"] >= whole.link["run_s"] > 0
+    assert [r.tokens[:1] for r in coarse.results] == [t[:1] for t in tokens]
+    with pytest.raises(DeviceError, match="cannot be reached"):
+        run(bundle, device, prompt="a", encoder=Encoder(host, port))
+
+
+def test_a_bundle_without_an_encoder_is_not_served(tmp_path):
+    with pytest.raises(InputError, match="no such file"), serve(tmp_path / "none.edge"):
+        pass

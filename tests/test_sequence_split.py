@@ -53,8 +53,13 @@ def test_floats_cross_as_they_are_and_other_methods_stay_here(helper: Helper) ->
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_few_bits_lose_no_more_than_half_a_step(bits: int) -> None:
     array = cross(1)
-    heads, data = encode_arrays([array], bits)
-    (back,) = decode_arrays(heads, data)
+    sizes = []
+    for coded in (False, True):
+        about, data = encode_arrays([array, array[:, :1]], bits, coded=coded)
+        (back, part) = decode_arrays(about, data)
+        sizes.append(len(data))
+        np.testing.assert_array_equal(part, back[:, :1])
+    assert sizes[0] == 2 * 2 * (16 + 8) + -(-(256 + 128) * bits // 8), "bits, and the middle and step of each channel"
     span = array.max(2, keepdims=True) - array.min(2, keepdims=True)
     assert (np.abs(back - array) <= span / (2 ** (bits - 1) - 1) / 4 * 1.02 + 2e-3).all()
 
@@ -73,8 +78,8 @@ def test_bytes_on_the_link_fall_with_bits_and_with_what_is_seen(helper: Helper) 
 def test_a_constant_channel_and_an_empty_array_come_back() -> None:
     array = np.zeros((1, 1, 5, 3), np.float32)
     array[..., 1] = 100.0
-    heads, data = encode_arrays([array, np.zeros((0, 4), np.float32)], 8)
-    back = decode_arrays(heads, data)
+    about, data = encode_arrays([array, np.zeros((0, 4), np.float32)], 8)
+    back = decode_arrays(about, data)
     np.testing.assert_allclose(back[0], array, atol=1e-3)
     assert back[1].shape == (0, 4)
 
@@ -141,9 +146,26 @@ def test_a_broken_link(answer: bytes, said: str) -> None:
 
 def test_arrays_that_lie_about_their_size() -> None:
     with pytest.raises(SplitError, match="too early"):
-        decode_arrays([{"dtype": "<f4", "shape": [1 << 40]}], b"abc")
+        decode_arrays({"arrays": [{"dtype": "<f4", "shape": [1 << 40]}]}, b"abc")
     with pytest.raises(SplitError, match="array of"):
-        decode_arrays([{"dtype": "|O8", "shape": [1]}], b"abcdefgh")
+        decode_arrays({"arrays": [{"dtype": "|O8", "shape": [1]}]}, b"abcdefgh")
+    about, data = encode_arrays([cross(1)], 4)
+    with pytest.raises(SplitError, match="too early"):
+        decode_arrays(about, data[:-1])
+    about["arrays"][0]["seen"] = 99
+    with pytest.raises(SplitError, match="99 of 16"):
+        decode_arrays(about, data)
+    about, data = encode_arrays([np.zeros((1, 2, 16, 8), np.float32)], 4, coded=True)
+    with pytest.raises(SplitError):
+        decode_arrays(about, data[:-3])
+
+
+def test_entropy_coding_is_for_slow_links() -> None:
+    rng = np.random.default_rng(0)
+    array = rng.standard_normal((1, 4, 256, 64)).astype(np.float32)
+    plain, coded = (encode_arrays([array], 4, coded=c) for c in (False, True))
+    assert len(coded[1]) < 0.92 * len(plain[1]) and coded[0]["coded"] and not plain[0]["coded"]
+    np.testing.assert_array_equal(decode_arrays(*plain)[0], decode_arrays(*coded)[0])
 
 
 def test_a_helper_lives_on_after_a_bad_asker(helper: Helper) -> None:
