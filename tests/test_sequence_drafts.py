@@ -157,11 +157,10 @@ def test_a_replay_counts_what_the_runtime_does(kind: str) -> None:
         answers = [[*r.tokens, *([1] if r.stopped == "eos" else [])] for r in results]
         counts = replay(kind, PROMPTS, answers, 3)
         assert counts.tokens == sum(len(a) - 1 for a in answers)
-        seen = Counted()
         checks = drafted = accepted = steps = 0
         for prompt, answer in zip(PROMPTS, answers, strict=True):
             session = Session(Programs(toy.card, toy.run), [prompt])
-            speculation = Speculation(session, Copied(prompt) if kind == "copy" else seen, adaptive=False)
+            speculation = Speculation(session, Copied(prompt) if kind == "copy" else Counted(), adaptive=False)
             output = answer[:1]
             while len(output) < len(answer):
                 output += speculation.step(output, 99)[: len(answer) - len(output)]
@@ -188,7 +187,7 @@ def test_guessing_pays_only_where_checks_are_cheap_and_guesses_right() -> None:
     good = weigh(toy.card, seconds(1.2), echo, echo)
     assert good and good.pays and good.kind == "copy" and good.rate == 1.0 and good.tokens == 4 and good.speedup > 1.5
     dear = weigh(toy.card, seconds(5.0), echo, echo)
-    assert dear and not dear.pays and dear.speedup < 1
+    assert dear and not dear.pays and dear.speedup <= 1
     wrong = weigh(toy.card, seconds(1.2), [[3, 4, 5]], [[10, 9, 5, 8, 6]])
     assert wrong is not None and not wrong.rate and not wrong.pays
     assert weigh(toy.card, seconds(1.2), [], []) is None

@@ -36,10 +36,10 @@ class Counts:
 
 def replay(kind: str, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], most: int) -> Counts:
     """What the drafter `kind` ("copy" or "count") would have done while these greedy `answers` (token ids, the end token among them where it
-    came) were written, with guesses of at most `most` tokens. The first token of an answer comes before any guess."""
-    counts, counted = Counts(), Counted()
+    came) were written one at a time, with guesses of at most `most` tokens. The first token of an answer comes before any guess."""
+    counts = Counts()
     for prompt, answer in zip(prompts, answers, strict=True):
-        drafter = Copied(prompt) if kind == "copy" else counted
+        drafter = Copied(prompt) if kind == "copy" else Counted()
         done = 1
         while done < len(answer):
             guess = list(drafter.propose(answer[:done], most))
