@@ -19,7 +19,7 @@ from edgesdk.compress.cut_costs import Order
 from edgesdk.compress.dependency import Family, trace
 from edgesdk.compress.layers import need_calibration
 from edgesdk.compress.refit import Rows, damped, matrix_of, moments
-from edgesdk.compress.shrink import copy_of, cuttable, module_at, remembered
+from edgesdk.compress.shrink import copy_of, cuttable, module_at
 from edgesdk.compress.structured import cut, elements
 from edgesdk.compress.types import Change, Config, Need, Step
 from edgesdk.compress.types import Family as Kind
@@ -55,7 +55,6 @@ class Neurons:
         return [NeuronsConfig(ratio=r) for r in (0.5, 0.3, 0.2, 0.1)]
 
     def apply(self, spec: ModelSpec, config: NeuronsConfig, step: Step) -> Change:
-        spec = remembered(spec)
         teacher, found, rows = copy_of(spec), trace(spec), Rows()
         before = elements(spec, found)
         families = cuttable(spec, [f for f in found.families if f.exact], step)

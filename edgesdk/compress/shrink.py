@@ -4,7 +4,6 @@ how many go where, `refit` for making good."""
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,11 +21,6 @@ if TYPE_CHECKING:
 def copy_of(spec: ModelSpec) -> ModelSpec:
     """The same model with modules of its own (those that methods share stay shared)."""
     return replace(spec, methods=copy.deepcopy(spec.methods), codes=dict(spec.codes))
-
-
-def remembered(spec: ModelSpec) -> ModelSpec:
-    """The same model and modules; its calibration inputs are made only once."""
-    return replace(spec, calibration=functools.cache(spec.calibration)) if spec.calibration else spec
 
 
 def module_at(spec: ModelSpec, path: str) -> Any:

@@ -10,7 +10,7 @@ from pydantic import Field
 from edgesdk.compress.cut_costs import Order, order_of, readers_of, share_out
 from edgesdk.compress.dependency import Axis, Family, Trace, holders_of, trace
 from edgesdk.compress.refit import Rows, note_rows, refit
-from edgesdk.compress.shrink import copy_of, cuttable, edits_of, module_at, remembered
+from edgesdk.compress.shrink import copy_of, cuttable, edits_of, module_at
 from edgesdk.compress.surgery import Edit, apply_edits
 from edgesdk.compress.training import TrainConfig, trained
 from edgesdk.compress.types import Change, Config, Need, Step
@@ -57,7 +57,6 @@ class Structured:
         return [StructuredConfig(ratio=r, importance="output" if spec.calibration else "magnitude") for r in (0.7, 0.5, 0.3, 0.2, 0.1)]
 
     def apply(self, spec: ModelSpec, config: StructuredConfig, step: Step) -> Change:
-        spec = remembered(spec)
         teacher, found = copy_of(spec), trace(spec)
         before = elements(spec, found)
         edits: list[Edit] = []
