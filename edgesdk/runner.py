@@ -140,6 +140,11 @@ def _executorch_pool(threads: int) -> None:
         os.close(null)
 
 
+def method_of(signature: str, signatures: int) -> str:
+    """The method that a `.tflite`'s signature is, one of so many: `forward` where it is the only one, but for a sequence model's."""
+    return "forward" if signatures == 1 and signature.split("_")[0] not in ("encode", "prefill", "decode") else signature
+
+
 class LiteRtRunner:
     """A .tflite through LiteRT, or tflite-runtime where that is what the device has. Callers see float in and out of int8 models."""
 
@@ -159,7 +164,7 @@ class LiteRtRunner:
         where = {"model_path": path} if content is None else {"model_content": content}
         self._interpreter = Interpreter(num_threads=threads, **where)
         signatures = self._interpreter.get_signature_list()
-        self._keys = {"forward" if len(signatures) == 1 else k: k for k in signatures} or {"forward": ""}
+        self._keys = {method_of(k, len(signatures)): k for k in signatures} or {"forward": ""}
         self.methods = tuple(sorted(self._keys))
         self._ready: dict[str, Any] = {}
 

@@ -13,7 +13,7 @@ from edgesdk.errors import DeviceError, InputError
 from edgesdk.helper import serve
 from edgesdk.intake import load_model
 from edgesdk.run import Encoder, run
-from edgesdk.runner import open_program
+from edgesdk.runner import method_of, open_program
 from edgesdk.sequence.card import Card
 from edgesdk.sequence.choose import Settings
 from edgesdk.sequence.generate import generate
@@ -77,3 +77,10 @@ def _with_the_encoder_elsewhere(bundle: Path, folder: Path, tokens: list[list[in
 def test_a_bundle_without_an_encoder_is_not_served(tmp_path):
     with pytest.raises(InputError, match="no such file"), serve(tmp_path / "none.edge"):
         pass
+
+
+def test_a_file_with_one_signature_is_forward_but_for_a_sequence_models():
+    """An encoder-only model has the one method `encode`; whatever a converter calls a plain model's signature, it is `forward`."""
+    assert method_of("encode", 1) == "encode" and method_of("encode_64", 1) == "encode_64"
+    assert method_of("serving_default", 1) == "forward" and method_of("forward", 1) == "forward"
+    assert method_of("classify", 2) == "classify"

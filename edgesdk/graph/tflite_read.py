@@ -11,6 +11,7 @@ from typing import Any
 
 from edgesdk.errors import InputError
 from edgesdk.graph.types import MethodGraph, Op, TensorInfo, Unit
+from edgesdk.runner import method_of
 
 _DTYPES = {
     0: "float32", 1: "float16", 2: "int32", 3: "uint8", 4: "int64", 6: "bool", 7: "int16", 9: "int8", 10: "float64", 15: "uint32", 16: "uint16",
@@ -118,8 +119,7 @@ def read_tflite(path: Path) -> tuple[MethodGraph, ...]:
         codes = [(max(c.number(3), c.number(0, "<b")), c.text(1)) for c in model.tables(1)]
         buffers = [max(b.length(0), b.number(2, "<Q")) for b in model.tables(4)]
         signatures = [(s.text(2) or "forward", s.number(4, "<I")) for s in model.tables(7)] or [("forward", 0)]
-        if len(signatures) == 1:
-            signatures = [("forward", signatures[0][1])]
+        signatures = [(method_of(name, len(signatures)), i) for name, i in signatures]
         return tuple(_method(name, graphs[i], codes, buffers, path) for name, i in signatures)
     except (IndexError, struct.error):
         raise InputError(f"{path}: the flatbuffer is damaged or cut off ({len(data)} bytes)", "copy or convert the file again") from None

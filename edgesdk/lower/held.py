@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgesdk.errors import CheckFailed
 from edgesdk.graph.tflite_read import Table
+from edgesdk.runner import method_of
 
 if TYPE_CHECKING:
     from edgesdk.graph.types import Unit
@@ -101,7 +102,7 @@ def tflite_operators(content: bytes) -> list[Held]:
             float_in = tensors[ins[0]].number(1, "<b") in (0, 1)
             embedding = code in (7, 36)
             precision = _tflite_precision(kind, embedding or weight != seen, float_in)
-            found.append(Held("forward" if len(signatures) == 1 else name, embedding, rows, _cols(shape, rows), precision))
+            found.append(Held(method_of(name, len(signatures)), embedding, rows, _cols(shape, rows), precision))
     return found
 
 

@@ -16,6 +16,7 @@ from edgesdk.graph.tflite_read import Table as _Table
 from edgesdk.lower.executorch import Choice
 from edgesdk.lower.quiet import silent
 from edgesdk.plan.fake_quant import samples as spread
+from edgesdk.runner import method_of
 
 if TYPE_CHECKING:
     from edgesdk.model import ModelSpec
@@ -69,7 +70,7 @@ def operators(content: bytes) -> list[_Operator]:
         graphs = {m.name: m for m in read_tflite(Path(file.name))}
     found = []
     for name, index in signatures:
-        method = "forward" if len(signatures) == 1 else name
+        method = method_of(name, len(signatures))
         graph = model.tables(2)[index]
         tensors = graph.tables(0)
         for op, unit in zip(graph.tables(3), graphs[method].units, strict=True):
@@ -203,7 +204,7 @@ def _calibration(spec: ModelSpec, path: str) -> dict[str, list[dict[str, Any]]]:
     keys = list(interpreter.get_signature_list()) or ["serving_default"]
     runner = open_program(path, "litert")
     for key in keys:
-        method = "forward" if len(keys) == 1 else key
+        method = method_of(key, len(keys))
         if interpreter.get_signature_list():
             details = interpreter.get_signature_runner(key).get_input_details()
             names = sorted(details, key=_order)
