@@ -25,7 +25,7 @@ def serve(bundle: str | Path, host: str = "127.0.0.1", port: int = 7070) -> Iter
     manifest = read_manifest(bundle)
     card = Card.read(read_member(bundle, NAME)) if any(m.name == NAME for m in manifest.members) else None
     methods = away(card) if card else []
-    if card is None or not methods or card.layout == "encoder-ctc":
+    if not methods:
         raise InputError(f"{bundle}: {manifest.model_name} has no encoder beside a decoder", "give a bundle of an encoder-decoder")
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / manifest.program

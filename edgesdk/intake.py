@@ -52,7 +52,7 @@ def load_model(ref: str, *, input_length: int | None = None, output_length: int 
     if ref.startswith("example:"):
         return _example(ref.removeprefix("example:"), draft)
     if draft is not None:
-        raise InputError(f"--draft {draft}: {ref} is no sequence model that programs are made for", "leave it out")
+        raise InputError(f"--draft {draft}: {ref} has its programs already", "it goes with a Hugging Face folder or id, or a .edgeseq")
     if path.suffix == ".tflite":
         return _tflite(path)
     if path.suffix == ".pt2":
@@ -85,7 +85,9 @@ def _example(name: str, draft: int | None) -> ModelSpec:
     if draft is None:
         return make()
     if "draft" not in inspect.signature(make).parameters:
-        raise InputError(f"--draft {draft}: example:{name} is no sequence model", "leave it out, or give example:normalizer")
+        raise InputError(
+            f"--draft {draft}: example:{name} has its programs already", "it goes with a Hugging Face folder or id, or a .edgeseq"
+        )
     return make(draft=draft)
 
 

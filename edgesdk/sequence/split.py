@@ -50,8 +50,8 @@ def pair_digest(read: Callable[[str], bytes]) -> str:
 
 
 def away(card: Card) -> list[str]:
-    """The methods that a helper runs."""
-    return [n for n, m in card.methods.items() if m["role"] == "encode"]
+    """The methods that a helper runs: those of an encoder that stands before a decoder."""
+    return [n for n, m in card.methods.items() if m["role"] == "encode"] if card.cross else []
 
 
 def quantized(array: Any, bits: int) -> tuple[Any, Any, Any]:
