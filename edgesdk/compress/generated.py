@@ -148,10 +148,105 @@ class Chain:
         )
 
 
+@dataclass(frozen=True)
+class FamilyChain(Chain):
+    """The same for programs by the contract of `edgesdk.sequence`: caches are inputs only, and each call gives the new keys and values."""
+
+    start: int = 0
+    decode: str = "decode"
+    begin: str = "encode"
+    caches: tuple[tuple[int, int, int], ...] = ()  # heads, slots, size of each cache, twice: keys and values
+
+    @property
+    def first(self) -> str:
+        return self.begin
+
+    def inputs(self, rows: torch.Tensor) -> list[Row]:
+        """What the first method takes for rows of tokens [count, length], all of them seen."""
+        length = rows.shape[1]
+        seen = torch.zeros(1, length)
+        if self.encoder:
+            return [(r[None], seen) for r in rows]
+        return [(r[None], torch.arange(length)[None], torch.tensor([length - 1]), seen) for r in rows]
+
+    def answer(
+        self, calls: Calls, sources: Sequence[torch.Tensor], values: Values | None = None, forced: Answers | None = None, keep: Any = None
+    ) -> Answers:
+        """Greedy, or fed with the tokens of `forced`; `keep(cache) → cache` stands for a cache that is stored in fewer bits."""
+        keep, count = keep or (lambda x: x), len(sources[0])
+        held = [torch.zeros(count, 1, *shape) for shape in self.caches]
+        length, behind = torch.zeros(count, dtype=torch.int64), []
+        if self.encoder:
+            behind = [sources[1], *(keep(x) for x in calls(self.begin, sources, values))]
+            logits = self._step(calls, torch.full((count,), self.start), length, held, behind, values, keep)
+            length = length + 1
+        else:
+            logits, *new = calls(self.begin, sources, values)
+            length = sources[2].reshape(count) + 1
+            for i, x in enumerate(new):
+                held[i] = torch.cat([keep(x), held[i][..., x.shape[-2] :, :]], -2)
+        every, tokens, valid = [logits.reshape(count, -1)], [], []
+        steps = self.longest if forced is None else int(forced.valid.sum(1).max())
+        done = torch.zeros(count, dtype=torch.bool)
+        for t in range(1, steps + 1):
+            tokens.append(every[-1].detach().argmax(-1) if forced is None else forced.tokens[:, t - 1])
+            valid.append(~done)
+            done = done | (tokens[-1] == self.end) if self.end is not None else done
+            if t == steps or bool(done.all()):
+                break
+            every.append(self._step(calls, tokens[-1], length, held, behind, values, keep))
+            length = length + 1
+        whole = torch.stack(valid, 1) if forced is None else forced.valid[:, :steps]
+        return Answers(torch.stack(tokens, 1), torch.stack(every, 1), whole)
+
+    def _step(
+        self, calls: Calls, token: torch.Tensor, length: torch.Tensor, held: list[torch.Tensor], behind: Sequence[torch.Tensor],
+        values: Values | None, keep: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        """The logits [count, vocabulary] behind `token` [count], whose keys and values are put into `held`."""
+        count, slots = len(token), self.caches[0][1]
+        at = torch.arange(slots)
+        mask = torch.cat([(at >= length[:, None]).to(torch.float32) * -1e4, torch.zeros(count, 1)], 1)
+        inputs = [token.reshape(count, 1, 1), length.reshape(count, 1, 1), mask.reshape(count, 1, 1, -1), *behind, *held]
+        logits, *new = calls(self.decode, inputs, values)
+        here = (at == length[:, None]).reshape(count, 1, 1, slots, 1)
+        for i, x in enumerate(new):
+            held[i] = torch.where(here, keep(x), held[i])
+        return logits.reshape(count, -1)
+
+
+def _family_chain(spec: ModelSpec) -> FamilyChain | None:
+    """None for programs of several lengths or batches, for windows and for answers that begin with several tokens."""
+    from edgesdk.sequence.card import NAME, Card
+
+    card = Card.read(spec.files[NAME])
+    plain = {n: m for n, m in card.methods.items() if m["role"] != "draft" and not (m["role"] == "decode" and m["tokens"] > 1)}
+    roles = {m["role"]: n for n, m in plain.items()}
+    encoder = "encode" in roles
+    if (
+        len(roles) != len(plain)
+        or set(roles) != {"encode" if encoder else "prefill", "decode"}
+        or any(m["batch"] > 1 for m in plain.values())
+    ):
+        return None
+    if any(c.get("window") for c in card.caches) or (encoder and len(card.start) != 1) or spec.layout == "encoder-ctc":
+        return None
+    slots = int(plain[roles["decode"]]["cache"])
+    shapes = tuple((int(c["heads"]), slots, int(c["head"])) for c in card.caches for _ in "kv")
+    read = 0 if encoder else int(plain[roles["prefill"]]["tokens"])
+    longest = max(1, min(card.max_output, slots - read))
+    first = roles["encode" if encoder else "prefill"]
+    return FamilyChain(
+        encoder, read, longest, card.eos[0] if card.eos else None, card.start[0] if card.start else 0, roles["decode"], first, shapes
+    )
+
+
 def chain_of(spec: ModelSpec) -> Chain | None:
     """How the methods of a sequence model hang together, checked against its inputs of `decode`; None where they are called otherwise."""
     import json
 
+    if "sequence.json" in spec.files:
+        return _family_chain(spec)
     names = set(spec.methods)
     if names not in ({"encode", "prefill", "decode"}, {"prefill", "decode"}):
         return None
@@ -238,6 +333,8 @@ def self_generated(spec: ModelSpec, count: int = 256, *, seed: int = 0) -> dict[
     if chain is not None:
         example = spec.methods[chain.first].example_inputs[0]
         rows = random_rows(example, vocabulary_of(spec, chain.first), count, seed)
+        if isinstance(chain, FamilyChain):
+            return {chain.first: chain.inputs(rows)}
         return {chain.first: [(r.reshape(example.shape),) for r in rows]}
     if set(spec.methods) == {"forward"}:
         return {"forward": [(r,) for r in _own_text(spec, count, seed)]}
