@@ -39,6 +39,8 @@ class Packed:
     def expand(self) -> Any:
         """float32 [rows, heads, tokens, size]."""
         rows, heads, tokens, size = self.shape
+        if not rows * heads * tokens * size:
+            return np.zeros(self.shape, np.float32)
         grid = _unpack(self.codes, self.bits).astype(np.float32)
         vector = tokens if self.by_channel else size
         padded = -(-vector // self.group) * self.group
