@@ -17,6 +17,7 @@ from edgesdk.cli import app
 from edgesdk.compress import training
 from edgesdk.errors import DoesNotFit, InputError, UnknownName
 from edgesdk.intake import load_model
+from edgesdk.plan.fake_quant import run as _runner
 from edgesdk.plan.harm import one_thread
 from edgesdk.sequence import elastic, exits, saved
 from edgesdk.sequence.adapt import adapt
@@ -392,15 +393,6 @@ def test_a_saved_model_comes_back_and_so_do_its_parts(tmp_path: Path) -> None:
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError):
         saved.load(path)
-
-
-def _runner(spec: Any) -> Any:
-    def run(name: str, arrays: Any) -> list[Any]:
-        with torch.no_grad():
-            out = spec.methods[name].module(*(torch.from_numpy(np.array(a)) for a in arrays))
-        return [o.numpy() for o in (out if isinstance(out, tuple) else (out,))]
-
-    return run
 
 
 def test_the_best_sub_model_that_fits_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from edgesdk.graph import trace
 from edgesdk.intake import load_model
 from edgesdk.lower import lower
 from edgesdk.lower.quiet import silent
+from edgesdk.plan.fake_quant import run as run_of
 from edgesdk.runner import open_program
 from edgesdk.sequence.card import Card
 from edgesdk.sequence.choose import Settings
@@ -284,17 +285,6 @@ def test_fast_tokenizer_goes_into_the_bundle(folders, tmp_path):
     (tmp_path / "l" / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match=r"no tokenizer.json can be made of tokenizer.json"):
         load_checkpoint(str(tmp_path / "l"))
-
-
-def run_of(spec):
-    """The programs in torch, as the runtime calls them."""
-
-    def run(name, arrays):
-        with torch.no_grad():
-            out = spec.methods[name].module(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))
-        return [o.numpy() for o in (out if isinstance(out, tuple) else (out,))]
-
-    return run
 
 
 def prompts_of(family: str):

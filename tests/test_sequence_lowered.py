@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from sequence_small import built
 
@@ -12,6 +11,7 @@ from edgesdk.bundles import read_member
 from edgesdk.errors import DeviceError, InputError
 from edgesdk.helper import serve
 from edgesdk.intake import load_model
+from edgesdk.plan.fake_quant import run as modules
 from edgesdk.run import Encoder, run
 from edgesdk.runner import method_of, open_program
 from edgesdk.sequence.card import Card
@@ -23,17 +23,6 @@ from edgesdk.transport.local import LocalTransport
 torch = pytest.importorskip("torch")
 MODELS = Path(__file__).with_name("sequence_small.py")
 PROMPTS = ["hello you", "a", "longer prompt"]
-
-
-def modules(spec):
-    """`run` over the torch modules."""
-
-    def answer(method, arrays):
-        with torch.no_grad():
-            out = spec.methods[method].module(*(torch.from_numpy(np.array(a)) for a in arrays))
-        return [o.numpy() for o in (out if isinstance(out, tuple) else (out,))]
-
-    return answer
 
 
 @pytest.mark.parametrize(

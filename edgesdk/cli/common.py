@@ -81,3 +81,13 @@ def progress(title: str) -> Iterator[Step]:
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(title, total=1.0)
         yield lambda text, share: bar.update(task, description=f"{title}: {text}", completed=share)
+
+
+def read_address(text: str, option: str, example: str, least: int = 1) -> tuple[str, int]:
+    """`HOST:PORT` as people type it, a port from `least` on. Raises `InputError` naming `option`."""
+    from edgesdk.errors import InputError
+
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or not least <= int(port) <= 65535:
+        raise InputError(f"{option} {text}: not HOST:PORT", f"write it like {example}")
+    return host, int(port)

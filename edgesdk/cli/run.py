@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgesdk.cli.common import Json, console, emit_json, say
+from edgesdk.cli.common import Json, console, emit_json, read_address, say
 from edgesdk.cli.flash import On, PythonPath
 
 if TYPE_CHECKING:
@@ -111,15 +111,11 @@ def _load(path: Path) -> Any:
 
 
 def _encoder(where: str | None, bits: int) -> Encoder | None:
-    from edgesdk.errors import InputError
     from edgesdk.run import Encoder
 
     if where is None:
         return None
-    host, _, port = where.removeprefix("tcp://").rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise InputError(f"--encoder {where}: not HOST:PORT", "write it like 192.168.1.5:7070")
-    return Encoder(host, int(port), bits)
+    return Encoder(*read_address(where.removeprefix("tcp://"), "--encoder", "192.168.1.5:7070"), bits)
 
 
 def _lines(path: Path) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from edgesdk.cli.common import Json, emit_json, say
+from edgesdk.cli.common import Json, emit_json, read_address, say
 
 
 def serve(
@@ -16,13 +16,9 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Run a model's encoder here for devices that decode: edgesdk run BUNDLE --prompt TEXT --encoder HOST:PORT there. Ends with Ctrl-C."""
-    from edgesdk.errors import InputError
     from edgesdk.helper import serve as helper_of
 
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise InputError(f"--listen {listen}: not HOST:PORT", "write it like 127.0.0.1:7070")
-    with helper_of(bundle, host, int(port)) as helper:
+    with helper_of(bundle, *read_address(listen, "--listen", "127.0.0.1:7070", least=0)) as helper:
         where = f"{helper.address[0]}:{helper.address[1]}"
         if as_json:
             emit_json({"kind": "serving", "schema_version": 1, "address": where, "methods": list(helper.methods)})

@@ -7,7 +7,7 @@ over the calibration inputs, or, without any, at random, and only the answers ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ Values = Mapping[str, Mapping[str, torch.Tensor]]
 """Method → parameter name in its module → what it is computed with instead."""
 GREEDY = 3  # tokens after the first that are not sampled
 Row = tuple[Any, ...]
+Further = Callable[[torch.Tensor], torch.Tensor]
+"""Token [count] → the logits [count, vocabulary] behind it."""
 
 
 class Calls:
@@ -124,28 +126,37 @@ class Chain:
         self, calls: Calls, sources: Sequence[torch.Tensor], values: Values | None = None, forced: Answers | None = None, keep: Any = None
     ) -> Answers:
         """Greedy, or fed with the tokens of `forced`; `keep(cache) → cache` stands for a cache that is stored in fewer bits."""
-        keep = keep or (lambda x: x)
-        if self.encoder:
-            rest = [keep(x) if x.dim() > 3 else x for x in calls("encode", sources, values)]
-            logits, k, v = calls("prefill", rest, values)[:3]
-        else:
-            logits, k, v, *rest = calls("prefill", sources, values)
-        all_logits, tokens = [logits.reshape(len(logits), -1)], []
+        first, further = self._begin(calls, sources, values, keep or (lambda x: x))
+        all_logits, tokens, valid = [first], [], []
         steps = self.longest if forced is None else int(forced.valid.sum(1).max())
-        done = torch.zeros(len(logits), dtype=torch.bool)
-        valid = []
+        done = torch.zeros(len(first), dtype=torch.bool)
         for t in range(1, steps + 1):
             tokens.append(all_logits[-1].detach().argmax(-1) if forced is None else forced.tokens[:, t - 1])
             valid.append(~done)
             done = done | (tokens[-1] == self.end) if self.end is not None else done
             if t == steps or bool(done.all()):
                 break
-            place = torch.full((len(logits), 1), self.offset + t)
-            logits, k, v = calls("decode", [tokens[-1][:, None], place, keep(k), keep(v), *rest], values)[:3]
-            all_logits.append(logits.reshape(len(logits), -1))
+            all_logits.append(further(tokens[-1]))
         return Answers(
             torch.stack(tokens, 1), torch.stack(all_logits, 1), torch.stack(valid, 1) if forced is None else forced.valid[:, :steps]
         )
+
+    def _begin(self, calls: Calls, sources: Sequence[torch.Tensor], values: Values | None, keep: Any) -> tuple[torch.Tensor, Further]:
+        """The first token's logits [count, vocabulary], and what gives those behind each further one."""
+        if self.encoder:
+            rest = [keep(x) if x.dim() > 3 else x for x in calls("encode", sources, values)]
+            logits, k, v = calls("prefill", rest, values)[:3]
+        else:
+            logits, k, v, *rest = calls("prefill", sources, values)
+        place = torch.full((len(logits), 1), self.offset)
+
+        def further(token: torch.Tensor) -> torch.Tensor:
+            nonlocal k, v, place
+            place = place + 1
+            logits, k, v = calls("decode", [token[:, None], place, keep(k), keep(v), *rest], values)[:3]
+            return logits.reshape(len(logits), -1)
+
+        return logits.reshape(len(logits), -1), further
 
 
 @dataclass(frozen=True)
@@ -169,50 +180,31 @@ class FamilyChain(Chain):
             return [(r[None], seen) for r in rows]
         return [(r[None], torch.arange(length)[None], torch.tensor([length - 1]), seen) for r in rows]
 
-    def answer(
-        self, calls: Calls, sources: Sequence[torch.Tensor], values: Values | None = None, forced: Answers | None = None, keep: Any = None
-    ) -> Answers:
-        """Greedy, or fed with the tokens of `forced`; `keep(cache) → cache` stands for a cache that is stored in fewer bits."""
-        keep, count = keep or (lambda x: x), len(sources[0])
+    def _begin(self, calls: Calls, sources: Sequence[torch.Tensor], values: Values | None, keep: Any) -> tuple[torch.Tensor, Further]:
+        count, slots = len(sources[0]), torch.arange(self.caches[0][1])
         held = [torch.zeros(count, 1, *shape) for shape in self.caches]
-        length, behind = torch.zeros(count, dtype=torch.int64), []
+        length = torch.zeros(count, dtype=torch.int64)
+        behind: list[torch.Tensor] = []
+
+        def further(token: torch.Tensor) -> torch.Tensor:
+            nonlocal length
+            mask = torch.cat([(slots >= length[:, None]).to(torch.float32) * -1e4, torch.zeros(count, 1)], 1)
+            inputs = [token.reshape(count, 1, 1), length.reshape(count, 1, 1), mask.reshape(count, 1, 1, -1), *behind, *held]
+            logits, *new = calls(self.decode, inputs, values)
+            here = (slots == length[:, None]).reshape(count, 1, 1, -1, 1)
+            for i, x in enumerate(new):
+                held[i] = torch.where(here, keep(x), held[i])
+            length = length + 1
+            return logits.reshape(count, -1)
+
         if self.encoder:
             behind = [sources[1], *(keep(x) for x in calls(self.begin, sources, values))]
-            logits = self._step(calls, torch.full((count,), self.start), length, held, behind, values, keep)
-            length = length + 1
-        else:
-            logits, *new = calls(self.begin, sources, values)
-            length = sources[2].reshape(count) + 1
-            for i, x in enumerate(new):
-                held[i] = torch.cat([keep(x), held[i][..., x.shape[-2] :, :]], -2)
-        every, tokens, valid = [logits.reshape(count, -1)], [], []
-        steps = self.longest if forced is None else int(forced.valid.sum(1).max())
-        done = torch.zeros(count, dtype=torch.bool)
-        for t in range(1, steps + 1):
-            tokens.append(every[-1].detach().argmax(-1) if forced is None else forced.tokens[:, t - 1])
-            valid.append(~done)
-            done = done | (tokens[-1] == self.end) if self.end is not None else done
-            if t == steps or bool(done.all()):
-                break
-            every.append(self._step(calls, tokens[-1], length, held, behind, values, keep))
-            length = length + 1
-        whole = torch.stack(valid, 1) if forced is None else forced.valid[:, :steps]
-        return Answers(torch.stack(tokens, 1), torch.stack(every, 1), whole)
-
-    def _step(
-        self, calls: Calls, token: torch.Tensor, length: torch.Tensor, held: list[torch.Tensor], behind: Sequence[torch.Tensor],
-        values: Values | None, keep: Any,
-    ) -> torch.Tensor:  # fmt: skip
-        """The logits [count, vocabulary] behind `token` [count], whose keys and values are put into `held`."""
-        count, slots = len(token), self.caches[0][1]
-        at = torch.arange(slots)
-        mask = torch.cat([(at >= length[:, None]).to(torch.float32) * -1e4, torch.zeros(count, 1)], 1)
-        inputs = [token.reshape(count, 1, 1), length.reshape(count, 1, 1), mask.reshape(count, 1, 1, -1), *behind, *held]
-        logits, *new = calls(self.decode, inputs, values)
-        here = (at == length[:, None]).reshape(count, 1, 1, slots, 1)
+            return further(torch.full((count,), self.start)), further
+        logits, *new = calls(self.begin, sources, values)
+        length = sources[2].reshape(count) + 1
         for i, x in enumerate(new):
-            held[i] = torch.where(here, keep(x), held[i])
-        return logits.reshape(count, -1)
+            held[i] = torch.cat([keep(x), held[i][..., x.shape[-2] :, :]], -2)
+        return logits.reshape(count, -1), further
 
 
 def _family_chain(spec: ModelSpec) -> FamilyChain | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgesdk.errors import CheckFailed
@@ -31,15 +30,9 @@ def reference(spec: ModelSpec) -> Any:
         from edgesdk.runner import open_program
 
         return open_program(str(spec.flatbuffer), "litert").run
-    import numpy as np
-    import torch
+    from edgesdk.plan.fake_quant import run
 
-    def run(method: str, inputs: Sequence[Any]) -> list[Any]:
-        with torch.no_grad():
-            out = spec.methods[method].module(*(torch.from_numpy(np.ascontiguousarray(i)) for i in inputs))
-        return [o.numpy() for o in (out if isinstance(out, tuple | list) else (out,))]
-
-    return run
+    return run(spec)
 
 
 def golden_inputs(spec: ModelSpec, cases: int = 4) -> dict[str, list[list[Any]]]:

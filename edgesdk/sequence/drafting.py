@@ -60,11 +60,13 @@ def weigh(
     prompts: Sequence[Any],
     answers: Sequence[Sequence[int]],
     exits: Mapping[str, Counts] | None = None,
+    kinds: Sequence[str] = REPLAYED,
 ) -> Drafting | None:
     """The best way of guessing, whether it pays or not; None where the bundle has no program that decodes several tokens, or there is
     no text to replay.
 
     `seconds` of one call of each method, predicted or measured. `exits`: decode of several tokens → what an early exit did (see `exit_counts`).
+    `kinds`: what is replayed.
     """
     decodes = {n: m for n, m in card.methods.items() if m["role"] == "decode"}
     texts = [(p, a) for p, a in zip(prompts, answers, strict=True) if len(a) > 1 and isinstance(p, Sequence)]
@@ -75,7 +77,7 @@ def weigh(
             continue
         once = len(texts) * sum(_mean(card, seconds, role, wide["source"]) for role in ("encode", "prefill"))
         before = once + sum(len(a) - 1 for _, a in texts) * seconds[plain]
-        tried = {kind: replay(kind, [p for p, _ in texts], [a for _, a in texts], wide["tokens"] - 1) for kind in REPLAYED}
+        tried = {kind: replay(kind, [p for p, _ in texts], [a for _, a in texts], wide["tokens"] - 1) for kind in kinds}
         tried |= {"exit": exits[name]} if exits and name in exits else {}
         guess = next((seconds[n] for n, m in card.methods.items() if m["role"] == "draft" and _beside(m, wide)), 0.0)
         for kind, counts in tried.items():

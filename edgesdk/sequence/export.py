@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from edgesdk.errors import InputError
 from edgesdk.model import Layout, Method, ModelSpec
+from edgesdk.plan.fake_quant import run
 from edgesdk.plan.harm import one_thread
 from edgesdk.sequence import card as cards
 from edgesdk.sequence import model as model_code
@@ -242,24 +243,23 @@ def _exit(model: SequenceModel, layers: int) -> SequenceModel:
     return exportable(skipped(model, range(layers)))
 
 
-def recorded(methods: Mapping[str, Method], card: Card, prompts: Sequence[Any]) -> Calibration:
-    """Calibration inputs: what each method is called with while the model answers `prompts` (token ids, or features [bins, frames])
-    greedily, up to `card.max_output` tokens. A method that is not called has its example."""
+def recorded(spec: ModelSpec, card: Card) -> Calibration:
+    """Calibration inputs: what each method is called with while the model answers its prompts greedily, up to `card.max_output` tokens. A method
+    that is not called has its example."""
     from edgesdk.sequence.generate import generate
 
     @cache
     def met() -> dict[str, list[tuple[Tensor, ...]]]:
-        seen: dict[str, list[tuple[Tensor, ...]]] = {n: [] for n in methods}
+        seen: dict[str, list[tuple[Tensor, ...]]] = {n: [] for n in spec.methods}
+        compute = run(spec)
 
-        def run(name: str, arrays: Sequence[Any]) -> list[Any]:
-            seen[name].append(tuple(torch.from_numpy(np.array(a)) for a in arrays))
-            with torch.no_grad():
-                out = methods[name].module(*seen[name][-1])
-            return [o.numpy() for o in (out if isinstance(out, tuple) else (out,))]
+        def record(name: str, arrays: Sequence[Any]) -> list[Any]:
+            seen[name].append(tuple(torch.from_numpy(np.array(a)) for a in arrays))  # copies: caches are written in place
+            return compute(name, arrays)  # type: ignore[no-any-return]
 
         with one_thread():
-            generate(run, card, prompts)
-        return {n: found or [methods[n].example_inputs] for n, found in seen.items()}
+            generate(record, card, spec.prompts)
+        return {n: found or [spec.methods[n].example_inputs] for n, found in seen.items()}
 
     return lambda method: met()[method]
 
@@ -313,10 +313,9 @@ def sequence_spec(
         }
     )  # fmt: skip
     content = card.to_bytes()
-    if calibration is None and prompts:
-        calibration = recorded(methods, card, prompts)
-    return ModelSpec(
+    spec = ModelSpec(
         name=name, digest=_digest(core, content), methods=methods, layout=layout or config.layout, calibration=calibration,
         evaluate=evaluate, quality_name=quality_name, prompts=tuple(prompts), files={**(files or {}), cards.NAME: content},
         alternatives={str(k): v for k, v in (alternatives or {}).items()},
     )  # fmt: skip
+    return replace(spec, calibration=recorded(spec, card)) if calibration is None and prompts else spec

@@ -22,18 +22,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from edgesdk.bundles import read_manifest, read_member
 from edgesdk.examples import normalizer_data as data
 from edgesdk.lower import build
 from edgesdk.model import ModelSpec
 from edgesdk.plan.planner import make_plan
 from edgesdk.plan.types import Budget, Workload
+from edgesdk.runner import open_program
 from edgesdk.sequence.card import NAME, Card
 from edgesdk.sequence.choose import Settings
 from edgesdk.sequence.config import SequenceConfig, Stack
-from edgesdk.sequence.drafting import answers_of, exit_counts, weigh
+from edgesdk.sequence.drafting import Counts, answers_of, exit_counts, replay, weigh
 from edgesdk.sequence.exits import exits_student
 from edgesdk.sequence.export import sequence_spec
-from edgesdk.sequence.generate import generate
+from edgesdk.sequence.generate import Result, generate
 from edgesdk.sequence.model import SequenceModel
 from edgesdk.sequence.pairs import Pairs
 from edgesdk.sequence.teach import TeachConfig, teach
@@ -53,15 +55,12 @@ def normalizer() -> tuple[SequenceModel, list[list[int]]]:
     new = {"encoder.position.weight": old.pop("position.weight")}
     new["decoder.position.weight"] = new["encoder.position.weight"].clone()
     renamed = (
-        ("norm_memory.g", "encoder.final_norm.weight"), ("norm_out.g", "decoder.final_norm.weight"), ("encoder.", "encoder.layers."),
-        ("decoder.", "decoder.layers."), ("norm_self.g", "self_norm.weight"), ("norm_cross.g", "cross_norm.weight"),
+        ("encoder.", "encoder.layers."), ("decoder.", "decoder.layers."), ("norm_self.g", "self_norm.weight"), ("norm_cross.g", "cross_norm.weight"),
         ("norm_ffn.g", "ffn_norm.weight"), (".attn.", ".self_attn."), (".cross.", ".cross_attn."), (".up.", ".ffn.up."), (".down.", ".ffn.down."),
+        ("norm_memory.g", "encoder.final_norm.weight"), ("norm_out.g", "decoder.final_norm.weight"),
     )  # fmt: skip
     for key, value in old.items():
-        if key in ("norm_memory.g", "norm_out.g"):
-            new[dict(renamed)[key]] = value
-            continue
-        for a, b in renamed[2:]:
+        for a, b in renamed:
             key = key.replace(a, b)
         new[key] = value
     model = SequenceModel(config)
@@ -142,17 +141,12 @@ def spec_of(name: str, model: SequenceModel, prompts: list[list[int]], tokens: i
 
 def measured(spec: ModelSpec, runtime: str, prompts: list[list[int]], kinds: list[str], folder: Path) -> dict[str, object]:
     """Built for this host through the planner, then answers with each kind of guesses beside plain ones."""
-    from edgesdk.runner import open_program
-    from edgesdk.sequence.drafting import replay
-
     source = folder / f"{spec.name}.py"
     MADE[spec.name] = spec
     source.write_text(f"import sys\ndef model():\n    return sys.modules['__main__'].MADE[{spec.name!r}]\n", encoding="utf-8")
     plan = make_plan(f"{source}:model", "host", Budget(), Workload(), runtime, 1, None, lambda text, share: None)
     bundle = build(plan, spec, folder / f"{spec.name}-{runtime}.edge")
     card = Card.read(spec.files[NAME])
-    from edgesdk.bundles import read_manifest, read_member
-
     manifest = read_manifest(bundle)
     program = folder / manifest.program
     program.write_bytes(read_member(bundle, manifest.program))
@@ -160,33 +154,35 @@ def measured(spec: ModelSpec, runtime: str, prompts: list[list[int]], kinds: lis
     predicted = {n: e.value for n, e in plan.method_latency.items()}
     held, times = prompts[:-64], {kind: [] for kind in ["none", *kinds]}
     same, told = dict.fromkeys(kinds, 0), {kind: {"checks": 0, "steps": 0, "drafted": 0, "accepted": 0} for kind in kinds}
-    answers, calls = [], {}
+    answers: list[list[int]] = []
+    calls: dict[str, list[float]] = {}
+
+    def count(result: Result) -> None:
+        for name, n in result.calls.items():
+            at = calls.setdefault(name, [0, 0.0])
+            at[0], at[1] = at[0] + n, at[1] + result.call_s[name]
+
     for prompt in held:
         (plain,) = generate(run, card, [prompt], Settings(draft="none"))
         times["none"].append(plain.total_s)
         answers.append([*plain.tokens, *([data.EOS] if plain.stopped == "eos" else [])])
-        for name, n in plain.calls.items():
-            at = calls.setdefault(name, [0, 0.0])
-            at[0], at[1] = at[0] + n, at[1] + plain.call_s[name]
+        count(plain)
         for kind in kinds:
             (guessed,) = generate(run, card, [prompt], Settings(draft=kind))
             times[kind].append(guessed.total_s)
             same[kind] += guessed.tokens == plain.tokens
             for key in told[kind]:
                 told[kind][key] += guessed.drafts[key]
-            for name, n in guessed.calls.items():
-                at = calls.setdefault(name, [0, 0.0])
-                at[0], at[1] = at[0] + n, at[1] + guessed.call_s[name]
+            count(guessed)
     per_call = {name: seconds / n for name, (n, seconds) in calls.items()}
     rows = {}
     exits = exit_counts(spec, card, answers_of(spec))
     for kind in kinds:
-        only = {n: exits[n] for n in exits} if kind == "exit" else {}
         rows[kind] = {
             "same": same[kind], "of": len(held), "rate": told[kind]["accepted"] / max(1, told[kind]["drafted"]), **told[kind],
             "speedup": sum(times["none"]) / sum(times[kind]),
             "speedup_median": statistics.median(a / b for a, b in zip(times["none"], times[kind], strict=True)),
-            "predicted": _predicted(card, predicted, spec, kind, only), "predicted_from_measured_calls": _predicted(card, per_call, spec, kind, only),
+            "predicted": _predicted(card, predicted, spec, kind, exits), "predicted_from_measured_calls": _predicted(card, per_call, spec, kind, exits),
         }  # fmt: skip
     counts = {k: vars(replay(k, held, answers, max(m["tokens"] for m in card.methods.values()) - 1)) for k in kinds if k != "exit"}
     return {
@@ -202,15 +198,10 @@ def measured(spec: ModelSpec, runtime: str, prompts: list[list[int]], kinds: lis
 MADE: dict[str, ModelSpec] = {}
 
 
-def _predicted(card: Card, seconds: dict[str, float], spec: ModelSpec, kind: str, exits: dict[str, object]) -> float | None:
+def _predicted(card: Card, seconds: dict[str, float], spec: ModelSpec, kind: str, exits: dict[str, Counts]) -> float | None:
     """Speedup of answers that this kind alone would be predicted to bring."""
-    import edgesdk.sequence.drafting as drafting
-
-    before, drafting.REPLAYED = drafting.REPLAYED, () if kind == "exit" else (kind,)
-    try:
-        found = weigh(card, {n: seconds.get(n, 0.0) for n in card.methods}, spec.prompts, answers_of(spec), exits)  # type: ignore[arg-type]
-    finally:
-        drafting.REPLAYED = before
+    known = {n: seconds.get(n, 0.0) for n in card.methods}
+    found = weigh(card, known, spec.prompts, answers_of(spec), exits if kind == "exit" else None, () if kind == "exit" else (kind,))
     return found.speedup if found else None
 
 

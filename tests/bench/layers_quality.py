@@ -15,15 +15,16 @@ import dataclasses
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from layouts_quality import END, PAD, RATE, SHAPES, START, TASKS, Runs, Task, config_of, distance
 
 from edgesdk.cache import cache_dir
+from edgesdk.plan.fake_quant import run
 from edgesdk.sequence import exits
 from edgesdk.sequence.answers import answers
 from edgesdk.sequence.card import NAME, Card
@@ -55,14 +56,9 @@ def programs(model: SequenceModel, schedule: exits.Schedule, task: Task) -> tupl
     spec = exits.scheduled_spec(
         model, schedule, name="g2p", source_lengths=(24,), start=(START,), eos=(END,), pad=PAD, max_output=task.longest - 1
     )
-    calls: dict[str, int] = {}
-
-    def run(name: str, arrays: Any) -> list[Any]:
-        calls[name] = calls.get(name, 0) + 1
-        with torch.no_grad():
-            return [o.numpy() for o in spec.methods[name].module(*(torch.from_numpy(np.asarray(a)) for a in arrays))]
-
-    found = [list(r.tokens) for r in generate(run, Card.read(spec.files[NAME]), [s for s, _ in task.test], Settings(draft="none"))]
+    results = generate(run(spec), Card.read(spec.files[NAME]), [s for s, _ in task.test], Settings(draft="none"))
+    calls: Counter[str] = sum((Counter(r.calls) for r in results), Counter())
+    found = [list(r.tokens) for r in results]
     counted = {n: c for n, c in calls.items() if n.startswith("decode")}
     spent = {n: seconds(spec.methods[n].module, spec.methods[n].example_inputs) for n in counted}
     return error(found, task), sum(spent[n] * c for n, c in counted.items()) / sum(counted.values())

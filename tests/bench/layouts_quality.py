@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers.text import edits as distance
 
 from edgesdk.cache import cache_dir
 from edgesdk.examples import normalizer_data
@@ -103,16 +104,6 @@ def config_of(task: Task, shape: tuple[int, int, int], dim: int = 64) -> Sequenc
 
     kind = "encoder-decoder" if encoder else "decoder-only"
     return SequenceConfig(layout=kind, vocab=task.vocab, encoder=stack(encoder) if encoder else None, decoder=stack(decoder))
-
-
-def distance(a: Sequence[int], b: Sequence[int]) -> int:
-    """Insertions, deletions and substitutions."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        last, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (x != y))
-    return row[-1]
 
 
 def score(model: SequenceModel, task: Task) -> dict[str, float]:
