@@ -18,6 +18,7 @@ from edgesdk.errors import EdgeError, InputError, UnknownName, select_by_name
 from edgesdk.model import SEPARATOR, Method, ModelSpec
 from edgesdk.model_help import MODEL_HELP, OTHER_FILES
 from edgesdk.sequence import card
+from edgesdk.sequence.sizes import Sizes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,33 +27,28 @@ METHOD_SETS = ({"forward"}, {"encode", "prefill", "decode"}, {"prefill", "decode
 """The methods a model may have, unless it brings a card that tells of others (see `sequence.card`)."""
 
 
-def load_model(ref: str, *, input_length: int | None = None, output_length: int | None = None, draft: int | None = None) -> ModelSpec:
-    """The model that `ref` names (see `MODEL_HELP`).
+def load_model(ref: str, sizes: Sizes | None = None) -> ModelSpec:
+    """The model that `ref` names (see `MODEL_HELP`), a sequence model with programs of these sizes; by default, of its own.
 
-    The lengths, in tokens, are those that a sequence model from Hugging Face is made into programs for: of its source or prompt, and of its
-    answer. `draft`: a further program of a sequence model takes so many tokens at once, to check guesses (see `sequence.drafts`).
-    Other models have programs already; they take neither. Raises `InputError`, `UnknownName` or `MissingTool`.
+    Models that have programs already take no sizes. Raises `InputError`, `UnknownName` or `MissingTool`.
     """
-    path = Path(ref)
+    path, sizes = Path(ref), sizes or Sizes()
     if SEPARATOR in ref:
         from edgesdk.compress.saved import compressed_model
 
         base, _, recipe = ref.rpartition(SEPARATOR)
-        return compressed_model(base, recipe, input_length=input_length, output_length=output_length, draft=draft)
+        return compressed_model(base, recipe, sizes=sizes)
     if ".edgeseq" in (path.suffix, Path(ref.rpartition(":")[0]).suffix):
         from edgesdk.sequence.saved import load_saved
 
-        return load_saved(ref, input_length, output_length, draft)
+        return load_saved(ref, sizes)
     if _is_hub(ref):
         from edgesdk.intake_hub import load_hugging_face
 
-        return load_hugging_face(ref, input_length, output_length, draft)
-    if input_length is not None:
-        raise InputError(f"--input-length {input_length}: {ref} has programs of fixed lengths", "it goes with a Hugging Face folder or id")
+        return load_hugging_face(ref, sizes)
     if ref.startswith("example:"):
-        return _example(ref.removeprefix("example:"), draft)
-    if draft is not None:
-        raise InputError(f"--draft {draft}: {ref} has its programs already", "it goes with a Hugging Face folder or id, or a .edgeseq")
+        return _example(ref.removeprefix("example:"), sizes)
+    _refuse(ref, sizes)
     if path.suffix == ".tflite":
         return _tflite(path)
     if path.suffix == ".pt2":
@@ -77,18 +73,22 @@ def _is_hub(ref: str) -> bool:
     return ref.count("/") == 1 and not other and not ref.startswith((".", "/", "~")) and not path.exists()
 
 
-def _example(name: str, draft: int | None) -> ModelSpec:
+def _example(name: str, sizes: Sizes) -> ModelSpec:
     from edgesdk.examples import EXAMPLES
 
     module, function = select_by_name("example", name, EXAMPLES).split(":")
     make: Callable[..., ModelSpec] = getattr(importlib.import_module(module), function)
-    if draft is None:
-        return make()
-    if "draft" not in inspect.signature(make).parameters:
-        raise InputError(
-            f"--draft {draft}: example:{name} has its programs already", "it goes with a Hugging Face folder or id, or a .edgeseq"
-        )
-    return make(draft=draft)
+    if "sizes" in inspect.signature(make).parameters:
+        return make(sizes=sizes)
+    _refuse(f"example:{name}", sizes)
+    return make()
+
+
+def _refuse(ref: str, sizes: Sizes) -> None:
+    """For models whose programs are as they are. Raises `InputError`."""
+    goes = "it goes with a sequence model: a Hugging Face folder or id, a .edgeseq, example:normalizer"
+    sizes.refuse_inputs(f"{ref} has programs of fixed lengths", goes)
+    sizes.refuse_draft(f"{ref} has its programs already", goes)
 
 
 def _near_example(ref: str) -> str:

@@ -15,12 +15,13 @@ from edgesdk.model import Method, ModelSpec
 from edgesdk.model_help import MODEL_HELP
 from edgesdk.sequence.hub import TOKENS, checkpoint_of, spec_of
 from edgesdk.sequence.hub_families import FAMILIES
+from edgesdk.sequence.sizes import Sizes
 
 if TYPE_CHECKING:
     import torch
 
 
-def load_hugging_face(ref: str, input_length: int | None = None, output_length: int | None = None, draft: int | None = None) -> ModelSpec:
+def load_hugging_face(ref: str, sizes: Sizes) -> ModelSpec:
     """A model in a local folder, or of an id through the hub's cache or network.
 
     Those of `FAMILIES` become the programs of a sequence model (see `sequence.hub.spec_of`), all others one static `forward`: text models take
@@ -30,11 +31,9 @@ def load_hugging_face(ref: str, input_length: int | None = None, output_length: 
     """
     config, inner, left = load_model_of(ref)
     if type(inner).__name__ in FAMILIES:
-        return spec_of(Path(ref).name, checkpoint_of(ref, config, inner, left), input_length, output_length, draft)
-    if draft is not None:
-        raise InputError(f"--draft {draft}: {ref} is not a sequence model of {', '.join(FAMILIES)}", "leave it out")
-    inputs = _inputs(config, inner, input_length, output_length)
-    return _spec(ref, config, inner, inputs)
+        return spec_of(Path(ref).name, checkpoint_of(ref, config, inner, left), sizes)
+    sizes.refuse_draft(f"{ref} is not a sequence model of {', '.join(FAMILIES)}", "leave it out")
+    return _spec(ref, config, inner, _inputs(config, inner, sizes))
 
 
 def load_model_of(ref: str) -> tuple[Any, Any, list[str]]:
@@ -107,7 +106,7 @@ def options_of(kind: Any, options: dict[str, Any]) -> dict[str, Any]:
     return options if kind.__name__.startswith("Auto") else {k: v for k, v in options.items() if k != "trust_remote_code"}
 
 
-def _inputs(config: Any, model: Any, input_length: int | None, output_length: int | None) -> tuple[torch.Tensor, ...]:
+def _inputs(config: Any, model: Any, sizes: Sizes) -> tuple[torch.Tensor, ...]:
     """Example inputs by the model's main input. Raises `InputError` for a kind of input that is not taken."""
     import torch
 
@@ -115,14 +114,13 @@ def _inputs(config: Any, model: Any, input_length: int | None, output_length: in
     if main == "input_ids":
         text = config.get_text_config()
         longest = int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or TOKENS)
-        lengths = [n or min(TOKENS, longest) for n in (input_length, output_length)]
+        lengths = [n[-1] if n else min(TOKENS, longest) for n in (sizes.inputs, sizes.outputs)]
         if max(lengths) > longest:
             raise InputError(f"{max(lengths)} tokens: the model has positions for {longest}", "ask for a shorter input and output")
         ids = torch.randint(0, int(text.vocab_size), (1, max(lengths)), generator=seed)
         source, target = (ids[:, :n].clone() for n in lengths)
         return (source, target) if config.is_encoder_decoder else (source,)
-    if input_length:
-        raise InputError(f"--input-length {input_length}: a model of {main} takes no text", "leave it out")
+    sizes.refuse_inputs(f"a model of {main} takes no text", "leave it out")
     if main == "pixel_values":
         size = getattr(config, "image_size", 224) or 224
         height, width = (size, size) if isinstance(size, int) else tuple(size)

@@ -33,7 +33,7 @@ def time_units(manifest: Manifest, plan: Plan | None, *, tell: Tell | None = Non
 
     from edgesdk.intake import load_model
 
-    spec = load_model(plan.model, **plan.workload.lengths)
+    spec = load_model(plan.model, plan.workload.sizes)
     if not spec.methods:
         raise InputError(f"{plan.model}: units of a .tflite cannot be lowered alone", "leave --operators out, or give the PyTorch model")
     seen = {name: _module_inputs(m.module, m.example_inputs) for name, m in spec.methods.items()}

@@ -134,7 +134,7 @@ class TestCosts:
     def test_expected_values_are_of_the_distribution(self) -> None:
         config, where = base_config(20_000_000, vocab=4000), places(load_device("pi5"), "int8", "litert", 1)[0]
         points = [cost(config, where, Lengths.of([(n, 1)]), Lengths.of([(8, 1)])) for n in (64, 256)]
-        both = cost(config, where, Lengths.of([(64, 3), (256, 1)]), Lengths.of([(8, 1)]), buckets=(64, 256))
+        both = cost(config, where, Lengths(values=(64, 256), shares=(0.75, 0.25), buckets=(64, 256)), Lengths.of([(8, 1)]))
         firsts = [p.first_token.mean.value for p in points]
         assert both.first_token.mean.value == pytest.approx(0.75 * firsts[0] + 0.25 * firsts[1])
         assert (both.first_token.p50, both.first_token.p90) == pytest.approx(firsts)
@@ -144,8 +144,10 @@ class TestCosts:
     def test_buckets(self) -> None:
         assert buckets_of(Lengths.of([(300, 1)])) == {300: 1.0}
         assert buckets_of(Lengths.of([(20, 1), (40, 1), (100, 2)])) == {32: 0.25, 64: 0.25, 100: 0.5}
+        assert parse_lengths("64,128").sizes == (64, 128) and parse_lengths("128,64").shares == (0.5, 0.5)
+        assert parse_lengths("20-100").sizes == (16, 32, 64, 100) and parse_lengths("20-100", buckets="50,100").sizes == (50, 100)
         with pytest.raises(InputError, match="none holds 300"):
-            buckets_of(Lengths.of([(300, 1)]), (128,))
+            parse_lengths("300", buckets="128")
 
     def test_memory_holds_every_weight_once(self) -> None:
         from edgesdk.graph.memory import weight_bytes

@@ -13,6 +13,7 @@ from test_sequence_hub import load_checkpoint, run_of, spec_of, tiny  # noqa: E4
 from edgesdk.sequence.card import Card  # noqa: E402
 from edgesdk.sequence.choose import Settings  # noqa: E402
 from edgesdk.sequence.generate import generate  # noqa: E402
+from edgesdk.sequence.sizes import Sizes  # noqa: E402
 
 END, STEPS = 7, 8
 CASES = ((1.0, 1.0, 3), (0.0, 1.0, 4), (2.0, 1.3, 2), (-0.5, 1.0, 3))
@@ -23,7 +24,7 @@ CASES = ((1.0, 1.0, 3), (0.0, 1.0, 4), (2.0, 1.3, 2), (-0.5, 1.0, 3))
 def test_beams_are_those_of_transformers(family, prompts, tmp_path):
     theirs = tiny(family)
     theirs.save_pretrained(tmp_path)
-    spec = spec_of(family, load_checkpoint(str(tmp_path)), 16, 32, batch=1)
+    spec = spec_of(family, load_checkpoint(str(tmp_path)), Sizes((16,), (32,)), batch=1)
     card = Card.read(spec.files["sequence.json"])
     card.eos = (END,)
     draw = np.random.default_rng(0)

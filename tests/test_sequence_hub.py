@@ -26,6 +26,7 @@ from edgesdk.sequence.hub import Checkpoint, convert, load_checkpoint, spec_of
 from edgesdk.sequence.model import HIDDEN
 from edgesdk.sequence.programs import Programs
 from edgesdk.sequence.session import Session
+from edgesdk.sequence.sizes import Sizes
 
 transformers = pytest.importorskip("transformers")
 
@@ -322,7 +323,7 @@ def test_steps_are_those_of_generate(folders, family):
     """Prompts of two lengths side by side in one batch, padded, through encode, prefill and decode."""
     theirs, prompts, steps = tiny(family), prompts_of(family), 12
     checkpoint = load_checkpoint(str(folders / family))
-    spec = spec_of(family, checkpoint, None if family == "whisper" else 16, 16, batch=2)
+    spec = spec_of(family, checkpoint, Sizes(() if family == "whisper" else (16,), (16,)), batch=2)
     card = Card.read(spec.files["sequence.json"])
     with torch.no_grad():
         tokens, logits = answers_of_transformers(theirs, prompts, steps)
@@ -342,7 +343,7 @@ def test_tokens_that_must_not_be_chosen(folders):
     checkpoint, prompts = load_checkpoint(str(folders / "marian")), prompts_of("marian")
 
     def answers(specials, **settings):
-        spec = spec_of("marian", replace(checkpoint, specials=replace(specials, eos=())), 12, 8)
+        spec = spec_of("marian", replace(checkpoint, specials=replace(specials, eos=())), Sizes((12,), (8,)))
         card = Card.read(spec.files["sequence.json"])
         return [r.tokens for r in generate(run_of(spec), card, prompts, Settings(**settings))]
 
@@ -356,18 +357,18 @@ def test_tokens_that_must_not_be_chosen(folders):
 
 
 def test_lengths_are_asked_for_and_checked(folders):
-    spec = load_model(str(folders / "bart"), input_length=20, output_length=9)
+    spec = load_model(str(folders / "bart"), Sizes((20,), (9,)))
     card = Card.read(spec.files["sequence.json"])
     assert set(spec.methods) == {"encode", "prefill", "decode"} and spec.layout == "encoder-decoder" and card.max_output == 9
     assert spec.methods["encode"].example_inputs[0].shape == (1, 20) and card.methods["decode"]["cache"] == 11
-    assert load_model(str(folders / "bart"), input_length=20, output_length=9).digest == spec.digest
+    assert load_model(str(folders / "bart"), Sizes((20,), (9,))).digest == spec.digest
     assert load_model(str(folders / "bart")).digest != spec.digest
     with pytest.raises(InputError, match="more positions than the model's 40"):
-        load_model(str(folders / "bart"), input_length=41)
+        load_model(str(folders / "bart"), Sizes((41,)))
     with pytest.raises(InputError, match="64 tokens in and 65 out"):
-        load_model(str(folders / "llama"), input_length=64, output_length=65)
+        load_model(str(folders / "llama"), Sizes((64,), (65,)))
     with pytest.raises(InputError, match="programs of fixed lengths"):
-        load_model("example:normalizer", input_length=8)
+        load_model("example:normalizer", Sizes((8,)))
     whisper = load_model(str(folders / "whisper"))
     assert whisper.methods["encode"].example_inputs[0].shape == (1, 8, FRAMES)
 
@@ -397,7 +398,7 @@ def test_all_lowered_steps_are_those_of_torch(folders, cache, tmp_path, family, 
 
 def lowered_steps(folders, tmp_path, family, runtime, precision):
     """Four greedy steps of the lowered programs beside those of torch."""
-    spec = spec_of(family, load_checkpoint(str(folders / family)), None if family == "whisper" else 12, 6)
+    spec = spec_of(family, load_checkpoint(str(folders / family)), Sizes(() if family == "whisper" else (12,), (6,)))
     units = [(m.name, u.name) for m in trace(spec).methods for u in m.units if u.op == "linear"] if precision != "fp32" else []
     path = tmp_path / "program"
     path.write_bytes(lower(spec, runtime, dict.fromkeys(units, precision)))

@@ -9,6 +9,7 @@ import typer
 
 from edgesdk.cli.common import Json, console, emit_json, progress
 from edgesdk.cli.plan import (
+    Buckets,
     Device,
     Draft,
     Energy,
@@ -23,6 +24,7 @@ from edgesdk.cli.plan import (
     Storage,
     Threads,
     read_budget,
+    read_lengths,
 )
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ def build(
     layout: Layout = None,
     input_length: InputLength = None,
     output_length: OutputLength = None,
+    buckets: Buckets = None,
     draft: Draft = None,
     out: Annotated[str | None, typer.Option(help="The bundle to write. Default: MODEL-DEVICE.edge.")] = None,
     as_json: Json = False,
@@ -65,7 +68,8 @@ def build(
             plan = Plan.load(plan_file)
         else:
             budget = read_budget(memory, latency, storage, quality_drop, energy)
-            workload = Workload(input_length=input_length, output_length=output_length, draft=draft)
+            read, written = read_lengths(input_length, output_length, buckets)
+            workload = Workload(input_length=read, output_length=written, draft=draft)
             plan = make_plan(
                 model or DEFAULT_MODEL, device, budget=budget, workload=workload, runtime=runtime, threads=threads, layout=layout, step=step
             )
@@ -74,7 +78,7 @@ def build(
             raise DoesNotFit(
                 f"the plan does not fit: {worst.name} needs {worst.reached / worst.limit:.2f}x its limit", "raise that limit and plan again"
             )
-        path = make(plan, load_model(plan.model, **plan.workload.lengths), Path(out or f"{plan.model_name}-{plan.device}.edge"), step=step)
+        path = make(plan, load_model(plan.model, plan.workload.sizes), Path(out or f"{plan.model_name}-{plan.device}.edge"), step=step)
     manifest = read_manifest(path)
     if as_json:
         emit_json(

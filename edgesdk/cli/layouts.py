@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgesdk.cli.common import Json, console, emit_json, progress, say
+from edgesdk.cli.plan import Buckets, read_lengths
 
 if TYPE_CHECKING:
     from edgesdk.layouts import LayoutTable
@@ -23,7 +24,9 @@ def layouts(
     device: Annotated[str, typer.Option(help="A device name, an alias, a TOML file, or host.")] = "jetson",
     input_length: Annotated[
         str | None,
-        typer.Option("--input-length", help="Tokens read: 512, 64-512, or a file with a length a line (and how often). Default: 512."),
+        typer.Option(
+            "--input-length", help="Tokens read: 512; 64,128,256; 64-512; or a file with a length a line (and how often). Default: 512."
+        ),
     ] = None,
     output_length: Annotated[str | None, typer.Option("--output-length", help="Tokens written, in the same forms. Default: 32.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Texts answered at once.")] = 1,
@@ -35,9 +38,7 @@ def layouts(
         str | None,
         typer.Option(help="Whose widths and heads to take: a sequence-config JSON, a .edgeseq file, a Hugging Face folder or id."),
     ] = None,
-    buckets: Annotated[
-        str | None, typer.Option(help="Input lengths that programs are exported with: 128,512. Default: the length, or powers of two.")
-    ] = None,
+    buckets: Buckets = None,
     runtime: Annotated[str | None, typer.Option(help="Only this runtime. Default: the fastest one for each layout.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: the target's.")] = None,
     model: Annotated[str | None, typer.Option(help=_TRAINED)] = None,
@@ -51,15 +52,13 @@ def layouts(
 ) -> None:
     """Compare decoder-only, encoder-decoder, CTC and other layouts of equal size on a device, over input and output lengths."""
     from edgesdk.layouts import layouts as compare
-    from edgesdk.plan.lengths import parse_lengths
     from edgesdk.plan.types import Budget, Workload
     from edgesdk.units import parse_bytes, parse_rate, parse_seconds
 
     limit = parse_bytes(memory) if memory else None
-    read = parse_lengths(input_length, "--input-length") if input_length else None
-    written = parse_lengths(output_length, "--output-length") if output_length else None
     if model is not None:
-        _refuse_with_model(parameters=parameters, dim=dim, config=config, buckets=buckets, plot=plot, place=place or None, helper=helper)
+        read, written = read_lengths(input_length, output_length, buckets)
+        _refuse_with_model(parameters=parameters, dim=dim, config=config, plot=plot, place=place or None, helper=helper)
         say(f"planning every layout of {model} for {device}")
         table = compare(
             model, device, budget=Budget(memory_bytes=limit), workload=Workload(batch=batch, input_length=read, output_length=written)
@@ -70,11 +69,12 @@ def layouts(
     from edgesdk.sequence.search import placed, search
     from edgesdk.sequence.shapes import base_of
 
+    texts, answers = read_lengths(input_length or "512", output_length or "32", buckets)
+    assert texts and answers
     with progress("layouts") as step:
         answer = search(
             device, parameters=_count(parameters) if parameters else None, memory=limit, base=base_of(config) if config else None, dim=dim, vocab=vocab,
-            input_length=read or parse_lengths("512"), output_length=written or parse_lengths("32", "--output-length"), batch=batch,
-            weights=_weights(weights), runtime=runtime, threads=threads, buckets=_buckets(buckets), step=step,
+            input_length=texts, output_length=answers, batch=batch, weights=_weights(weights), runtime=runtime, threads=threads, step=step,
         )  # fmt: skip
     if place or helper:
         link = Link(bytes_per_s=parse_rate(link_rate), latency_s=parse_seconds(link_latency), bits=link_bits) if helper else None
@@ -114,18 +114,6 @@ def _weights(text: str) -> Weights:
 
     known: dict[str, Weights] = {"fp32": "fp32", "int8": "int8", "int4": "int4"}
     return select_by_name("weights", text, known)
-
-
-def _buckets(text: str | None) -> tuple[int, ...]:
-    from edgesdk.errors import InputError
-
-    try:
-        sizes = tuple(int(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        sizes = (0,)
-    if any(s < 1 for s in sizes):
-        raise InputError(f"--buckets {text}: not lengths", "write them like 128,512")
-    return sizes
 
 
 def _trained(answer: LayoutTable) -> None:

@@ -10,6 +10,7 @@ from edgesdk.cli.common import Json, console, emit_json, progress, say
 from edgesdk.model_help import MODEL_HELP
 
 if TYPE_CHECKING:
+    from edgesdk.plan.lengths import Lengths
     from edgesdk.plan.types import Budget, Plan
 
 
@@ -65,12 +66,30 @@ Draft = Annotated[
 Layout = Annotated[str | None, typer.Option("--layout", help="Only this layout of a sequence model. Default: all are weighed.")]
 
 InputLength = Annotated[
-    int | None,
-    typer.Option("--input-length", min=1, help="Tokens of source or prompt that a sequence model is made for. Default: the model's own."),
+    str | None,
+    typer.Option(
+        "--input-length",
+        help="Tokens that a sequence model reads: 512; 64,128,256 (programs for each); 64-512; or a file with a length a line (and how often). Default: the model's own.",
+    ),
 ]
 OutputLength = Annotated[
-    int | None, typer.Option("--output-length", min=1, help="Tokens of one answer of a sequence model. Default: the model's own.")
+    str | None, typer.Option("--output-length", help="Tokens of one answer, in the same forms. Default: the model's own.")
 ]
+Buckets = Annotated[
+    str | None,
+    typer.Option(help="Input lengths that programs are made for: 128,512. Default: those of --input-length; for a range, powers of two."),
+]
+
+
+def read_lengths(input_length: str | None, output_length: str | None, buckets: str | None) -> tuple[Lengths | None, Lengths | None]:
+    """Lengths read and written, from what people type. Raises `InputError`."""
+    from edgesdk.errors import InputError
+    from edgesdk.plan.lengths import parse_lengths
+
+    if buckets and not input_length:
+        raise InputError(f"--buckets {buckets}: no lengths to put in them", f"give --input-length {buckets}, or the lengths that occur")
+    read = parse_lengths(input_length, buckets=buckets) if input_length else None
+    return read, parse_lengths(output_length, "--output-length") if output_length else None
 
 
 def plan(
@@ -87,6 +106,7 @@ def plan(
     batch: Annotated[int, typer.Option(min=1, help="Inputs in one answer, run one after another.")] = 1,
     input_length: InputLength = None,
     output_length: OutputLength = None,
+    buckets: Buckets = None,
     draft: Draft = None,
     sustained: Annotated[
         bool, typer.Option("--sustained", help="Plan with the clocks the device holds for long, where its profile has them.")
@@ -105,7 +125,8 @@ def plan(
     if model is None:
         say(f"no --model: planning the built-in {DEFAULT_MODEL}")
     budget = read_budget(memory, latency, storage, quality_drop, energy)
-    workload = Workload(batch=batch, input_length=input_length, output_length=output_length, sustained=sustained, draft=draft)
+    read, written = read_lengths(input_length, output_length, buckets)
+    workload = Workload(batch=batch, input_length=read, output_length=written, sustained=sustained, draft=draft)
     with progress("plan") as step:
         answer = make(
             model or DEFAULT_MODEL,

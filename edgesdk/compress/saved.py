@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from edgesdk.compress.pipeline import Compressed
     from edgesdk.compress.types import Step
     from edgesdk.model import ModelSpec
+    from edgesdk.sequence.sizes import Sizes
 
 
 def save(made: Compressed, base: ModelSpec, path: str | Path) -> Path:
@@ -85,16 +86,8 @@ def base_of(path: str | Path) -> str:
     return Compression.from_json(read_member(Path(path), "compression.json"), f"{path}: compression.json").base
 
 
-def compressed_model(
-    ref: str,
-    recipe: str,
-    step: Step | None = None,
-    *,
-    input_length: int | None = None,
-    output_length: int | None = None,
-    draft: int | None = None,
-) -> ModelSpec:
-    """`ref`, loaded for these lengths (see `load_model`), compressed by a recipe in text, its stages divided by `;`.
+def compressed_model(ref: str, recipe: str, step: Step | None = None, sizes: Sizes | None = None) -> ModelSpec:
+    """`ref`, loaded for these sizes (see `load_model`), compressed by a recipe in text, its stages divided by `;`.
 
     Kept in the cache by content. Raises what `compress` raises.
     """
@@ -103,7 +96,7 @@ def compressed_model(
     from edgesdk.compress.pipeline import compress
     from edgesdk.intake import load_model
 
-    base = load_model(ref, input_length=input_length, output_length=output_length, draft=draft)
+    base = load_model(ref, sizes)
     key = hashlib.sha256(json.dumps([base.digest, ref, recipe, __version__]).encode()).hexdigest()[:40]
     kept = cache_dir("compressed") / f"{key}.edgec"
     if kept.exists():

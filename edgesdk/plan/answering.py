@@ -12,10 +12,6 @@ if TYPE_CHECKING:
     from edgesdk.plan.types import Workload
 
 
-def _as(lengths: int | Lengths | None) -> Lengths | None:
-    return Lengths.of([(lengths, 1.0)]) if isinstance(lengths, int) else lengths
-
-
 def _slots(method: MethodGraph) -> int:
     return max(t.shape[-2] for t in method.inputs if t.name in method.cache_inputs)
 
@@ -34,7 +30,7 @@ def answering(graph: ModelGraph, workload: Workload) -> ModelGraph:
     Of programs for several lengths each text takes the smallest that holds it; those that guess tokens, or check several at once, are not called.
     Raises `InputError` where the model writes no sequence, or holds no such lengths.
     """
-    read, written = _as(workload.input_length), _as(workload.output_length)
+    read, written = workload.read, workload.written
     if read is None and written is None:
         return graph
     decodes = [m for m in graph.methods if m.cache_inputs]

@@ -21,6 +21,7 @@ class Lengths(Part):
 
     values: tuple[PositiveInt, ...]
     shares: tuple[PositiveFloat, ...]
+    buckets: tuple[PositiveInt, ...] = ()  # lengths that programs are made for, where they were named
 
     @model_validator(mode="after")
     def _whole(self) -> Lengths:
@@ -28,6 +29,8 @@ class Lengths(Part):
             raise ValueError("wanted rising lengths with a share each")
         if abs(sum(self.shares) - 1) > 1e-6:
             raise ValueError(f"the shares add up to {sum(self.shares):.4g}, not 1")
+        if self.buckets and (list(self.buckets) != sorted(set(self.buckets)) or self.buckets[-1] < self.values[-1]):
+            raise ValueError(f"wanted rising buckets, the last of which holds {self.values[-1]}")
         return self
 
     @classmethod
@@ -48,6 +51,14 @@ class Lengths(Part):
         return self.values[-1]
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """What programs that read such texts are made for: the buckets that were named, else the one length, or powers of two up to the longest."""
+        if self.buckets:
+            return self.buckets
+        rising = (2**n for n in range(4, self.largest.bit_length()))
+        return (*(() if self.is_point else (s for s in rising if s < self.largest)), self.largest)
+
+    @property
     def is_point(self) -> bool:
         return len(self.values) == 1
 
@@ -66,12 +77,32 @@ def quantile(pairs: Iterable[tuple[float, float]], q: float) -> float:
     return rising[-1][0]
 
 
-def parse_lengths(text: str, option: str = "--input-length") -> Lengths:
-    """`256`, `64-512` (all lengths between equally often), or a file: a length a line, or a length and how often it occurs.
+def parse_buckets(text: str, option: str = "--buckets") -> tuple[int, ...]:
+    """`128,512` → (128, 512). Raises `InputError` naming `option`."""
+    fields = text.split(",")
+    if not all(re.fullmatch(r"\s*0*[1-9]\d*\s*", f) for f in fields):
+        raise InputError(f"{option} {text}: not lengths", "write them like 128,512")
+    return tuple(sorted({int(f) for f in fields}))
+
+
+def parse_lengths(text: str, option: str = "--input-length", buckets: str | None = None) -> Lengths:
+    """`256`; `64,128,256` (these, equally often, and programs for them); `64-512` (all lengths between equally often); or a file: a length a line,
+    or a length and how often it occurs. `buckets`: `128,512`, what programs are made for instead.
 
     Raises `InputError` naming `option` and, in a file, the line.
     """
-    hint = "write it like 256, 64-512, or name a file with a length a line (and how often, behind a blank or a comma)"
+    lengths = _lengths(text, option)
+    sizes = parse_buckets(buckets) if buckets else lengths.buckets
+    if sizes and sizes[-1] < lengths.largest:
+        raise InputError(f"--buckets {buckets}: none holds {lengths.largest} tokens", f"the largest must hold {lengths.largest}")
+    return lengths.model_copy(update={"buckets": sizes})
+
+
+def _lengths(text: str, option: str) -> Lengths:
+    hint = "write it like 256, 64,128,256, 64-512, or name a file with a length a line (and how often, behind a blank or a comma)"
+    if "," in text and not Path(text).is_file():
+        sizes = parse_buckets(text, option)
+        return Lengths.of((n, 1.0) for n in sizes).model_copy(update={"buckets": sizes})
     if match := re.fullmatch(r"\s*(\d+)\s*(?:[-–]\s*(\d+))?\s*", text):
         low, high = int(match[1]), int(match[2] or match[1])
         if not 1 <= low <= high:

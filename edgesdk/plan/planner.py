@@ -104,7 +104,7 @@ def _compressed(settings: list[Setting], budget: Budget, step: Step) -> tuple[li
     room = int(budget.storage_bytes - fixed - sum(4 * u.rows for u in weights))
     for recipe in dict.fromkeys((f"auto:bytes={room}{_handed_on(settings, budget)}", f"auto:bytes={room}")):
         try:
-            compressed_model(first.subject.ref, recipe, step=step, **first.workload.lengths)
+            compressed_model(first.subject.ref, recipe, step, first.workload.sizes)
             break
         except EdgeError as error:
             why_not = why_not or f"compressing the weights to {budget.storage_bytes} bytes does not help: {error.what}"

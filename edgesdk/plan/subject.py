@@ -73,10 +73,9 @@ class Subject:
         from edgesdk import __version__
         from edgesdk.cache import cache_dir, cached
 
-        self.ref, self._lengths = ref, (workload or Workload()).lengths
+        self.ref, self._sizes = ref, (workload or Workload()).sizes
         key = _content_key(ref)
-        made_for = "".join(f"-{name}{n}" for name, n in self._lengths.items() if n)
-        self.facts = cached("facts", f"{key}{made_for}-{__version__}", Facts, self._facts) if key else self._facts()
+        self.facts = cached("facts", f"{key}-{self._sizes}-{__version__}", Facts, self._facts) if key else self._facts()
         saved = cache_dir("graphs") / f"{self.facts.model_digest[:32]}-{__version__}.json"
         self._saved_graph = saved if saved.exists() else None
 
@@ -96,7 +95,7 @@ class Subject:
         """The loaded model. Raises what `load_model` raises."""
         from edgesdk.intake import load_model
 
-        return load_model(self.ref, **self._lengths)
+        return load_model(self.ref, self._sizes)
 
     @cached_property
     def graph(self) -> ModelGraph:

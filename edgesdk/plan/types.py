@@ -8,6 +8,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from edgesdk.noun import Noun, Part
 from edgesdk.plan.lengths import Lengths
+from edgesdk.sequence.sizes import Sizes
 
 Precision = Literal["fp32", "fp16", "int8-static", "int8-dynamic", "int8-weight-only", "int4-g32", "as-is"]
 """int4-g32: int4 weights in groups of 32, int8 dynamic activations (8da4w). as-is: a quantized flatbuffer kept."""
@@ -21,10 +22,18 @@ class Workload(Part):
     draft: Annotated[int, Field(ge=2)] | None = None  # tokens that a further program of a sequence model checks at once
 
     @property
-    def lengths(self) -> dict[str, int | None]:
-        """As `load_model` takes them: what programs must hold."""
-        longest = {"input_length": self.input_length, "output_length": self.output_length}
-        return {"draft": self.draft, **{k: n.largest if isinstance(n, Lengths) else n for k, n in longest.items()}}
+    def sizes(self) -> Sizes:
+        """As `load_model` takes them: what programs must hold. Caches of several lengths are made only where they are named."""
+        read, written = self.read, self.written
+        return Sizes(read.sizes if read else (), (written.buckets or (written.largest,)) if written else (), self.draft)
+
+    @property
+    def read(self) -> Lengths | None:
+        return Lengths.of([(self.input_length, 1.0)]) if isinstance(self.input_length, int) else self.input_length
+
+    @property
+    def written(self) -> Lengths | None:
+        return Lengths.of([(self.output_length, 1.0)]) if isinstance(self.output_length, int) else self.output_length
 
 
 class Budget(Part):

@@ -28,7 +28,7 @@ def _built(plan: Plan, candidate: Candidate, ref: str, step: Step) -> Built:
     from edgesdk.intake import load_model
     from edgesdk.lower import build
 
-    spec = load_model(ref, **plan.workload.lengths)
+    spec = load_model(ref, plan.workload.sizes)
     units = []
     for method in trace(spec).methods:
         for unit in method.units:

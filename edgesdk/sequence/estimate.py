@@ -105,23 +105,13 @@ class SequenceCost(Part):
     power_w: float | None
 
 
-def buckets_of(lengths: Lengths, given: tuple[int, ...] = ()) -> dict[int, float]:
-    """Source length that programs are exported with → share of texts. Not `given`: the length itself, or powers of two up to the longest.
-
-    Raises `InputError` where the largest bucket is too small.
-    """
-    sizes = sorted(given)
-    if not sizes:
-        sizes, size = [lengths.largest], 16
-        while not lengths.is_point and size < lengths.largest:
-            sizes, size = [*sizes, size], 2 * size
+def buckets_of(lengths: Lengths) -> dict[int, float]:
+    """Source length that programs are exported with → share of texts; those that no text takes are left out."""
     found: dict[int, float] = {}
     for value, share in zip(lengths.values, lengths.shares, strict=True):
-        fit = min((s for s in sizes if s >= value), default=None)
-        if fit is None:
-            raise InputError(f"--buckets: none holds {value} tokens", f"the largest must hold {lengths.largest}")
+        fit = min(s for s in lengths.sizes if s >= value)
         found[fit] = found.get(fit, 0.0) + share
-    return dict(sorted(found.items()))
+    return found
 
 
 def _scaled(e: Estimate, by: float) -> Estimate:
@@ -202,14 +192,12 @@ def times(config: SequenceConfig, where: Where, read: int, written: int, batch: 
     return parts.opening, parts.answer(written)
 
 
-def cost(
-    config: SequenceConfig, where: Where, source: Lengths, output: Lengths, *, batch: int = 1, buckets: tuple[int, ...] = ()
-) -> SequenceCost:
+def cost(config: SequenceConfig, where: Where, source: Lengths, output: Lengths, *, batch: int = 1) -> SequenceCost:
     """What `config` costs for texts of these lengths. Lengths read and written are taken as independent.
 
     Raises `InputError` where the layout cannot do it: positions that end too early, a CTC model that must write more than it reads.
     """
-    shares, slots = buckets_of(source, buckets), output.largest
+    shares, slots = buckets_of(source), output.largest
     _refuse(config, source.values[0], slots, max(shares))
     made = [(parts_of(config, where, batch, bucket, slots), share) for bucket, share in shares.items()]
     answers = [(p.answer(n), share * part) for p, share in made for n, part in zip(output.values, output.shares, strict=True)]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgesdk.errors import InputError, select_by_name
 from edgesdk.sequence.config import SequenceConfig
 from edgesdk.sequence.hub_families import FAMILIES, Family, refuse
+from edgesdk.sequence.sizes import Sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,56 +77,43 @@ def checkpoint_of(ref: str, config: Any, theirs: Any, left: Sequence[str] = ()) 
     return Checkpoint(model, ours, specials_of(config, theirs.generation_config), tokenizer, files)
 
 
-def spec_of(
-    name: str,
-    checkpoint: Checkpoint,
-    input_length: int | None = None,
-    output_length: int | None = None,
-    draft: int | None = None,
-    **more: Any,
-) -> ModelSpec:
-    """The programs of a checkpoint for sources or prompts of `input_length` tokens and answers of `output_length`, `TOKENS` each by default.
+def spec_of(name: str, checkpoint: Checkpoint, sizes: Sizes | None = None, **more: Any) -> ModelSpec:
+    """The programs of a checkpoint; by default, `TOKENS` for the source or prompt and for the answer.
 
-    Behind sound `input_length` counts the encoder's positions, two frames each; all that the model hears by default. `more` goes to
-    `export.sequence_spec`: `source_lengths` and `cache_lengths` for programs of several lengths, `several`, `batch`, `prompts`.
-    Raises `InputError` for lengths that the model has no positions for.
+    Behind sound an input's length counts the encoder's positions, two frames each; all that the model hears by default. `more` goes to
+    `export.sequence_spec`: `batch`, `prompts`. Raises `InputError` for lengths that the model has no positions for.
     """
     from edgesdk.sequence.export import sequence_spec
 
-    specials = checkpoint.specials
-    source, output, cache = _sizes(name, checkpoint.config, len(specials.start), input_length, output_length)
-    if draft is not None and draft < 2:
-        raise InputError(f"--draft {draft}: a guess is checked beside the token before it", "give 2 or more")
-    lengths: dict[str, Any] = {
-        "several": (draft,) if draft else (),
-        "source_lengths": (source,),
-        "cache_lengths": (cache,),
-        "typical_source": source,
-    }
+    specials, sizes = checkpoint.specials, sizes or Sizes()
+    sources, outputs, caches = _lengths(name, checkpoint.config, len(specials.start), sizes)
+    typical = sizes.outputs[len(sizes.outputs) // 2] if sizes.outputs else min(outputs[-1], TYPICAL)
     return sequence_spec(
         checkpoint.model, name=name, tokenizer=checkpoint.tokenizer, start=specials.start, eos=specials.eos, pad=specials.pad,
-        suppress=specials.suppress, suppress_first=specials.suppress_first, max_output=output, files=checkpoint.files,
-        **{**lengths, "typical_output": output_length or min(output, TYPICAL), **more},
+        suppress=specials.suppress, suppress_first=specials.suppress_first, max_output=outputs[-1], files=checkpoint.files,
+        source_lengths=sources, cache_lengths=caches, several=(sizes.draft,) if sizes.draft else (), **{"typical_output": typical, **more},
     )  # fmt: skip
 
 
-def _sizes(name: str, config: SequenceConfig, started: int, asked_in: int | None, asked_out: int | None) -> tuple[int, int, int]:
-    """Tokens of source or prompt and of an answer, and slots of the cache that both or the latter need. Raises `InputError`."""
+def _lengths(name: str, config: SequenceConfig, started: int, asked: Sizes) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Tokens of sources or prompts and of answers, and slots of the caches for both or the latter, each rising. Raises `InputError`."""
     bound = config.max_positions if config.positions != "relative" else 1 << 30
+    before: tuple[int, ...]
     if config.encoder:
         heard = config.sound.frames // 2 if config.sound else bound
-        source = asked_in or (heard if config.sound else min(TOKENS, heard))
-        before, room = started, bound - 1  # behind a full cache there is a token more
+        sources = asked.inputs or (heard if config.sound else min(TOKENS, heard),)
+        before, room = (started,), bound - 1  # behind a full cache there is a token more
     else:
-        heard, source = bound, asked_in or min(TOKENS, bound // 2)
-        before, room = source, bound
-    output = asked_out or min(TOKENS, room - before)
-    if source > heard or output < 1 or before + output > room:
+        heard, sources = bound, asked.inputs or (min(TOKENS, bound // 2),)
+        before, room = sources, bound
+    outputs = asked.outputs or (min(TOKENS, room - before[-1]),)
+    if sources[-1] > heard or outputs[-1] < 1 or before[-1] + outputs[-1] > room:
         raise InputError(
-            f"{name}: {source} tokens in and {output} out want more positions than the model's {bound}",
+            f"{name}: {sources[-1]} tokens in and {outputs[-1]} out want more positions than the model's {bound}",
             "ask for less: --input-length, --output-length",
         )
-    return source, output, before + output
+    # each input with the longest answer, the longest input with each answer: what lies between takes the next larger one
+    return sources, outputs, tuple(sorted({b + outputs[-1] for b in before} | {before[-1] + n for n in outputs}))
 
 
 def convert(config: Any, theirs: Any) -> tuple[SequenceModel, SequenceConfig]:

@@ -22,6 +22,7 @@ from edgesdk.packed.entropy import PackedError
 from edgesdk.sequence.config import SequenceConfig
 from edgesdk.sequence.hub import Checkpoint, Specials, spec_of
 from edgesdk.sequence.pairs import Pairs
+from edgesdk.sequence.sizes import Sizes
 
 if TYPE_CHECKING:
     from edgesdk.compress.types import Step
@@ -133,8 +134,8 @@ def is_saved(ref: str) -> bool:
     return ref.endswith(SUFFIX) or f"{SUFFIX}:" in ref
 
 
-def load_saved(ref: str, input_length: int | None = None, output_length: int | None = None, draft: int | None = None) -> ModelSpec:
-    """The programs of a saved model, or of one of its sub-models, for sources and answers of these lengths; by default, those of its held-out pairs.
+def load_saved(ref: str, sizes: Sizes) -> ModelSpec:
+    """The programs of a saved model, or of one of its sub-models, of these sizes; by default, those of its held-out pairs.
 
     Raises `InputError`, `UnknownName`.
     """
@@ -143,18 +144,27 @@ def load_saved(ref: str, input_length: int | None = None, output_length: int | N
     start, _, part = ref.rpartition(f"{SUFFIX}:")
     path = Path(start + SUFFIX if start else ref)
     made = load(path)
-    point, held = made.checkpoint, made.held
     if part and part != WHOLE and start:
-        model = sub_model(point.model, select_by_name("sub-model", part, {c.name: c for c in made.cuts}))
-        point = dataclasses.replace(point, model=model, config=model.config)
-    more: dict[str, Any] = {}
-    if held:
-        behind = 0 if point.config.encoder else len(point.specials.start)  # a prompt has the start token behind it
-        input_length = input_length or max(len(s) for s in held.sources) + behind
-        output_length = output_length or max(len(t) for t in held.targets) + 1
-        more["prompts"] = [s for s in held.sources[:CALIBRATION] if len(s) + behind <= input_length]
-    spec = spec_of(path.stem + (f"-{part}" if start else ""), point, input_length, output_length, draft, **more)
-    return dataclasses.replace(spec, evaluate=exact_match(spec, held), quality_name="exact match") if held else spec
+        model = sub_model(made.checkpoint.model, select_by_name("sub-model", part, {c.name: c for c in made.cuts}))
+        made = dataclasses.replace(made, checkpoint=dataclasses.replace(made.checkpoint, model=model, config=model.config))
+    return programs_of(path.stem + (f"-{part}" if start else ""), made, sizes)
+
+
+def programs_of(name: str, made: Saved, sizes: Sizes, **more: Any) -> ModelSpec:
+    """The same of a model in memory. It is scored on those held-out pairs that its programs can read; `more` goes to `spec_of`."""
+    point, held = made.checkpoint, made.held
+    if held is None:
+        return spec_of(name, point, sizes, **more)
+    behind = 0 if point.config.encoder else len(point.specials.start)  # a prompt has the start token behind it
+    inputs = sizes.inputs or (max(len(s) for s in held.sources) + behind,)
+    sizes = Sizes(inputs, sizes.outputs or (max(len(t) for t in held.targets) + 1,), sizes.draft)
+    read = [(s, t) for s, t in zip(held.sources, held.targets, strict=True) if len(s) + behind <= inputs[-1]]
+    more["prompts"] = [s for s in more.get("prompts", [s for s, _ in read[:CALIBRATION]]) if len(s) + behind <= inputs[-1]]
+    spec = spec_of(name, point, sizes, **more)
+    if not read:
+        return spec
+    scored = dataclasses.replace(held, sources=[s for s, _ in read], targets=[t for _, t in read])
+    return dataclasses.replace(spec, evaluate=exact_match(spec, scored), quality_name="exact match")
 
 
 def exact_match(spec: ModelSpec, held: Pairs) -> Callable[[Callable[[str, Sequence[Any]], list[Any]]], float]:

@@ -97,7 +97,7 @@ class LayoutSearch(Noun):
 def search(
     device: str, *, parameters: int | None = None, memory: int | None = None, base: SequenceConfig | None = None, dim: int | None = None,
     vocab: int = 32128, input_length: Lengths, output_length: Lengths, batch: int = 1, weights: Weights = "int8",
-    runtime: str | None = None, threads: int | None = None, buckets: tuple[int, ...] = (), step: Step | None = None,
+    runtime: str | None = None, threads: int | None = None, step: Step | None = None,
 ) -> LayoutSearch:  # fmt: skip
     """Cost every layout on `device`; the fastest that fits comes first.
 
@@ -114,7 +114,7 @@ def search(
         raise InputError("--config: a model of sound", "give a configuration that reads tokens")
     if parameters is None and memory is None:
         parameters = base.parameters if base else DEFAULT_PARAMETERS
-    task = Task(input_length, output_length, batch, buckets)
+    task = Task(input_length, output_length, batch)
     rows, left_out = [], []
     for i, name in enumerate(LAYOUTS):
         step(name, 0.5 * i / len(LAYOUTS))
@@ -134,10 +134,10 @@ def search(
 
 
 class Task:
-    """What is to be done: the lengths read and written, the texts at once, the sizes that programs are exported with."""
+    """What is to be done: the lengths read and written, the texts at once."""
 
-    def __init__(self, source: Lengths, output: Lengths, batch: int, buckets: tuple[int, ...]) -> None:
-        self.source, self.output, self.batch, self.buckets = source, output, batch, buckets
+    def __init__(self, source: Lengths, output: Lengths, batch: int) -> None:
+        self.source, self.output, self.batch = source, output, batch
 
 
 def _config(
@@ -171,7 +171,7 @@ def _row(name: str, config: SequenceConfig, where: Sequence[Where], task: Task, 
     """At the runtime where it fits and answers fastest; of equally fast ones, where it takes the least memory."""
     row = ShapeRow(layout=name, config=config, parameters=config.parameters, evidence=EVIDENCE.get(name))
     try:
-        made = [(w, cost(config, w, task.source, task.output, batch=task.batch, buckets=task.buckets)) for w in where]
+        made = [(w, cost(config, w, task.source, task.output, batch=task.batch)) for w in where]
     except InputError as error:
         return row.model_copy(update={"refused": error.what})
     made = [m for m in made if m[1].memory.peak_bytes <= limit] or made
