@@ -9,7 +9,7 @@ from edgesdk.plan.types import Budget, Estimate, Plan, Workload
 
 
 class LayoutRow(Part):
-    """Seconds and bytes, predicted. The first token needs every method once; each later one needs `decode` alone."""
+    """Seconds and bytes, predicted."""
 
     layout: str
     model: str
@@ -30,16 +30,12 @@ class LayoutTable(Noun):
     rows: tuple[LayoutRow, ...]
 
 
-def _sum(parts: list[Estimate]) -> Estimate:
-    """Bounds add up: the parts' errors are taken as fully correlated, which is the careful side."""
-    return Estimate(value=sum(p.value for p in parts), low=sum(p.low for p in parts), high=sum(p.high for p in parts))
-
-
 def _row(name: str, plan: Plan) -> LayoutRow:
-    per_method = plan.method_latency
+    answers = plan.answers
     return LayoutRow(
         layout=name, model=plan.model, runtime=plan.runtime, fits=plan.fits,
-        first_token=_sum(list(per_method.values())), per_token=per_method.get("decode"), whole_answer=plan.latency,
+        first_token=answers.first_token.mean if answers else plan.latency, per_token=answers.per_token if answers else None,
+        whole_answer=plan.latency,
         memory_bytes=plan.memory.peak_bytes, storage_bytes=plan.storage_bytes, quality=plan.quality,
     )  # fmt: skip
 

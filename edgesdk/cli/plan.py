@@ -175,6 +175,7 @@ def show(plan: Plan, out: str | None = None) -> None:
     screen.print(
         f"  whole      {show_seconds(plan.latency.value):>9}, memory {show_bytes(plan.memory.peak_bytes)}, stored {show_bytes(plan.storage_bytes)}{lost}"
     )
+    _answers(plan)
     _budgets(plan)
     _front(plan)
     for reason in plan.reasons:
@@ -184,6 +185,21 @@ def show(plan: Plan, out: str | None = None) -> None:
     screen.print(f"  solver: {plan.proof.name}, gap {plan.proof.gap:.2g}, {plan.proof.seconds * 1e3:.0f} ms")
     if plan.fits:
         screen.print(f"next: edgesdk build {out or 'plan.json'}" + ("" if out else "   (write the plan with --out plan.json)"))
+
+
+def _answers(plan: Plan) -> None:
+    """Of a sequence model: the lengths of its programs, and what answers of the workload's lengths take."""
+    from edgesdk.units import show_seconds
+
+    if (a := plan.answers) is None:
+        return
+    inputs, caches = (", ".join(map(str, sizes)) for sizes in (a.inputs, a.caches))
+    console().print(f"  programs for inputs of {inputs} tokens, caches of {caches}; each further token {show_seconds(a.per_token.value)}")
+    read, written = plan.workload.read, plan.workload.written
+    told = " ".join(f"{n} tokens {verb}," for n, verb in ((read, "read"), (written, "written")) if n is not None)
+    for name, s in (("first token", a.first_token), ("answer", a.whole)):
+        many = f", median {show_seconds(s.p50)}, 9 of 10 below {show_seconds(s.p90)}" if s.p50 != s.p90 else ""
+        console().print(f"  {name}: {told} {show_seconds(s.mean.value)} expected{many}")
 
 
 def _front(plan: Plan) -> None:

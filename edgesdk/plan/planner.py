@@ -13,7 +13,7 @@ from edgesdk.graph.memory import weight_bytes
 from edgesdk.graph.memory_plan import dry_plan
 from edgesdk.graph.types import ModelGraph, Unit
 from edgesdk.model import SEPARATOR
-from edgesdk.plan.answering import answering
+from edgesdk.plan.answering import answering, answers_of
 from edgesdk.plan.cost import Z80, UnitCost, call_seconds, fused, total, working_set
 from edgesdk.plan.harm import Step, harm_of, quality_of
 from edgesdk.plan.setting import Setting, cost_of, group_of, memory_of, need_power, offered_by, runtimes_of, setting_of, table_of
@@ -51,6 +51,7 @@ def make_plan(
             best = best.model_copy(update={"reasons": (*best.reasons, why_not)})
     if workload.draft:
         best = _drafting(made[at][0], best)
+    best = best.model_copy(update={"answers": answers_of(made[at][0].graph, workload, best.method_latency)})
     plans = [p for _, p in made]
     front = _pareto([c for p in plans for c in p.front])
     return best.model_copy(update={"front": front, "reasons": (*best.reasons, *_against(best, plans))})

@@ -55,6 +55,24 @@ class Estimate(Part):
     high: float
 
 
+class Spread(Part):
+    """Over the distribution of lengths: the expected value with its interval, the median and what nine of ten texts stay below."""
+
+    mean: Estimate
+    p50: float
+    p90: float
+
+
+class Answers(Part):
+    """Of a sequence model: the lengths that it has programs for, and seconds of answers of the lengths it is planned for."""
+
+    inputs: tuple[int, ...]  # tokens of source or prompt; of several, a text takes the smallest that holds it
+    caches: tuple[int, ...]  # slots of the caches, which move to the next size when they are full
+    first_token: Spread
+    per_token: Estimate  # each further token
+    whole: Spread
+
+
 class UnitPlan(Part):
     unit: str
     method: str
@@ -153,6 +171,7 @@ class Plan(Noun):
     storage_bytes: int
     quality: float | None  # reference quality on held-out data
     quality_drop: float | None  # predicted for this plan
+    answers: Answers | None = None  # of a sequence model with caches
     drafting: Drafting | None = None  # of a sequence model with a program that checks several tokens; the bundle guesses where it pays
     proof: SolverProof
     front: tuple[Candidate, ...]

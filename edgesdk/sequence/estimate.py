@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Literal
 from edgesdk.errors import InputError, UnknownName
 from edgesdk.graph.types import ModelGraph, Unit
 from edgesdk.noun import Part
-from edgesdk.plan.lengths import Lengths, quantile
-from edgesdk.plan.types import Estimate, MemoryAnswer, Precision
+from edgesdk.plan.answering import added, spread
+from edgesdk.plan.lengths import Lengths
+from edgesdk.plan.types import Estimate, MemoryAnswer, Precision, Spread
 from edgesdk.sequence.costs import Program, cache_slots, programs
 
 if TYPE_CHECKING:
@@ -81,14 +82,6 @@ def places(device: DeviceProfile, weights: Weights, runtime: str | None, threads
     return found
 
 
-class Spread(Part):
-    """Over the distribution of lengths: the expected value with its interval, the median and what nine of ten texts stay below."""
-
-    mean: Estimate
-    p50: float
-    p90: float
-
-
 class SequenceCost(Part):
     """One answer to a batch of texts. Seconds, bytes, joules; all predicted."""
 
@@ -116,11 +109,6 @@ def buckets_of(lengths: Lengths) -> dict[int, float]:
 
 def _scaled(e: Estimate, by: float) -> Estimate:
     return Estimate(value=e.value * by, low=e.low * by, high=e.high * by)
-
-
-def _added(pairs: list[tuple[Estimate, float]]) -> Estimate:
-    """A weighted sum; bounds add up: the parts' errors are taken as fully correlated, which is the careful side."""
-    return Estimate(**{k: sum(getattr(e, k) * by for e, by in pairs) for k in ("value", "low", "high")})
 
 
 def program_estimate(program: Program, where: Where) -> Estimate:
@@ -171,7 +159,7 @@ class Parts:
     decode_macs: int
 
     def answer(self, written: float) -> Estimate:
-        return _added([(self.opening, 1.0), *([(self.decode, written - 1.0)] if self.decode else [])])
+        return added([(self.opening, 1.0), *([(self.decode, written - 1.0)] if self.decode else [])])
 
 
 def parts_of(config: SequenceConfig, where: Where, batch: int, source: int, slots: int) -> Parts:
@@ -180,7 +168,7 @@ def parts_of(config: SequenceConfig, where: Where, batch: int, source: int, slot
     seconds = {name: program_estimate(p, where) for name, p in made.items()}
     first = [n for n in made if n != "decode" or config.encoder is not None]  # behind an encoder, decode gives the first token, too
     return Parts(
-        _added([(seconds[n], 1.0) for n in first]), seconds.get("decode"), sum(made[n].macs for n in first),
+        added([(seconds[n], 1.0) for n in first]), seconds.get("decode"), sum(made[n].macs for n in first),
         made["decode"].macs if "decode" in made else 0,
     )  # fmt: skip
 
@@ -201,21 +189,16 @@ def cost(config: SequenceConfig, where: Where, source: Lengths, output: Lengths,
     _refuse(config, source.values[0], slots, max(shares))
     made = [(parts_of(config, where, batch, bucket, slots), share) for bucket, share in shares.items()]
     answers = [(p.answer(n), share * part) for p, share in made for n, part in zip(output.values, output.shares, strict=True)]
-    whole, memory = _added(answers), memory_of(config, where, batch, list(shares), slots)
+    whole, memory = added(answers), memory_of(config, where, batch, list(shares), slots)
     held, power, tokens = _caches(config, batch, max(shares), slots), _power(where.device), batch * output.mean
     return SequenceCost(
-        first_token=_spread([(p.opening, share) for p, share in made]), answer=_spread(answers),
-        per_token=_added([(p.decode, share) for p, share in made if p.decode]) if config.decoder else None,
+        first_token=spread([(p.opening, share) for p, share in made]), answer=spread(answers),
+        per_token=added([(p.decode, share) for p, share in made if p.decode]) if config.decoder else None,
         tokens_per_s=Estimate(value=tokens / whole.value, low=tokens / whole.high, high=tokens / whole.low),
         flops=sum(share * 2.0 * (p.opening_macs + p.decode_macs * (output.mean - 1)) for p, share in made),
         weight_bytes=memory.weights_bytes, self_cache_bytes=held[0], cross_cache_bytes=held[1], memory=memory,
         energy_j=_scaled(whole, power) if power else None, power_w=power,
     )  # fmt: skip
-
-
-def _spread(pairs: list[tuple[Estimate, float]]) -> Spread:
-    values = [(e.value, share) for e, share in pairs]
-    return Spread(mean=_added(pairs), p50=quantile(values, 0.5), p90=quantile(values, 0.9))
 
 
 def _refuse(config: SequenceConfig, shortest: int, written: int, bucket: int) -> None:
