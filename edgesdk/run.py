@@ -78,13 +78,7 @@ def run(
                 prompts = [prompt] if isinstance(prompt, str) else list(inputs if prompt is None else prompt)
                 return _generate(agent, here, prompts, settings, hear, cancelled, encoder)
             if prompt is not None:
-                if "tokenizer.json" not in names:
-                    raise InputError(f"{here.manifest.model_name} is no sequence model: it takes no prompt", "give --input FILE.npy")
-                texts = [prompt] if isinstance(prompt, str) else prompt
-                if len(texts) > 1 or settings != Settings():
-                    what = f"{here.manifest.model_name} has no sequence.json: it answers one prompt at a time, greedily"
-                    raise InputError(what, "give --prompt alone")
-                return _spell(agent, here.folder, here.read("tokenizer.json"), texts[0])
+                raise InputError(f"{here.manifest.model_name} is no sequence model: it takes no prompt", "give --input FILE.npy")
             outputs = agent.run(here.folder, chosen, list(inputs))
         labels = here.read("labels.txt").decode().splitlines() if "labels.txt" in names else []
     finally:
@@ -136,13 +130,6 @@ def _wrong_input() -> Iterator[None]:
         yield
     except SequenceError as error:
         raise InputError(error.what, error.hint) from None
-
-
-def _spell(agent: Any, folder: str, tokenizer: bytes, prompt: str) -> Answer:
-    from edgesdk.examples.generate import generate
-
-    text = generate(lambda m, arrays: agent.run(folder, m, list(arrays)), tokenizer, prompt)
-    return Answer("generate", (), text)
 
 
 def _label(outputs: Sequence[Any], labels: list[str]) -> str | None:

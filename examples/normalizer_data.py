@@ -18,15 +18,14 @@ TENS = ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eight
 MONTHS = ["january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november", "december"]
 ORDINALS = {1: "first", 2: "second", 3: "third", 5: "fifth", 8: "eighth", 9: "ninth", 12: "twelfth", 20: "twentieth", 30: "thirtieth"}
 ALPHABET = " abcdefghijklmnopqrstuvwxyz0123456789-:$.,/"
-PAD, BOS, EOS = 0, 1, 2
-VOCABULARY = len(ALPHABET) + 3
+PAD, BOS, EOS, FIRST = 0, 1, 2, 3
+VOCABULARY = FIRST + len(ALPHABET)
 MAX_INPUT, MAX_OUTPUT = 56, 12  # tokens, with EOS
 
 
-def encode(text: str, length: int) -> list[int]:
-    """Character ids, EOS, then padding to `length`; unknown characters are dropped, what is too long is cut."""
-    ids = [*[ALPHABET.index(c) + 3 for c in text.lower() if c in ALPHABET][: length - 1], EOS]
-    return ids + [PAD] * (length - len(ids))
+def encode(text: str) -> list[int]:
+    """Character ids and EOS."""
+    return [*[ALPHABET.index(c) + FIRST for c in text], EOS]
 
 
 def words(n: int) -> str:

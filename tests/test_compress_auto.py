@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -103,49 +105,16 @@ def test_evolution_holds_every_budget() -> None:
         assert all(u[rows, list(choice)].sum() <= limit * (1 + 1e-9) for u, limit in zip(use, limits, strict=True))
 
 
-class _Chain(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(8, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.inner(x))
-
-
-def _two_methods() -> ModelSpec:
-    torch.manual_seed(0)
-    first, second = _Chain().eval(), _Chain().eval()
-    inputs = [(torch.randn(3, 8),) for _ in range(6)]
-
-    def calibration(method: str) -> list[tuple[torch.Tensor, ...]]:
-        with torch.no_grad():
-            return inputs if method == "encode" else [(first(*i),) for i in inputs]
-
-    methods = {"encode": Method(first, inputs[0]), "decode": Method(second, inputs[0])}
-    return ModelSpec(name="two", digest="two-1", methods=methods, calibration=calibration)
-
-
-def test_errors_travel_from_one_method_into_the_next() -> None:
-    spec = _two_methods()
-    loss = Loss(spec)
-    assert loss.counted == [("decode", 0)]
+def test_a_sequence_models_errors_travel_through_its_caches() -> None:
+    spec = load_model("example:normalizer")
+    loss = Loss(spec, every=16)
+    assert [len(rows) for rows in loss.rows.values()] == [4] and list(loss.soft.values()) == [True]
     assert loss(spec) == pytest.approx(0.0, abs=1e-9)
+    harmed = copy.deepcopy(spec.methods)
     with torch.no_grad():
-        spec.methods["encode"].module.inner.weight.add_(0.1)
-    harmed = loss(spec)
-    assert harmed > 1e-3
-    assert Loss(spec)(spec) == pytest.approx(0.0, abs=1e-9), "another reference"
-    assert loss(spec) == harmed
-
-
-def test_fewer_cases_are_whole_cases() -> None:
-    spec = _two_methods()
-    assert [len(rows) for rows in Loss(spec, every=3).rows.values()] == [2, 2]
-    normalizer = load_model("example:normalizer")
-    some = Loss(normalizer, every=16)
-    assert some(normalizer) == pytest.approx(0.0, abs=1e-9)
-    assert set(some.counted) == {("prefill", 0), ("decode", 0)}
-    assert all(some.soft.values())
+        harmed["decode"].module.core.decoder.layers[1].self_attn.v.weight.mul_(0)
+    assert loss(replace(spec, methods=harmed)) > 1e-3
+    assert loss(spec) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_samples_may_differ_in_length() -> None:

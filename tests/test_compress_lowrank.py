@@ -158,7 +158,7 @@ def test_lord_then_integers() -> None:
 def test_lord_splits_once_for_all_methods() -> None:
     made = compress("example:normalizer", "lord:size=0.8", evaluate=False)
     cores = [m.module.core for m in made.spec.methods.values()]
-    assert cores[0] is cores[1] is cores[2] and any(isinstance(m, nn.Sequential) for m in cores[0].modules())
+    assert cores[0] is cores[1] and any(isinstance(m, nn.Sequential) for m in cores[0].modules())
     assert made.report.weight_elements < 0.82 * made.report.float_bytes / 4
 
 

@@ -17,7 +17,7 @@ import edgesdk.compress as compress
 from edgesdk.compress import distill, training
 from edgesdk.compress.distill import DistillConfig
 from edgesdk.compress.features import cka, enhanced, information
-from edgesdk.compress.generated import Calls, chain_of, more_rows, random_rows, self_generated
+from edgesdk.compress.generated import Calls, chain_of, more_rows, random_texts, self_generated, stacked
 from edgesdk.compress.learned import learn
 from edgesdk.compress.lessons import Lessons, gap, stored_cache
 from edgesdk.compress.registry import configured
@@ -25,11 +25,13 @@ from edgesdk.compress.saved import load
 from edgesdk.compress.types import Weight
 from edgesdk.compress.weights import weights_of
 from edgesdk.errors import InputError
-from edgesdk.examples.generate import encode_text, generate, tokenizer_of
 from edgesdk.intake import load_model
 from edgesdk.model import Method, ModelSpec
 from edgesdk.packed import Code, decode, pack, unpack
 from edgesdk.plan.fake_quant import run
+from edgesdk.sequence.card import Card
+from edgesdk.sequence.generate import generate
+from edgesdk.sequence.tokens import tokenizer_of
 
 torch.set_num_threads(1)
 
@@ -187,14 +189,18 @@ def test_several_samples_at_once_give_what_they_give_alone() -> None:
 @pytest.mark.parametrize("name", ["normalizer", "normalizer-decoder-only"])
 def test_a_chain_answers_as_generation_does_and_is_nought_from_itself(name: str) -> None:
     spec = load_model(f"example:{name}")
-    chain, tokenizer = chain_of(spec), tokenizer_of(spec)
+    chain, card = chain_of(spec), Card.read(spec.files["sequence.json"])
     assert chain is not None
-    texts = ["half past nine am", "twelve dollars"]
-    sources = torch.tensor([encode_text(tokenizer, t) for t in texts])[:, None]
+    texts = [tokenizer_of(card, spec.files.__getitem__).encode(t) for t in ("half past nine am", "twelve dollars")]
+    rows = chain.inputs(texts)
+    assert chain.texts(rows) == texts
     with torch.no_grad():
-        answers = chain.answer(Calls(spec), [sources])
-    for text, ids, valid in zip(texts, answers.tokens, answers.valid, strict=True):
-        assert "".join(tokenizer["alphabet"][i - 3] for i in ids[valid].tolist() if i >= 3) == generate(run(spec), spec, text)
+        answers = chain.answer(Calls(spec), stacked(rows)[0])
+    for result, ids, valid in zip(generate(run(spec), card, texts), answers.tokens, answers.valid, strict=True):
+        assert [i for i in ids[valid].tolist() if i not in card.eos] == result.tokens
+    drawn = random_texts(chain, 50)
+    assert all(t[-1] == card.eos[0] and len(t) <= 56 for t in drawn) and max(map(max, drawn)) < card.vocab
+    assert chain.texts(chain.inputs(drawn)) == drawn
     lessons = Lessons(spec, spec, pool=24, batch=4)
     assert lessons.sets[0].count == 24 and lessons.held_out() == pytest.approx(0, abs=1e-6)
     coarse = [Lessons(spec, spec, pool=8, batch=4, data="calibration", cache_bits=b).held_out() for b in (8, 4)]
@@ -219,8 +225,6 @@ def test_further_rows_follow_the_given_ones_and_end_like_them() -> None:
     assert 0 < len(more) <= 20 and bool((more[:, -1] == 0).all()) and torch.equal(more, more_rows(rows, 20, order=2))
     pairs = {tuple(r[i : i + 2].tolist()) for r in rows for i in range(7)}
     assert {tuple(r[i : i + 2].tolist()) for r in more for i in range(7)} <= pairs
-    drawn = random_rows(torch.tensor([[4, 9, 2, 0, 0]]), 12, 50)
-    assert drawn.shape == (50, 5) and int(drawn.max()) < 12 and all(2 in row.tolist() for row in drawn)
 
 
 # ---- training with rounded weights

@@ -1,9 +1,8 @@
-"""The built-in examples: their quality, their methods, their data, and generation over any `run`."""
+"""The built-in examples: their quality, their programs, their data, and their answers over any `run`."""
 
 from __future__ import annotations
 
 import datetime
-import json
 
 import numpy as np
 import pytest
@@ -12,9 +11,14 @@ import torch
 from edgesdk.errors import InputError
 from edgesdk.examples import EXAMPLES, digits, load_weights, normalizer
 from edgesdk.examples import normalizer_data as data
-from edgesdk.examples.generate import TOKENIZER, encode_text, generate, tokenizer_of
 from edgesdk.intake import load_model
 from edgesdk.model import ModelSpec
+from edgesdk.plan.fake_quant import run
+from edgesdk.sequence.card import NAME, Card, SequenceError
+from edgesdk.sequence.choose import Settings
+from edgesdk.sequence.generate import generate
+from edgesdk.sequence.sizes import Sizes
+from edgesdk.sequence.tokens import tokenizer_of
 
 NORMALIZERS = [name for name in EXAMPLES if name.startswith("normalizer")]
 _specs: dict[str, ModelSpec] = {}
@@ -35,15 +39,11 @@ def spec_of(name: str) -> ModelSpec:
     return _specs[name]
 
 
-def eager(spec: ModelSpec):
-    """`run` over the spec's own modules."""
-
-    def run(method, inputs):
-        with torch.no_grad():
-            out = spec.methods[method].module(*(torch.from_numpy(np.asarray(i)) for i in inputs))
-        return [o.numpy() for o in (out if isinstance(out, tuple) else (out,))]
-
-    return run
+def answer(spec: ModelSpec, text: str, settings: Settings | None = None) -> str:
+    """What its programs answer."""
+    card = Card.read(spec.files[NAME])
+    (result,) = generate(run(spec), card, [text], settings, tokenizer_of(card, spec.files.__getitem__))
+    return result.text
 
 
 def parameters(spec: ModelSpec) -> int:
@@ -52,7 +52,7 @@ def parameters(spec: ModelSpec) -> int:
 
 def test_digits_reaches_its_accuracy_without_scikit_learn():
     spec = spec_of("digits-cnn")
-    assert spec.evaluate(eager(spec)) > 0.97
+    assert spec.evaluate(run(spec)) > 0.97
     assert 100_000 < parameters(spec) < 400_000
     assert spec.methods["forward"].example_inputs[0].shape == (1, 1, 8, 8)
     assert len(list(spec.calibration("forward"))) >= 32
@@ -78,7 +78,7 @@ def test_digits_accuracy_falls_for_a_wrong_model():
 def test_normalizer_reaches_its_exact_match(name):
     spec = spec_of(name)
     assert spec.quality_name == "exact match"
-    assert spec.evaluate(eager(spec)) >= 0.95
+    assert spec.evaluate(run(spec)) >= 0.95
     assert 400_000 < parameters(spec) < 1_500_000
 
 
@@ -94,41 +94,29 @@ def test_normalizer_reaches_its_exact_match(name):
     ],
 )
 def test_what_the_readme_says(name, said, written):
-    assert generate(eager(spec_of(name)), spec_of(name), said) == written
+    assert answer(spec_of(name), said) == written
 
 
 @pytest.mark.parametrize("name", NORMALIZERS)
-def test_methods_agree_with_teacher_forcing(name):
-    """Step by step over explicit caches gives the logits of the whole sequence at once."""
-    spec, layers = spec_of(name), normalizer.LAYOUTS[name]
-    core = load_weights(normalizer.Normalizer(*layers), normalizer._weights(name))
-    said, written = "nine minutes to ten pm", "21:51"
-    src, out = data.encode(said, normalizer.S), [*data.encode(written, len(written) + 1)]
-    with torch.no_grad():
-        whole = core(torch.tensor([src]), torch.tensor([out])).numpy()[0]
-    run, encoder = eager(spec), layers[0] > 0
-    rest = run("encode", [np.array([src])]) if encoder else []
-    logits, k, v, *mask = run("prefill", rest if encoder else [np.array([src])])
-    rest = rest or mask
-    for t, wanted in enumerate(whole):
-        np.testing.assert_allclose(logits[0], wanted, atol=2e-3)
-        position = np.array([t + 1 if encoder else normalizer.S + t + 1])
-        logits, k, v = run("decode", [np.array([out[t]]), position, k, v, *rest])
-
-
-@pytest.mark.parametrize("name", NORMALIZERS)
-def test_methods_chain_in_static_shapes_and_export(name):
+def test_programs_are_as_long_as_the_data_and_export(name):
     spec = spec_of(name)
-    assert list(spec.methods) == (["prefill", "decode"] if name.endswith("decoder-only") else ["encode", "prefill", "decode"])
-    shapes = {}
-    for method, entry in spec.methods.items():
-        program = torch.export.export(entry.module, entry.example_inputs)
-        assert not program.range_constraints
-        shapes[method] = [tuple(o.shape) for o in program.module(check_guards=False)(*entry.example_inputs)]
-        assert all(i.dtype in (torch.float32, torch.int64) for i in entry.example_inputs)
-    assert shapes["decode"] == shapes["prefill"][:3]
-    if "encode" in shapes:
-        assert shapes["encode"] == [tuple(i.shape) for i in spec.methods["prefill"].example_inputs]
+    card = Card.read(spec.files[NAME])
+    first = card.methods["prefill" if name.endswith("decoder-only") else "encode"]
+    assert (first["source"] or first["tokens"] - len(card.start)) == data.MAX_INPUT and card.max_output == data.MAX_OUTPUT
+    assert set(spec.methods) == set(card.methods) and len(card.methods) == 2
+    assert {m: e.unroll for m, e in spec.methods.items()} == {first["role"]: 1, "decode": 8}
+    for entry in spec.methods.values():
+        assert not torch.export.export(entry.module, entry.example_inputs).range_constraints
+
+
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_other_lengths_and_guessed_tokens(name):
+    spec = load_model(f"example:{name}", Sizes((48,), (11,), draft=4))
+    card = Card.read(spec.files[NAME])
+    assert card.max_output == 11 and set(card.methods) - set(spec_of(name).methods) == {"decode_x4"}
+    assert answer(spec, "nine minutes to ten pm", Settings(draft="copy")) == answer(spec, "nine minutes to ten pm") == "21:51"
+    with pytest.raises(InputError, match="want more positions"):
+        load_model(f"example:{name}", Sizes((78,)))
 
 
 @pytest.mark.parametrize("name", NORMALIZERS)
@@ -138,18 +126,6 @@ def test_calibration_covers_every_method(name):
         samples = list(spec.calibration(method))
         assert len(samples) >= 16
         assert [t.shape for t in samples[0]] == [t.shape for t in entry.example_inputs]
-
-
-def test_padding_changes_nothing():
-    """The encoder's answer at real positions does not depend on what stands under the mask."""
-    spec = spec_of("normalizer")
-    module = spec.methods["encode"].module
-    ids = torch.tensor([data.encode("half past two am", normalizer.S)])
-    with torch.no_grad():
-        k, _, mask = module(ids)
-    real = (ids[0] != data.PAD).nonzero()[:, 0]
-    assert torch.all(mask[real] == 0) and torch.all(mask[len(real) :] < -1000)
-    assert torch.isfinite(k).all()
 
 
 def test_the_twins_have_about_the_same_size_and_the_normalizer_names_them():
@@ -198,27 +174,10 @@ def test_ordinals():
     ]  # fmt: skip
 
 
-def test_tokenizer_in_a_bundle_is_enough_to_generate():
-    spec = spec_of("normalizer")
-    content = spec.files[TOKENIZER]
-    assert generate(eager(spec), content, "ten to six pm") == generate(eager(spec), json.loads(content), "ten to six pm") == "17:50"
-
-
-@pytest.mark.parametrize(("text", "said"), [("", "empty"), ("   ", "empty"), ("naïve", "'ï'"), ("one " * 20, "79 characters")])
+@pytest.mark.parametrize(("text", "said"), [("", "empty"), ("   ", "empty"), ("naïve", "'ï'"), ("one " * 20, "80 tokens")])
 def test_text_that_the_model_does_not_take(text, said):
-    with pytest.raises(InputError, match=said):
-        encode_text(tokenizer_of(spec_of("normalizer")), text)
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"kind": "words"}', b'{"kind": "characters"}'])
-def test_tokenizer_that_is_wrong(content):
-    with pytest.raises(InputError):
-        tokenizer_of(content)
-
-
-def test_a_model_without_a_tokenizer_takes_no_text():
-    with pytest.raises(InputError, match="takes no text"):
-        generate(eager(spec_of("digits-cnn")), spec_of("digits-cnn"), "five")
+    with pytest.raises(SequenceError, match=said):
+        answer(spec_of("normalizer"), text)
 
 
 def test_weights_that_are_not_there(tmp_path):

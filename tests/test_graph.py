@@ -80,11 +80,12 @@ def test_what_cannot_be_exported_is_told():
 
 def test_sequence_methods_share_weights_and_name_their_caches():
     graph = trace(load_model("example:normalizer"))
-    assert {m.name for m in graph.methods} == {"encode", "prefill", "decode"}
+    assert {m.name for m in graph.methods} == {"encode", "decode"}
     decode = graph.method("decode")
-    assert decode.cache_inputs == ("self_k", "self_v")
-    prefill = {u.weight for u in graph.method("prefill").units if u.weight_elements}
-    assert prefill <= {u.weight for u in decode.units} | {"core.embed.weight", "core.position.weight"}
+    assert decode.cache_inputs == ("self_k_0", "self_v_0", "self_k_1", "self_v_1")
+    assert decode.cross_cache_inputs == ("cross_k_0", "cross_v_0", "cross_k_1", "cross_v_1")
+    encode = {u.weight for u in graph.method("encode").units if u.weight_elements}
+    assert encode & {u.weight for u in decode.units} == {"core.embed.weight"}
 
 
 @pytest.mark.skipif(not MODELS.is_dir(), reason="needs ../shared/data/models (MLPerf Tiny)")

@@ -162,7 +162,7 @@ def test_more_tokens_take_longer_and_too_many_are_refused() -> None:
     )
     decode = short.method_latency["decode"].value
     assert long.latency.value - short.latency.value == pytest.approx(8 * decode, rel=0.05)
-    with pytest.raises(InputError, match="hold 12 tokens"):
+    with pytest.raises(InputError, match="want more positions than the model's 56"):
         plan("example:normalizer", "pi5", layout="encoder-decoder", workload=Workload(output_length=400))
     with pytest.raises(InputError, match="writes no sequence"):
         plan("example:digits-cnn", "pi5", workload=Workload(output_length=4))

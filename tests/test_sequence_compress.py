@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from edgesdk.compress import compress
-from edgesdk.compress.generated import Calls, FamilyChain, chain_of, self_generated
+from edgesdk.compress.generated import Calls, Chain, chain_of, self_generated
 from edgesdk.plan.fake_quant import run
 from edgesdk.sequence.card import Card
 from edgesdk.sequence.choose import Settings
@@ -33,7 +33,7 @@ def spec_of(layout: str, **more):
 def test_the_chain_answers_as_the_runtime_does(layout):
     spec = spec_of(layout, several=(4,))
     chain = chain_of(spec)
-    assert isinstance(chain, FamilyChain)
+    assert isinstance(chain, Chain)
     samples = list(spec.calibration(chain.first))
     with torch.no_grad():
         made = chain.answer(Calls(spec), [torch.stack(x) for x in zip(*samples, strict=True)])

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from edgesdk.compress.features import Comparison, Kind
 from edgesdk.compress.generated import Values
-from edgesdk.compress.lessons import Lessons
+from edgesdk.compress.lessons import Lessons, Set
 from edgesdk.compress.training import Outcome, TrainConfig, Training, free_parameters, lessons_of, teacher_of, why_no_training
 from edgesdk.compress.types import Change, Family, Need, Step
 from edgesdk.errors import InputError
@@ -134,7 +134,7 @@ class _Stages:
         self.methods = method
         chosen, index, _ = lessons.drawn(0)
         with torch.no_grad():
-            mine, theirs, logits = self._values([x[index[:2]] for x in chosen.inputs], None)
+            mine, theirs, logits = self._values(chosen, index[:2], None)
         if config.features == "stages" and lessons.chain is not None:
             raise InputError('features="stages" is for models of one call', 'use "mse", "cka" or "mi" for sequence models')
         self.comparison = Comparison(_kind(config), mine, theirs, logits.shape[-1], config.seed)
@@ -143,16 +143,18 @@ class _Stages:
     def _method(spec: ModelSpec) -> str:
         return "encode" if "encode" in spec.methods else next(iter(spec.methods))
 
-    def _values(self, inputs: list[torch.Tensor], values: Values | None) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-        out = self.lessons.student(self.methods[0], inputs, values, self.own)
+    def _values(
+        self, chosen: Set, index: torch.Tensor, values: Values | None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+        out = self.lessons.student(self.methods[0], [x[index] for x in chosen.own], values, self.own)
         with torch.no_grad():
-            right = self.lessons.teacher(self.methods[1], inputs, taps=self.theirs)
+            right = self.lessons.teacher(self.methods[1], [x[index] for x in chosen.inputs], taps=self.theirs)
         first = right[0]
         return out[-len(self.own) :], right[-len(self.theirs) :], first.reshape(len(first), -1, first.shape[-1])[:, -1]
 
     def loss(self, n: int, values: Values | None) -> torch.Tensor:
         chosen, index, _ = self.lessons.drawn(n)
-        return self.comparison(*self._values([x[index] for x in chosen.inputs], values))
+        return self.comparison(*self._values(chosen, index, values))
 
 
 def _kind(config: DistillConfig) -> Kind:

@@ -8,7 +8,7 @@ over the calibration inputs, or, without any, at random, and only the answers ar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edgesdk.errors import InputError
+from edgesdk.sequence.card import NAME, Card
 
 if TYPE_CHECKING:
     from edgesdk.model import ModelSpec
@@ -109,23 +110,61 @@ class Answers:
 
 @dataclass(frozen=True)
 class Chain:
-    """`encode` (if there is one), `prefill`, then a `decode` a token, as in `edgesdk.examples.generate`; caches are handed on.
+    """How the programs of a sequence model (see `edgesdk.sequence`) hang together, for stacks of samples: `encode` or `prefill`, then a `decode` a token.
 
-    `offset` positions come before the first answered token; an answer ends with `end` (None: at `longest`)."""
+    Caches are inputs only, and each call gives the new keys and values.
+    """
 
-    encoder: bool
-    offset: int
-    longest: int
-    end: int | None
+    card: Card
+    first: str  # the method that takes the source or the prompt
+    decode: str
 
     @property
-    def first(self) -> str:
-        return "encode" if self.encoder else "prefill"
+    def encoder(self) -> bool:
+        return bool(self.card.methods[self.first]["role"] == "encode")
+
+    @property
+    def size(self) -> int:
+        """Tokens that the first method takes."""
+        return int(self.card.methods[self.first]["source" if self.encoder else "tokens"])
+
+    @property
+    def slots(self) -> int:
+        return int(self.card.methods[self.decode]["cache"])
+
+    @property
+    def longest(self) -> int:
+        return max(1, min(self.card.max_output, self.slots - (0 if self.encoder else self.size)))
+
+    def texts(self, rows: Sequence[Row]) -> list[list[int]]:
+        """The prompts in inputs of the first method, without padding."""
+        if self.encoder:
+            return [r[0][r[1] == 0].tolist() for r in rows]
+        return [r[0][0, : int(r[2]) + 1 - len(self.card.start)].tolist() for r in rows]
+
+    def samples(self, spec: ModelSpec) -> list[Row]:
+        """Calibration inputs of the first method: the prompts of `spec`, where it has some."""
+        texts = [[int(t) for t in p] for p in spec.prompts if np.ndim(p) == 1]
+        most = self.size - (0 if self.encoder else len(self.card.start))
+        found = self.inputs([t for t in texts if len(t) <= most])
+        return found or (list(spec.calibration(self.first)) if spec.calibration else [])
+
+    def inputs(self, texts: Sequence[Sequence[int]]) -> list[Row]:
+        """What the first method takes for prompts, as the runtime gives it."""
+        rows, at = [], torch.arange(self.size)[None]
+        for text in texts:
+            tokens = [*text, *(() if self.encoder else self.card.start)]
+            ids = torch.tensor([tokens + [self.card.pad] * (self.size - len(tokens))])
+            mask = (at >= len(tokens)).to(torch.float32) * -1e4
+            last = len(tokens) - 1
+            rows.append((ids, mask) if self.encoder else (ids, at.clamp(max=last), torch.tensor([last]), mask))
+        return rows
 
     def answer(
         self, calls: Calls, sources: Sequence[torch.Tensor], values: Values | None = None, forced: Answers | None = None, keep: Any = None
     ) -> Answers:
-        """Greedy, or fed with the tokens of `forced`; `keep(cache) → cache` stands for a cache that is stored in fewer bits."""
+        """To stacks of inputs of the first method: greedy, or fed with the tokens of `forced`. `keep(cache) → cache` stands for a cache that is
+        stored in fewer bits."""
         first, further = self._begin(calls, sources, values, keep or (lambda x: x))
         all_logits, tokens, valid = [first], [], []
         steps = self.longest if forced is None else int(forced.valid.sum(1).max())
@@ -133,7 +172,8 @@ class Chain:
         for t in range(1, steps + 1):
             tokens.append(all_logits[-1].detach().argmax(-1) if forced is None else forced.tokens[:, t - 1])
             valid.append(~done)
-            done = done | (tokens[-1] == self.end) if self.end is not None else done
+            for end in self.card.eos:
+                done = done | (tokens[-1] == end)
             if t == steps or bool(done.all()):
                 break
             all_logits.append(further(tokens[-1]))
@@ -143,46 +183,8 @@ class Chain:
 
     def _begin(self, calls: Calls, sources: Sequence[torch.Tensor], values: Values | None, keep: Any) -> tuple[torch.Tensor, Further]:
         """The first token's logits [count, vocabulary], and what gives those behind each further one."""
-        if self.encoder:
-            rest = [keep(x) if x.dim() > 3 else x for x in calls("encode", sources, values)]
-            logits, k, v = calls("prefill", rest, values)[:3]
-        else:
-            logits, k, v, *rest = calls("prefill", sources, values)
-        place = torch.full((len(logits), 1), self.offset)
-
-        def further(token: torch.Tensor) -> torch.Tensor:
-            nonlocal k, v, place
-            place = place + 1
-            logits, k, v = calls("decode", [token[:, None], place, keep(k), keep(v), *rest], values)[:3]
-            return logits.reshape(len(logits), -1)
-
-        return logits.reshape(len(logits), -1), further
-
-
-@dataclass(frozen=True)
-class FamilyChain(Chain):
-    """The same for programs by the contract of `edgesdk.sequence`: caches are inputs only, and each call gives the new keys and values."""
-
-    start: int = 0
-    decode: str = "decode"
-    begin: str = "encode"
-    caches: tuple[tuple[int, int, int], ...] = ()  # heads, slots, size of each cache, twice: keys and values
-
-    @property
-    def first(self) -> str:
-        return self.begin
-
-    def inputs(self, rows: torch.Tensor) -> list[Row]:
-        """What the first method takes for rows of tokens [count, length], all of them seen."""
-        length = rows.shape[1]
-        seen = torch.zeros(1, length)
-        if self.encoder:
-            return [(r[None], seen) for r in rows]
-        return [(r[None], torch.arange(length)[None], torch.tensor([length - 1]), seen) for r in rows]
-
-    def _begin(self, calls: Calls, sources: Sequence[torch.Tensor], values: Values | None, keep: Any) -> tuple[torch.Tensor, Further]:
-        count, slots = len(sources[0]), torch.arange(self.caches[0][1])
-        held = [torch.zeros(count, 1, *shape) for shape in self.caches]
+        count, slots = len(sources[0]), torch.arange(self.slots)
+        held = [torch.zeros(count, 1, c["heads"], self.slots, c["head"]) for c in self.card.caches for _ in "kv"]
         length = torch.zeros(count, dtype=torch.int64)
         behind: list[torch.Tensor] = []
 
@@ -198,71 +200,33 @@ class FamilyChain(Chain):
             return logits.reshape(count, -1)
 
         if self.encoder:
-            behind = [sources[1], *(keep(x) for x in calls(self.begin, sources, values))]
-            return further(torch.full((count,), self.start)), further
-        logits, *new = calls(self.begin, sources, values)
+            behind = [sources[1], *(keep(x) for x in calls(self.first, sources, values))]
+            return further(torch.full((count,), self.card.start[0])), further
+        logits, *new = calls(self.first, sources, values)
         length = sources[2].reshape(count) + 1
         for i, x in enumerate(new):
             held[i] = torch.cat([keep(x), held[i][..., x.shape[-2] :, :]], -2)
         return logits.reshape(count, -1), further
 
 
-def _family_chain(spec: ModelSpec) -> FamilyChain | None:
-    """None for programs of several lengths or batches, for windows and for answers that begin with several tokens."""
-    from edgesdk.sequence.card import NAME, Card
-
-    card = Card.read(spec.files[NAME])
-    plain = {n: m for n, m in card.methods.items() if m["role"] != "draft" and not (m["role"] == "decode" and m["tokens"] > 1)}
-    roles = {m["role"]: n for n, m in plain.items()}
-    encoder = "encode" in roles
-    if (
-        len(roles) != len(plain)
-        or set(roles) != {"encode" if encoder else "prefill", "decode"}
-        or any(m["batch"] > 1 for m in plain.values())
-    ):
-        return None
-    if any(c.get("window") for c in card.caches) or (encoder and len(card.start) != 1) or spec.layout == "encoder-ctc":
-        return None
-    slots = int(plain[roles["decode"]]["cache"])
-    shapes = tuple((int(c["heads"]), slots, int(c["head"])) for c in card.caches for _ in "kv")
-    read = 0 if encoder else int(plain[roles["prefill"]]["tokens"])
-    longest = max(1, min(card.max_output, slots - read))
-    first = roles["encode" if encoder else "prefill"]
-    return FamilyChain(
-        encoder, read, longest, card.eos[0] if card.eos else None, card.start[0] if card.start else 0, roles["decode"], first, shapes
-    )
-
-
 def chain_of(spec: ModelSpec) -> Chain | None:
-    """How the methods of a sequence model hang together, checked against its inputs of `decode`; None where they are called otherwise."""
-    import json
+    """None for models that are no sequence models, for batches and windows, and where an answer begins with several tokens.
 
-    if "sequence.json" in spec.files:
-        return _family_chain(spec)
-    names = set(spec.methods)
-    if names not in ({"encode", "prefill", "decode"}, {"prefill", "decode"}):
+    Of programs of several lengths the longest are taken: all have the same weights.
+    """
+    if NAME not in spec.files:
         return None
-    known = json.loads(spec.files["tokenizer.json"]) if "tokenizer.json" in spec.files else {}
-    end = known.get("eos")
-    encoder = "encode" in names
-    first = "encode" if encoder else "prefill"
-    sources = [next(iter(spec.calibration(first)))] if spec.calibration else [spec.methods[first].example_inputs]
-    wanted = next(iter(spec.calibration("decode"))) if spec.calibration else spec.methods["decode"].example_inputs
-    calls = Calls(spec)
-    if len(wanted) < 4:
+    card = Card.read(spec.files[NAME])
+    methods = {n: m for n, m in card.methods.items() if m["role"] != "draft" and not (m["role"] == "decode" and m["tokens"] > 1)}
+    roles: dict[str, str] = {}
+    for name in sorted(methods, key=lambda n: (methods[n]["source"], methods[n]["cache"], methods[n]["tokens"])):
+        roles[methods[name]["role"]] = name
+    first = "encode" if "encode" in roles else "prefill"
+    if set(roles) != {first, "decode"} or any(m["batch"] > 1 for m in methods.values()):
         return None
-    try:
-        with torch.no_grad():
-            offset = 0 if encoder else int(sources[0][0].shape[-1])
-            chain = Chain(encoder, offset, 2, None)
-            given = chain.answer(calls, [torch.stack([x]) for x in sources[0]])
-        room = int(wanted[2].shape[-2]) - offset
-        same = spec.calibration is None or int(given.tokens[0, 0]) == int(wanted[0])
-        if not same or int(wanted[1]) != offset + 1 or room < 1:
-            return None
-    except (RuntimeError, ValueError, IndexError, TypeError):
+    if any(c.get("window") for c in card.caches) or (first == "encode" and len(card.start) != 1):
         return None
-    return Chain(encoder, offset, min(room, int(known.get("max_output", room))), end)
+    return Chain(card, roles[first], roles["decode"])
 
 
 # ---- more inputs
@@ -304,30 +268,27 @@ def vocabulary_of(spec: ModelSpec, method: str) -> int:
     raise InputError(f"{spec.name}: {method} has no embedding, so it takes no tokens", "give the model calibration inputs")
 
 
-def random_rows(example: torch.Tensor, vocabulary: int, count: int, seed: int = 0) -> torch.Tensor:
-    """Rows like `example` [1, length]: random tokens of any number, then its ending (the run of equal tokens, and what comes before it)."""
+def more_texts(texts: Sequence[Sequence[int]], count: int, *, seed: int = 0) -> list[list[int]]:
+    """At most `count` further texts from `more_rows`, of lengths that are there."""
+    rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(t) for t in texts], batch_first=True, padding_value=-1)
+    return [r[r >= 0].tolist() for r in more_rows(rows, count, seed=seed)]
+
+
+def random_texts(chain: Chain, count: int, seed: int = 0) -> list[list[int]]:
+    """Random tokens of any number, then what a tokenizer puts behind a text."""
     generator = np.random.default_rng(seed)
-    row = example.reshape(-1).numpy()
-    run = len(row) - int(np.argmax(row[::-1] != row[-1])) if bool((row != row[-1]).any()) else len(row)
-    stop = [int(row[run - 1])] if run < len(row) else []
-    made = np.full((count, len(row)), int(row[-1]))
-    for line in made:
-        size = int(generator.integers(1, len(row) - len(stop) + 1)) if run < len(row) else len(row)
-        line[:size] = generator.integers(0, vocabulary, size)
-        line[size : size + len(stop)] = stop
-    return torch.from_numpy(made)
+    ending = [int(t) for t in chain.card.tokenizer.get("after", ())]
+    room = max(1, chain.size - len(ending) - (0 if chain.encoder else len(chain.card.start)))
+    sizes = generator.integers(1, room + 1, count)
+    return [[*generator.integers(0, chain.card.vocab, size).tolist(), *ending] for size in sizes]
 
 
 def self_generated(spec: ModelSpec, count: int = 256, *, seed: int = 0) -> dict[str, list[Row]]:
     """`count` inputs a method that the model makes itself, without any data. For a language model whose `forward` gives logits for every position
-    the tokens are its own; for `prefill`/`decode` models the sources are random and the answers its own. Raises `InputError` for others."""
-    chain = chain_of(replace(spec, calibration=None))
+    the tokens are its own; for sequence models the prompts are random and the answers its own. Raises `InputError` for others."""
+    chain = chain_of(spec)
     if chain is not None:
-        example = spec.methods[chain.first].example_inputs[0]
-        rows = random_rows(example, vocabulary_of(spec, chain.first), count, seed)
-        if isinstance(chain, FamilyChain):
-            return {chain.first: chain.inputs(rows)}
-        return {chain.first: [(r.reshape(example.shape),) for r in rows]}
+        return {chain.first: chain.inputs(random_texts(chain, count, seed))}
     if set(spec.methods) == {"forward"}:
         return {"forward": [(r,) for r in _own_text(spec, count, seed)]}
     raise InputError(

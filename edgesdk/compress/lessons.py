@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
-from edgesdk.compress.generated import Answers, Calls, Chain, Values, chain_of, more_rows, self_generated, stacked
+from edgesdk.compress.generated import Answers, Calls, Chain, Values, chain_of, more_rows, more_texts, self_generated, stacked
 from edgesdk.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class Set:
 
     method: str
     inputs: list[torch.Tensor]  # [count, *shape] each
+    own: list[torch.Tensor]  # as the student takes them, which may be of another layout
     chain: Chain | None = None
     answers: Answers | None = None
 
@@ -63,19 +64,21 @@ class Lessons:
         chain = chain_of(teacher) if whole else None
         self.chain = chain if chain is None or set(student.methods) == set(teacher.methods) else chain_of(student)
         if chain is not None and self.chain is None:
-            raise InputError(f"{student.name} answers no sequences as {teacher.name} does", "give a student with prefill and decode")
+            raise InputError(f"{student.name} answers no sequences as {teacher.name} does", "give another layout of the same model")
         sequence = teacher.layout != "plain"
         self.soft = loss == "logits" or (loss == "auto" and (sequence or teacher.quality_name == "accuracy"))
         rows = self._rows(teacher, chain, data, pool)
-        self.sets = [Set(m, inputs, chain) for m, found in rows.items() for inputs in stacked(found)]
+        self.sets = [Set(m, inputs, inputs, chain) for m, found in rows.items() for inputs in stacked(found)]
         order = torch.Generator().manual_seed(seed)
         for s in self.sets:
             if s.count < 2 and len(self.sets) == 1:
                 raise InputError(f"{teacher.name} has one calibration input for {s.method}", "training needs at least 2, better 64")
             shuffled = torch.randperm(s.count, generator=order)
-            s.inputs = [x[shuffled] for x in s.inputs]
-            if chain is not None:
+            s.inputs = s.own = [x[shuffled] for x in s.inputs]
+            if chain is not None and self.chain is not None:
                 s.answers = _answers(self.teacher, chain, s.inputs)
+                if self.chain is not chain:
+                    s.own = stacked(self.chain.inputs(chain.texts(list(zip(*s.inputs, strict=True)))))[0]
 
     def _rows(self, teacher: ModelSpec, chain: Chain | None, data: Data, pool: int) -> dict[str, list[tuple[Any, ...]]]:
         if data == "self":
@@ -86,11 +89,14 @@ class Lessons:
             )
         answer: dict[str, list[tuple[Any, ...]]] = {}
         for method in [chain.first] if chain else list(teacher.methods):
-            found = list(teacher.calibration(method))
+            found = chain.samples(teacher) if chain else list(teacher.calibration(method))
             found = found[:: max(1, len(found) // pool)][:pool]
-            if data == "auto" and len(found) > 1 and _is_tokens(found):
-                rows = torch.cat([f[0].reshape(1, -1) for f in found])
-                found += [(r.reshape(found[0][0].shape),) for r in more_rows(rows, pool - len(found), seed=self.seed)]
+            if data == "auto" and 1 < len(found) < pool:
+                if chain and not found[0][0].is_floating_point():
+                    found += chain.inputs(more_texts(chain.texts(found), pool - len(found), seed=self.seed))
+                elif _is_tokens(found):
+                    rows = torch.cat([f[0].reshape(1, -1) for f in found])
+                    found += [(r.reshape(found[0][0].shape),) for r in more_rows(rows, pool - len(found), seed=self.seed)]
             answer[method] = found
         return answer
 
@@ -108,7 +114,7 @@ class Lessons:
 
     def loss(self, step: int, values: Values | None = None) -> torch.Tensor:
         chosen, index, generator = self.drawn(step)
-        inputs = [x[index] for x in chosen.inputs]
+        inputs = [x[index] for x in chosen.own]
         if self.mix and chosen.chain is None and all(x.is_floating_point() for x in inputs) and len(index) > 1:
             share = torch.rand(len(index), generator=generator)
             share = torch.where(torch.rand(len(index), generator=generator) < MIXED, share, 1.0)
@@ -130,7 +136,7 @@ class Lessons:
 
     def _held(self, s: Set) -> tuple[torch.Tensor, list[torch.Tensor]]:
         index = torch.arange(s.count - s.held if s.held > 1 else 0, s.count)
-        inputs = [x[index] for x in s.inputs]
+        inputs = [x[index] for x in s.own]
         if s.chain is not None or not all(x.is_floating_point() for x in inputs) or len(index) < 2:
             return index, inputs
         shifts = range(1, min(len(index), 1 + max(1, 64 // len(index))))

@@ -1,13 +1,13 @@
 """What compression does to a model's outputs, measured on calibration inputs without labels.
 
-Calibration gives every method's inputs for themselves. Where an input equals what another method answered to another sample (an encoder's
-keys and values, a cache), the two are linked and replayed as one: errors travel as they will on the device.
+A sequence model writes whole answers, fed with the tokens of the uncompressed one, so that errors travel through its caches as they will on the
+device. Of other models every method is run for itself, on its own calibration inputs.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,119 +17,90 @@ from edgesdk.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    from edgesdk.compress.generated import Answers
     from edgesdk.model import ModelSpec
 
-Link = tuple[str, int, int]
-"""A method, one of its samples, one of its outputs."""
+TOGETHER = 64
+"""Samples that are run at once."""
 
 
 @dataclass
-class _Step:
-    """Samples of one method that are run together; `fed` are the inputs that other steps make: argument → (own rows, method, output, rows)."""
+class _Part:
+    """Samples of one method that are run together: inputs [rows, …] each, and what a sequence model answered to them."""
 
     method: str
-    rows: list[int]
-    inputs: list[torch.Tensor]  # [rows, …]
-    fed: dict[int, list[tuple[list[int], str, int, list[int]]]]
+    inputs: list[torch.Tensor]
+    answers: Answers | None = None
 
 
 class Loss:
     """`loss(spec)`: the divergence of a compressed twin from `spec` as it was when this was made; 0 is none.
 
     Outputs that look like logits count by the Kullback-Leibler divergence of their softmax in nats, others by their squared error over their
-    variance; the mean over samples and over the outputs that no other sample takes in. Raises `InputError` without calibration data.
+    variance; the mean over samples (of answers, over their tokens) and outputs. `every`: only one in so many samples. Raises `InputError`
+    without calibration data.
     """
 
     def __init__(self, spec: ModelSpec, most: int = 512, every: int = 1) -> None:
-        import torch
+        from edgesdk.compress.generated import chain_of, stacked
 
         need_data(spec)
         assert spec.calibration is not None
-        self.given = {m: _distinct(spec.calibration(m))[:most] for m in spec.methods}
-        if not any(self.given.values()):
+        self.chain = chain_of(spec)
+        given = {self.chain.first: self.chain.samples(spec)} if self.chain else {m: spec.calibration(m) for m in spec.methods}
+        self.rows = {m: _distinct(rows)[:most][::every] for m, rows in given.items()}
+        if not any(self.rows.values()):
             raise InputError(f"{spec.name}: its calibration function gives no inputs", "let it yield at least a few")
-        with torch.no_grad(), suited_threads(spec):
-            answers = {m: [_outputs(spec.methods[m].module(*s)) for s in rows] for m, rows in self.given.items()}
-        self._link(answers, every)
-        self.wanted = {(m, o): list(outs) for m, rows in answers.items() if rows for o, outs in enumerate(zip(*rows, strict=True))}
-        self.looped: set[str] = set()
-        taken = {(m, o) for s in self.steps for f in s.fed.values() for _, m, o, _ in f}
-        free = [c for c, outs in self.wanted.items() if outs[0].is_floating_point()]
-        self.counted = [c for c in free if c not in taken] or free
-        self.soft = {c: self._is_soft(*c) for c in self.counted}
-
-    def _link(self, answers: dict[str, list[list[torch.Tensor]]], every: int) -> None:
-        known: dict[bytes, list[Link]] = {}
-        for method, rows in answers.items():
-            for i, outs in enumerate(rows):
-                for o, value in enumerate(outs):
-                    key = _key(value)
-                    if key:
-                        known.setdefault(key, []).append((method, i, o))
-        links: dict[tuple[str, int], dict[int, Link]] = {}
-        shared: list[tuple[tuple[str, int], int, list[Link]]] = []  # inputs that several samples could have made, such as a mask
-        for method, given in self.given.items():
-            for i, sample in enumerate(given):
-                makers = {a: [m for m in known.get(_key(x) or b"", []) if m[:2] != (method, i)] for a, x in enumerate(sample)}
-                links[method, i] = {a: could[0] for a, could in makers.items() if len(could) == 1}
-                shared += [((method, i), a, could) for a, could in makers.items() if len(could) > 1]
-        depth: dict[tuple[str, int], int] = {}
-        root: dict[tuple[str, int], tuple[str, int]] = {}
-        for start in links:
-            _settle(start, links, depth, root)
-        for start, arg, could in shared:
-            mine = [f for f in could if root[f[:2]] == root[start] and depth[f[:2]] < depth[start]]
-            if mine:
-                links[start][arg] = mine[0]
-        roots = sorted(set(root.values()), key=lambda r: (list(self.given).index(r[0]), r[1]))
-        kept = set(roots[::every])
-        self.rows = {m: [i for i in range(len(rows)) if root[m, i] in kept] for m, rows in self.given.items()}
-        self.steps: list[_Step] = []
-        import torch
-
-        for level in range(1 + max(depth.values(), default=0)):
-            for method, rows_of in self.rows.items():
-                alike: dict[tuple[Any, ...], list[int]] = {}
-                for i in rows_of:
-                    if depth[method, i] == level:
-                        alike.setdefault(tuple(x.shape for x in self.given[method][i]), []).append(i)
-                for now in alike.values():
-                    inputs = [torch.stack(list(x)) for x in zip(*(self.given[method][i] for i in now), strict=True)]
-                    self.steps.append(_Step(method, now, inputs, _fed([links[method, i] for i in now])))
+        alike = [(m, inputs) for m, rows in self.rows.items() for inputs in stacked(rows)]
+        self.parts = [_Part(m, [x[at : at + TOGETHER] for x in inputs]) for m, inputs in alike for at in range(0, len(inputs[0]), TOGETHER)]
+        self.alone: dict[str, bool] = {}
+        self.wanted = {c: outs for c, outs in self._outputs(spec).items() if outs[0].is_floating_point()}
+        self.soft = {c: self.chain is not None or self._is_soft(*c) for c in self.wanted}
 
     def _is_soft(self, method: str, output: int) -> bool:
         """Logits: their softmax is mostly sure of itself, and they are not an input's shape again (as an autoencoder's answer is)."""
         import torch
 
         outs = self.wanted[method, output]
-        width = outs[0].shape[-1] if outs[0].dim() else 0
-        same = any(x.shape == outs[0].shape for x in self.given[method][0]) or any(o.dim() == 0 or o.shape[-1] != width for o in outs)
+        width = outs[0].shape[-1] if outs[0].dim() > 1 else 0
+        same = any(x.shape == outs[0].shape[1:] for x in self.rows[method][0]) or any(o.shape[-1] != width for o in outs)
         if width < 2 or same:
             return False
         sure = torch.cat([torch.softmax(o.double(), -1).amax(-1).reshape(-1) for o in outs])
         return float(sure.mean()) > max(0.4, 2 / width)
 
     def __call__(self, spec: ModelSpec) -> float:
+        made = self._outputs(spec)
+        total, count = 0.0, 0
+        for which, asked in self.wanted.items():
+            rows = sum(len(a) for a in asked)
+            total += rows * self._distance(self.soft[which], made[which], asked)
+            count += rows
+        return total / max(1, count)
+
+    def _outputs(self, spec: ModelSpec) -> dict[tuple[str, int], list[torch.Tensor]]:
+        """(method, output) → its values, [rows, …] of every part; of a sequence model, the logits [tokens, vocabulary] of its answers."""
+        found: dict[tuple[str, int], list[torch.Tensor]] = {}
+        for method, outs in self._run(spec):
+            for i, out in enumerate(outs):
+                found.setdefault((method, i), []).append(out)
+        return found
+
+    def _run(self, spec: ModelSpec) -> Iterator[tuple[str, list[torch.Tensor]]]:
         import torch
 
-        got: dict[tuple[str, int], dict[int, torch.Tensor]] = {c: {} for c in self.wanted}
+        from edgesdk.compress.generated import Calls
+
+        calls = Calls(spec)
+        calls.alone = self.alone
         with torch.no_grad(), suited_threads(spec):
-            for step in self.steps:
-                inputs = list(step.inputs)
-                for arg, feeds in step.fed.items():
-                    inputs[arg] = inputs[arg].clone()
-                    for mine, method, output, rows in feeds:
-                        inputs[arg][mine] = torch.stack([got[method, output][r] for r in rows])
-                for o, value in enumerate(self._run(step, spec.methods[step.method].module, inputs)):
-                    got[step.method, o].update(zip(step.rows, value, strict=True))
-        total, count = 0.0, 0
-        for method, output in self.counted:
-            rows = self.rows[method]
-            if rows:
-                made, asked = got[method, output], self.wanted[method, output]
-                total += len(rows) * self._distance(self.soft[method, output], [made[r] for r in rows], [asked[r] for r in rows])
-                count += len(rows)
-        return total / max(1, count)
+            for part in self.parts:
+                if self.chain is None:
+                    yield part.method, calls(part.method, part.inputs)
+                    continue
+                made = self.chain.answer(calls, part.inputs, forced=part.answers)
+                part.answers = part.answers or made
+                yield part.method, [made.logits[part.answers.valid]]
 
     def _distance(self, soft: bool, got: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
         import torch
@@ -140,58 +111,6 @@ class Loss:
             return float((p.exp() * (p - q)).sum(-1).mean())
         a, b = (torch.cat([x.double().reshape(-1) for x in xs]) for xs in (got, wanted))
         return float(((a - b) ** 2).mean() / (b.var(unbiased=False) + 1e-12))
-
-    def _run(self, step: _Step, module: Any, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Outputs [rows, …]: all samples at once where the module allows that (`torch.vmap`), else one by one."""
-        import torch
-
-        if step.method not in self.looped and len(step.rows) > 1:
-            try:
-                return _outputs(torch.vmap(lambda *x: module(*x), chunk_size=64, randomness="error")(*inputs))
-            except (RuntimeError, ValueError, TypeError, IndexError):
-                self.looped.add(step.method)
-        rows = [_outputs(module(*(x[i] for x in inputs))) for i in range(len(step.rows))]
-        return [torch.stack(o) for o in zip(*rows, strict=True)]
-
-
-def _settle(start: tuple[str, int], links: Any, depth: dict[Any, int], root: dict[Any, Any]) -> None:
-    """Depth and root of a sample and all it is fed by; a link that closes a circle is cut."""
-    stack, open_ = [start], {start}
-    while stack:
-        at = stack[-1]
-        for arg in [a for a, link in links[at].items() if link[:2] in open_ and link[:2] != at and link[:2] not in depth]:
-            if links[at][arg][:2] in stack:
-                del links[at][arg]
-        todo = [link[:2] for link in links[at].values() if link[:2] not in depth]
-        if todo:
-            stack.append(todo[0])
-            open_.add(todo[0])
-            continue
-        stack.pop()
-        before = [link[:2] for link in links[at].values()]
-        depth[at] = 1 + max((depth[b] for b in before), default=-1)
-        root[at] = root[before[0]] if before else at
-
-
-def _fed(links: Sequence[dict[int, Link]]) -> dict[int, list[tuple[list[int], str, int, list[int]]]]:
-    fed: dict[int, dict[tuple[str, int], tuple[list[int], list[int]]]] = {}
-    for row, mine in enumerate(links):
-        for arg, (method, sample, output) in mine.items():
-            here, there = fed.setdefault(arg, {}).setdefault((method, output), ([], []))
-            here.append(row)
-            there.append(sample)
-    return {arg: [(mine, m, o, rows) for (m, o), (mine, rows) in feeds.items()] for arg, feeds in fed.items()}
-
-
-def _outputs(out: Any) -> list[torch.Tensor]:
-    return list(out) if isinstance(out, tuple | list) else [out]
-
-
-def _key(x: torch.Tensor) -> bytes | None:
-    """What a tensor is recognised by; None for whole numbers, few values and constants."""
-    if not x.is_floating_point() or x.numel() < 8 or bool((x == x.reshape(-1)[0]).all()):
-        return None
-    return _hash(x)
 
 
 def _hash(x: torch.Tensor) -> bytes:

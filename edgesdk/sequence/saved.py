@@ -193,9 +193,14 @@ def _told(tokens: Sequence[int], end: int) -> list[int]:
 
 
 def checkpoint_of(ref: str) -> Saved:
-    """A `.edgeseq`, or a Hugging Face folder or id. Raises `InputError`, `UnknownName` or `MissingTool`."""
+    """A `.edgeseq`, a built-in example, or a Hugging Face folder or id. Raises `InputError`, `UnknownName` or `MissingTool`."""
     from edgesdk.sequence.hub import load_checkpoint
 
+    if ref.startswith("example:"):
+        from edgesdk.examples.normalizer import LAYOUTS, saved
+
+        name = ref.removeprefix("example:")
+        return saved(select_by_name("sequence model among the examples", name, {n: n for n in LAYOUTS}))
     return load(ref) if is_saved(ref) else Saved(load_checkpoint(ref))
 
 
