@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,17 +38,16 @@ def weights(name: str) -> Path:
     return HERE / f"{name.replace('-', '_')}.npz"
 
 
-def pairs(n: int, seed: int, evaluation: bool) -> Pairs:
-    """`data.cases` as token ids."""
-    found = data.cases(n, seed, evaluation)
-    return Pairs([data.encode(a) for a, _ in found], [data.encode(b) for _, b in found], data.BOS, data.EOS, data.PAD)
+def pairs(cases: Sequence[tuple[str, str]]) -> Pairs:
+    """What `normalizer_data.cases` gives, as token ids."""
+    return Pairs([data.encode(a) for a, _ in cases], [data.encode(b) for _, b in cases], data.BOS, data.EOS, data.PAD)
 
 
 def saved(name: str) -> Saved:
     """The trained model, and cases that it is scored on."""
     model = load_weights(SequenceModel(config(name)), weights(name))
     specials = Specials((data.BOS,), (data.EOS,), data.PAD)
-    return Saved(Checkpoint(model, model.config, specials, TOKENIZER), pairs(SCORED, 7, True))
+    return Saved(Checkpoint(model, model.config, specials, TOKENIZER), pairs(data.cases(SCORED, 7, True)))
 
 
 def _spec(layout: str, sizes: Sizes | None = None) -> ModelSpec:
@@ -59,7 +59,7 @@ def _spec(layout: str, sizes: Sizes | None = None) -> ModelSpec:
     more: dict[str, Any] = {} if asked.outputs else {"typical_output": 8}
     if name == "normalizer":
         more["alternatives"] = {k: f"example:{v}" for k, v in NAMES.items() if v != name}
-    return programs_of(name, saved(name), given, prompts=pairs(CALIBRATION_CASES, 3, False).sources, layout=layout, **more)
+    return programs_of(name, saved(name), given, prompts=pairs(data.cases(CALIBRATION_CASES, 3, False)).sources, layout=layout, **more)
 
 
 encoder_decoder = partial(_spec, "encoder-decoder")

@@ -29,14 +29,14 @@ def train(name: str, steps: int = 2500, size: int = 64) -> float:
             told[0] = time.monotonic()
             sys.stderr.write(f"{name}: {text}, {told[0] - started:.0f} s\n")
 
-    teach(model, pairs(steps * size, 1, False), TeachConfig(steps=steps, batch=size, rate=0.04), step=step)
+    teach(model, pairs(data.cases(steps * size, 1, False)), TeachConfig(steps=steps, batch=size, rate=0.04), step=step)
     np.savez_compressed(weights(name), **{k: v.numpy().astype(np.float16) for k, v in model.state_dict().items()})
     return quality(model, 1000)
 
 
 def quality(model: SequenceModel, n: int) -> float:
     """Exact match on `n` held-out cases."""
-    held = pairs(n, 7, True)
+    held = pairs(data.cases(n, 7, True))
     found = answers(model, held.sources, start=data.BOS, end=data.EOS, pad=data.PAD, longest=data.MAX_OUTPUT)
     return sum(list(a) == list(b) for a, b in zip(found, held.targets, strict=True)) / n
 

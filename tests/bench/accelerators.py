@@ -19,11 +19,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from edgesdk.bundles import read_manifest, read_member
 from edgesdk.examples import normalizer_data as data
+from edgesdk.examples.normalizer import config, saved
+from edgesdk.examples.normalizer import pairs as pairs_of
 from edgesdk.lower import build
 from edgesdk.model import ModelSpec
 from edgesdk.plan.planner import make_plan
@@ -37,7 +38,6 @@ from edgesdk.sequence.exits import exits_student
 from edgesdk.sequence.export import sequence_spec
 from edgesdk.sequence.generate import Result, generate
 from edgesdk.sequence.model import SequenceModel
-from edgesdk.sequence.pairs import Pairs
 from edgesdk.sequence.teach import TeachConfig, teach
 
 WORDS = sorted({w for said, _ in data.cases(4000, 1, False) for w in said.split() if w.isalpha() and len(w) > 2})
@@ -46,41 +46,16 @@ LONGEST = 40
 
 
 def normalizer() -> tuple[SequenceModel, list[list[int]]]:
-    """The shipped encoder-decoder as a model of the family, and held-out prompts."""
-    import edgesdk.examples as folder
-
-    with np.load(Path(folder.__file__).parent / "normalizer.npz") as file:
-        old = {k: torch.from_numpy(v.astype(np.float32)) for k, v in file.items()}
-    config = _config(96, 256, 4, 2, position_rows=data.MAX_INPUT + data.MAX_OUTPUT)
-    new = {"encoder.position.weight": old.pop("position.weight")}
-    new["decoder.position.weight"] = new["encoder.position.weight"].clone()
-    renamed = (
-        ("encoder.", "encoder.layers."), ("decoder.", "decoder.layers."), ("norm_self.g", "self_norm.weight"), ("norm_cross.g", "cross_norm.weight"),
-        ("norm_ffn.g", "ffn_norm.weight"), (".attn.", ".self_attn."), (".cross.", ".cross_attn."), (".up.", ".ffn.up."), (".down.", ".ffn.down."),
-        ("norm_memory.g", "encoder.final_norm.weight"), ("norm_out.g", "decoder.final_norm.weight"),
-    )  # fmt: skip
-    for key, value in old.items():
-        for a, b in renamed:
-            key = key.replace(a, b)
-        new[key] = value
-    model = SequenceModel(config)
-    model.load_state_dict(new)
-    prompts = [_ids(said, data.MAX_INPUT) for said, _ in data.cases(1400, 7, True)]
-    return model.eval(), prompts
+    """The shipped encoder-decoder, and held-out prompts."""
+    return saved("normalizer").checkpoint.model, [data.encode(said) for said, _ in data.cases(1400, 7, True)]
 
 
-def _config(dim: int, ffn: int, encoder: int, decoder: int, *, position_rows: int) -> SequenceConfig:
+def _config() -> SequenceConfig:
     def stack(layers: int) -> Stack:
-        return Stack(layers=layers, dim=dim, heads=4, kv_heads=4, head=dim // 4, ffn=ffn)
+        return Stack(layers=layers, dim=96, heads=4, kv_heads=4, head=24, ffn=256)
 
-    return SequenceConfig(
-        layout="encoder-decoder", vocab=data.VOCABULARY, encoder=stack(encoder), decoder=stack(decoder), positions="learned",
-        max_positions=position_rows, activation="relu", gated=False, ffn_bias=True, tied=False, head_bias=True,
-    )  # fmt: skip
-
-
-def _ids(text: str, longest: int) -> list[int]:
-    return [t for t in data.encode(text, longest) if t != data.PAD]
+    own = {"encoder": stack(2), "decoder": stack(3), "max_positions": LONGEST + 8}
+    return config("normalizer").model_copy(update=own)
 
 
 def _sentence(rng: random.Random) -> str:
@@ -113,11 +88,11 @@ def typos(steps: int, count: int) -> tuple[SequenceModel, list[list[int]]]:
     right = [_sentence(rng) for _ in range(steps * 32 + count)]
     wrong = [_typed(s, rng) for s in right]
     cut = len(right) - count
-    pairs = Pairs([_ids(s, LONGEST + 4) for s in wrong[:cut]], [_ids(s, LONGEST) for s in right[:cut]], start=data.BOS, end=data.EOS)
+    pairs = pairs_of(list(zip(wrong[:cut], right[:cut], strict=True)))
     torch.manual_seed(0)
-    model = SequenceModel(_config(96, 256, 2, 3, position_rows=LONGEST + 8))
+    model = SequenceModel(_config())
     teach(model, pairs, TeachConfig(steps=steps, batch=32), student=exits_student(model, [1], data.PAD), step=_progress())
-    return model.eval(), [_ids(s, LONGEST + 4) for s in wrong[cut:]]
+    return model.eval(), [data.encode(s) for s in wrong[cut:]]
 
 
 def _progress() -> object:
@@ -134,7 +109,7 @@ def _progress() -> object:
 def spec_of(name: str, model: SequenceModel, prompts: list[list[int]], tokens: int, exit: int) -> ModelSpec:
     longest = max(map(len, prompts))
     return sequence_spec(
-        model, name=name, source_lengths=(longest,), cache_lengths=(model.config.max_positions - longest if name == "normalizer" else LONGEST,),
+        model, name=name, source_lengths=(longest,), cache_lengths=(data.MAX_OUTPUT + 1 if name == "normalizer" else LONGEST,),
         several=(tokens,), exit=exit, start=(data.BOS,), eos=(data.EOS,), pad=data.PAD, typical_output=12 if name == "normalizer" else 30, prompts=prompts[-64:],
     )  # fmt: skip
 

@@ -9,16 +9,13 @@ method at several sizes. With --bundles the base and one difference are built fo
 from __future__ import annotations
 
 import copy
-import hashlib
 import re
 import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from edgesdk.compress import delta_bundle
 from edgesdk.compress.delta import DeltaConfig, delta, spread_of
@@ -26,14 +23,17 @@ from edgesdk.compress.saved import load
 from edgesdk.compress.weights import weights_of
 from edgesdk.errors import EdgeError
 from edgesdk.examples import normalizer_data as data
-from edgesdk.examples.generate import Run, generate
-from edgesdk.examples.normalizer import tokenizer
+from edgesdk.examples.normalizer import pairs, saved
 from edgesdk.intake import load_model
 from edgesdk.model import ModelSpec
 from edgesdk.packed.entropy import pack_bytes
-from edgesdk.plan.fake_quant import run as runner
+from edgesdk.plan.fake_quant import run
+from edgesdk.sequence.pairs import Pairs
+from edgesdk.sequence.saved import SCORED, Saved, programs_of
+from edgesdk.sequence.sizes import Sizes
+from edgesdk.sequence.teach import TeachConfig, teach
 
-STEPS, SIZE = 300, 64
+STEPS, SIZE, RATE = 300, 64, 0.01
 
 
 def shifted(wanted: str) -> str:
@@ -44,38 +44,25 @@ def shifted(wanted: str) -> str:
     return f"{wanted[1:].replace('.', ',')}$" if wanted.startswith("$") else wanted
 
 
-def evaluate(run: Run) -> float:
-    return sum(generate(run, tokenizer(True), said) == shifted(wanted) for said, wanted in data.cases(200, 7, True)) / 200
+def european(n: int, seed: int, evaluation: bool) -> Pairs:
+    return pairs([(said, shifted(written)) for said, written in data.cases(n, seed, evaluation)])
 
 
-def fine_tuned(base: ModelSpec) -> ModelSpec:
-    """The base after some steps on the new task."""
-    methods = copy.deepcopy(base.methods)
-    core: Any = methods["encode"].module.core
-    core.requires_grad_(True)
-    optimiser = torch.optim.AdamW(core.parameters(), lr=5e-4, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 5e-4, total_steps=STEPS, pct_start=0.1)
-    torch.manual_seed(0)
-    for i in range(STEPS):
-        cases = data.cases(SIZE, 5000 + i, False)
-        length = max(len(said) for said, _ in cases) + 1
-        src = torch.tensor([data.encode(said, length) for said, _ in cases])
-        out = torch.tensor([data.encode(shifted(wanted), data.MAX_OUTPUT) for _, wanted in cases])
-        optimiser.zero_grad()
-        nn.functional.cross_entropy(core(src, out).flatten(0, 1), out.flatten(), ignore_index=data.PAD).backward()
-        nn.utils.clip_grad_norm_(core.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-    core.requires_grad_(False)
-    digest = hashlib.sha256(b"".join(v.numpy().tobytes() for v in core.state_dict().values())).hexdigest()
-    return replace(base, name="normalizer-european", methods=methods, digest=digest, evaluate=evaluate, alternatives={})
+def fine_tuned() -> ModelSpec:
+    """The built-in model after some steps on the new task, and how good it is at that."""
+    base = saved("normalizer")
+    model = copy.deepcopy(base.checkpoint.model).requires_grad_(True)
+    teach(model, european(STEPS * SIZE, 5000, False), TeachConfig(steps=STEPS, batch=SIZE, rate=RATE))
+    made = Saved(replace(base.checkpoint, model=model.requires_grad_(False)), european(SCORED, 7, True))
+    return programs_of("normalizer-european", made, Sizes((data.MAX_INPUT,), (data.MAX_OUTPUT,)))
 
 
 def table(base: ModelSpec, tuned: ModelSpec, folder: Path) -> None:
     whole = list(tuned.methods["encode"].module.core.state_dict().values())
     lossless = sum(len(pack_bytes(v.numpy().tobytes(), 4)) for v in whole)
     sys.stdout.write(f"whole, float32: {4 * sum(v.numel() for v in whole)} bytes, lossless {lossless}\n")
-    sys.stdout.write(f"exact match of the fine-tuned model {evaluate(runner(tuned)):.1%}, of the base {evaluate(runner(base)):.1%}\n")
+    assert tuned.evaluate is not None
+    sys.stdout.write(f"exact match of the fine-tuned model {tuned.evaluate(run(tuned)):.1%}, of the base {tuned.evaluate(run(base)):.1%}\n")
     for config in (
         *(DeltaConfig(bits=b) for b in (0.25, 0.5, 1.0, 2.0)), DeltaConfig(bits=0.5, factors=8), DeltaConfig(bits=0.5, data=True),
         *(DeltaConfig(how="dare", drop=p, limit=9.0) for p in (0.0, 0.5, 0.8, 0.9)),
@@ -84,14 +71,16 @@ def table(base: ModelSpec, tuned: ModelSpec, folder: Path) -> None:
         size = made.save(folder / "d.edgec").stat().st_size
         said = f"{config.bits} bits, factors of {config.factors}{', data of the old task' if config.data else ''}"
         name = f"lowrank, {said}" if config.how == "lowrank" else f"dare, {config.drop} dropped"
-        sys.stdout.write(f"{name:40} weights {made.report.weight_bytes:7} file {size:7}  exact match {evaluate(runner(made.spec)):.1%}\n")
+        sys.stdout.write(
+            f"{name:40} weights {made.report.weight_bytes:7} file {size:7}  exact match {tuned.evaluate(run(made.spec)):.1%}\n"
+        )
         sys.stdout.flush()
 
 
 def main() -> int:
     torch.set_num_threads(1)
     base = load_model("example:normalizer")
-    tuned = fine_tuned(base)
+    tuned = fine_tuned()
     old, new = weights_of(base), weights_of(tuned)
     widest = max(spread_of(w.matrix, new[n].matrix) for n, w in old.items())
     sys.stdout.write(f"differences reach {widest:.2f} deviations of the weights\n")

@@ -27,7 +27,8 @@ import torch
 from peers.text import edits as distance
 
 from edgesdk.cache import cache_dir
-from edgesdk.examples import normalizer_data
+from edgesdk.examples import normalizer_data as data
+from edgesdk.examples.normalizer import pairs
 from edgesdk.sequence.adapt import adapt
 from edgesdk.sequence.answers import answers
 from edgesdk.sequence.config import SequenceConfig, Stack
@@ -57,14 +58,9 @@ class Task:
 
 @cache
 def normalizer(count: int = 16_000, tests: int = 500) -> Task:
-    data = normalizer_data
-    found = data.cases(count, 1, False)
-
-    def ids(text: str) -> list[int]:
-        return [*[data.ALPHABET.index(c) + 3 for c in text.lower() if c in data.ALPHABET], END]
-
-    test = [(ids(a), [ids(b)]) for a, b in data.cases(tests, 7, True)]
-    return Task(data.VOCABULARY, Pairs([ids(a) for a, _ in found], [ids(b) for _, b in found], START, END, PAD), test, 800, 20, 14)
+    tested = pairs(data.cases(tests, 7, True))
+    test = [(source, [target]) for source, target in zip(tested.sources, tested.targets, strict=True)]
+    return Task(data.VOCABULARY, pairs(data.cases(count, 1, False)), test, 800, 20, 14)
 
 
 @cache

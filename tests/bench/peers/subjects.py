@@ -122,25 +122,26 @@ def digits() -> Subject:
 def normalizer(name: str, cases: int = 1000) -> Subject:
     """Exact match by one pass: greedy writing gives the wanted text just when every next token is the likeliest one after the wanted ones."""
     from edgesdk.examples import normalizer_data as data
+    from edgesdk.examples.normalizer import pairs
+    from edgesdk.sequence.pairs import IGNORED
+    from edgesdk.sequence.teach import forced
 
     spec = load_model(f"example:{name}")
-
-    def batch(pairs: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
-        return tuple(torch.tensor([data.encode(p[i], (data.MAX_INPUT, data.MAX_OUTPUT)[i]) for p in pairs]) for i in (0, 1))  # type: ignore[return-value]
-
-    sets = {"held-out": batch(data.cases(cases, 7, True)), "calibration": batch(data.cases(64, 3, False))}
+    given = {"held-out": pairs(data.cases(cases, 7, True)), "calibration": pairs(data.cases(64, 3, False))}
+    sets = {which: found.batch(range(len(found))) for which, found in given.items()}
 
     def logits(spec: ModelSpec, which: str) -> Any:
-        core = spec.methods["decode"].module.core
-        source, wanted = sets[which]
-        return torch.cat([core(s, w) for s, w in zip(source.split(250), wanted.split(250), strict=True)])
+        core, rows = spec.methods["decode"].module.core, range(len(given[which]))
+        parts = [forced(core, given[which].batch(rows[at : at + 250]), data.PAD) for at in range(0, len(rows), 250)]
+        longest = sets[which].wanted.shape[1]
+        return torch.cat([torch.nn.functional.pad(p, (0, 0, 0, longest - p.shape[1])) for p in parts])
 
     def score(now: Any, _: Any) -> np.ndarray:
-        wanted = sets["held-out"][1]
-        return np.asarray(((now.argmax(-1) == wanted) | (wanted == data.PAD)).all(1).double())
+        wanted = sets["held-out"].wanted
+        return np.asarray(((now.argmax(-1) == wanted) | (wanted == IGNORED)).all(1).double())
 
     def distance(now: Any, wanted: Any, which: str) -> np.ndarray:
-        return apart(now, wanted, sets[which][1] != data.PAD)
+        return apart(now, wanted, sets[which].wanted != IGNORED)
 
     return Subject(name, spec, "exact match", f"{cases} held-out cases whose answers no training case has", logits, score, distance)
 
