@@ -1,0 +1,42 @@
+"""Which instructions a CPU offers to the kernels, from its own features (`/proc/cpuinfo`): the targets of the registry, best first."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+TARGETS: dict[str, tuple[str, frozenset[str]]] = {
+    "x86-avx512vnni": ("x86_64", frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "f16c", "fma"})),
+    "x86-avxvnni": ("x86_64", frozenset({"avx_vnni", "avx2", "f16c", "fma"})),
+    "x86-avx2": ("x86_64", frozenset({"avx2", "f16c", "fma"})),
+    "arm-i8mm": ("aarch64", frozenset({"i8mm", "asimddp"})),
+    "arm-dotprod": ("aarch64", frozenset({"asimddp"})),
+    "arm-neon": ("aarch64", frozenset({"asimd"})),
+    "plain": ("", frozenset()),
+}
+"""Target → architecture ("" for any) and the features it needs, named as Linux names them. In order of preference."""
+
+
+def targets_of(machine: str, features: Iterable[str]) -> tuple[str, ...]:
+    """The targets that a CPU of `machine` ("x86_64", "aarch64", …) with these features runs, best first; "plain" is always the last."""
+    have = frozenset(features)
+    return tuple(name for name, (arch, needs) in TARGETS.items() if arch in ("", machine) and needs <= have)
+
+
+@lru_cache(maxsize=1)
+def host_targets() -> tuple[str, ...]:
+    """The targets of this machine. `EDGESDK_KERNELS=<target>` leaves out those that are better, to compare or to find a fault."""
+    found = targets_of(platform.machine(), _features())
+    asked = os.environ.get("EDGESDK_KERNELS", "")
+    return found[found.index(asked) :] if asked in found else found
+
+
+def _features() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return set()
+    return {word for line in lines if line.lower().startswith(("flags", "features")) for word in line.partition(":")[2].split()}

@@ -1,0 +1,168 @@
+"""Vectors in LLVM IR: the few operations the kernels are made of, for each set of instructions. Numba compiles what is built here.
+
+A *quad* is four neighbouring columns. A vector of bytes holds one quad of each of `rows` rows, so that one dot-product instruction adds
+four products to each of `rows` sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+
+I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+ROWS = {"x86-avx512vnni": 16, "x86-avxvnni": 8, "x86-avx2": 8, "arm-i8mm": 4, "arm-dotprod": 4, "arm-neon": 4, "plain": 8}
+"""Target → rows of a panel: the 32-bit lanes of a vector."""
+
+
+class Simd:
+    """Emits instructions through `builder`. Bytes of weights are codes from 0 to 127, or with `signed` from -128 to 127."""
+
+    def __init__(self, builder: Any, target: str) -> None:
+        self.b, self.target, self.rows = builder, target, ROWS[target]
+        self.ints, self.floats, self.bytes = (ir.VectorType(t, n) for t, n in ((I32, self.rows), (F32, self.rows), (I8, 4 * self.rows)))
+
+    # ---- memory
+
+    def at(self, address: Any, offset: Any, kind: Any) -> Any:
+        """A pointer to `kind` at an address (int64) plus an offset in bytes (a value or an int)."""
+        if isinstance(offset, int):
+            offset = ir.Constant(I64, offset)
+        return self.b.inttoptr(self.b.add(address, offset), kind.as_pointer())
+
+    def load(self, address: Any, offset: Any, kind: Any) -> Any:
+        value = self.b.load(self.at(address, offset, kind))
+        value.align = 1
+        return value
+
+    def store(self, value: Any, address: Any, offset: Any) -> None:
+        self.b.store(value, self.at(address, offset, value.type)).align = 1
+
+    def prefetch(self, address: Any, offset: Any) -> None:
+        one = ir.Constant(I32, 1)
+        args = [self.at(address, offset, I8), ir.Constant(I32, 0), ir.Constant(I32, 3), one]
+        self._call("llvm.prefetch.p0", ir.VoidType(), args)
+
+    def spread(self, value: Any) -> Any:
+        """One number in all lanes."""
+        kind = ir.VectorType(value.type, self.rows)
+        undefined = ir.Constant(kind, ir.Undefined)
+        first = self.b.insert_element(undefined, value, ir.Constant(I32, 0))
+        return self.b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, self.rows), [0] * self.rows))
+
+    # ---- arithmetic
+
+    def zero(self, kind: Any) -> Any:
+        return ir.Constant(kind, [0] * kind.count)
+
+    def fill(self, kind: Any, value: int) -> Any:
+        return ir.Constant(kind, [value] * kind.count)
+
+    def shift_right(self, x: Any, bits: int) -> Any:
+        """Every byte moved by `bits`; the bits that come in from the next byte are for the caller to mask."""
+        if not bits:
+            return x
+        words = ir.VectorType(I16, x.type.count // 2)
+        return self.b.bitcast(self.b.lshr(self.b.bitcast(x, words), self.fill(words, bits)), x.type)
+
+    def shift_left(self, x: Any, bits: int) -> Any:
+        words = ir.VectorType(I16, x.type.count // 2)
+        return self.b.bitcast(self.b.shl(self.b.bitcast(x, words), self.fill(words, bits)), x.type)
+
+    def mask(self, x: Any, value: int) -> Any:
+        return self.b.and_(x, self.fill(x.type, value))
+
+    def fma(self, x: Any, y: Any, z: Any) -> Any:
+        return self._call(f"llvm.fma.v{self.rows}f32", self.floats, [x, y, z])
+
+    def lesser(self, x: Any, y: Any) -> Any:
+        """The smaller of each two lanes; `y` where `x` is no number."""
+        return self.b.select(self.b.fcmp_ordered("<", x, y), x, y)
+
+    def greater(self, x: Any, y: Any) -> Any:
+        return self.b.select(self.b.fcmp_ordered(">", x, y), x, y)
+
+    def rounded(self, x: Any) -> Any:
+        """float32 lanes, or one float32, to the nearest whole number; ties to even."""
+        kind = f"v{self.rows}f32" if x.type == self.floats else "f32"
+        return self._call(f"llvm.rint.{kind}", x.type, [x])
+
+    def reduce(self, how: str, x: Any) -> Any:
+        """All lanes to one number: "add" of integers; "fmin", "fmax", "fadd" of floats."""
+        element = x.type.element
+        kind = f"v{self.rows}{'i32' if element == I32 else 'f32'}"
+        args = [ir.Constant(F32, -0.0), x] if how == "fadd" else [x]
+        return self._call(f"llvm.vector.reduce.{how}.{kind}", element, args)
+
+    def to_float(self, x: Any) -> Any:
+        """int32 or float16 lanes → float32 lanes."""
+        return self.b.sitofp(x, self.floats) if x.type.element == I32 else self.b.fpext(x, self.floats)
+
+    def dot(self, sums: Any, weights: Any, quad: Any, signed: bool = False) -> Any:
+        """sums [rows] int32 += the products of `weights` (a quad a row) and one quad of int8 inputs in all lanes (int32 [rows]).
+
+        On x86 with `signed` weights the inputs are unsigned bytes: the instruction multiplies unsigned by signed.
+        """
+        b, t = self.b, self.target
+        quad = b.bitcast(quad, self.bytes)
+        if t in ("x86-avx512vnni", "x86-avxvnni"):
+            first, second = (quad, weights) if signed else (weights, quad)
+            return self._call(f"llvm.x86.avx512.vpdpbusd.{32 * self.rows}", self.ints, [sums, first, second])
+        if t in ("arm-dotprod", "arm-i8mm"):
+            return self._call("llvm.aarch64.neon.sdot.v4i32.v16i8", self.ints, [sums, weights, quad])
+        if t == "x86-avx2" and not signed:  # 127 * 127 * 2 fits an int16: no sum of two products saturates
+            words = ir.VectorType(I16, 2 * self.rows)
+            pairs = self._call("llvm.x86.avx2.pmadd.ub.sw", words, [weights, quad])
+            return b.add(sums, self._call("llvm.x86.avx2.pmadd.wd", self.ints, [pairs, self.fill(words, 1)]))
+        return self._plain_dot(sums, weights, quad, signed and t.startswith("x86"))
+
+    def _plain_dot(self, sums: Any, weights: Any, quad: Any, unsigned_inputs: bool) -> Any:
+        """The same in 16-bit products that any vector unit has: two columns at a time, so that LLVM finds pmaddwd and smlal."""
+        b, n = self.b, 4 * self.rows
+        wide = ir.VectorType(I16, n)
+        w, x = b.sext(weights, wide), (b.zext if unsigned_inputs else b.sext)(quad, wide)
+        long = ir.VectorType(I32, n)
+        products = b.mul(b.sext(w, long), b.sext(x, long))
+        undefined = ir.Constant(long, ir.Undefined)
+        for i in range(4):
+            places = ir.Constant(self.ints, [4 * r + i for r in range(self.rows)])
+            sums = b.add(sums, b.shuffle_vector(products, undefined, places))
+        return sums
+
+    def _call(self, name: str, returns: Any, args: Sequence[Any]) -> Any:
+        kind = ir.FunctionType(returns, [a.type for a in args])
+        return self.b.call(cgutils.get_or_insert_function(self.b.module, kind, name), args)
+
+    # ---- weights of few bits
+
+    def quads(self, address: Any, bits: int, first: int, count: int) -> list[Any]:
+        """`count` quads of codes, from quad `first` (a multiple of what one load holds) of a panel that starts at `address`.
+
+        Layout, in units of one vector of bytes: 8 bits: a quad; 4 bits: quads 2i (low half) and 2i + 1; 2 bits: quads 4i … 4i + 3 from the
+        low bits up; 3 bits: eight quads as two vectors of their low two bits, then one of their high bits, quad 8i + j in bit j.
+        """
+        size = 4 * self.rows
+        if bits == 3:
+            return [q for i in range(first, first + count, 8) for q in self._three(address, i // 8 * 3 * size)]
+        each = 8 // bits
+        out = []
+        for i in range(first, first + count, each):
+            packed = self.load(address, i // each * size, self.bytes)
+            for j in range(each):
+                shifted = self.shift_right(packed, j * bits)
+                out.append(shifted if bits == 8 else self.mask(shifted, (1 << bits) - 1))
+        return out
+
+    def _three(self, address: Any, offset: int) -> list[Any]:
+        size = 4 * self.rows
+        low = [self.load(address, offset + i * size, self.bytes) for i in range(2)]
+        high = self.load(address, offset + 2 * size, self.bytes)
+        out = []
+        for j in range(8):
+            two = self.mask(self.shift_right(low[j // 4], j % 4 * 2), 3)
+            one = self.mask(self.shift_left(high, 2 - j) if j < 2 else self.shift_right(high, j - 2), 4)
+            out.append(self.b.or_(two, one))
+        return out

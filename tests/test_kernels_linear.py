@@ -1,0 +1,104 @@
+"""Linear layers on our kernels: every form of weights on every target that this machine runs, against float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgesdk.kernels.cpu import host_targets, targets_of
+from edgesdk.kernels.numba.linear import Linear
+from edgesdk.kernels.panels import UnfitWeights, pack
+from edgesdk.kernels.reference import linear, round_inputs
+from edgesdk.packed import Code
+
+TOLERANCE = 2e-3
+"""Of the largest output: scales in float16 (2^-11), and an input at the middle of two codes that goes the other way."""
+
+
+def grid(seed: int, rows: int, cols: int, bits: int, group: int, zeros: bool, size: float = 1.0) -> Code:
+    rng = np.random.default_rng(seed)
+    groups = 1 if group == 0 else -(-cols // group)
+    q = rng.integers(0, 1 << bits, (rows, cols)).astype(np.uint8)
+    scale = (rng.random((rows, groups)) + 0.1).astype(np.float32) * np.float32(size)
+    zero = rng.integers(0, 1 << bits, (rows, groups)).astype(np.uint8) if zeros else np.zeros(0, np.uint8)
+    return Code("grid", (rows, cols), (bits, group), (q, scale, zero))
+
+
+def far(y: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.abs(y - wanted).max() / max(np.abs(wanted).max(), 1e-30))
+
+
+@pytest.mark.parametrize("target", host_targets())
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("group", [0, 32, 128])
+@pytest.mark.parametrize("zeros", [False, True], ids=["middle", "zeros"])
+def test_products_are_those_of_float64(target: str, bits: int, group: int, zeros: bool) -> None:
+    rng = np.random.default_rng(bits + group)
+    for rows, cols, m in ((64, 512, 1), (3, 33, 17), (130, 288, 2), (65, 500, 21)):
+        code = grid(rows, rows, cols, bits, group, zeros)
+        bias, residual = rng.standard_normal(rows).astype(np.float32), rng.standard_normal((m, rows)).astype(np.float32)
+        layer = Linear(code, target, bias)
+        x = rng.standard_normal((m, cols)).astype(np.float32)
+        assert far(layer(x, residual), linear(x, code, bias, residual)) < TOLERANCE
+        assert far(layer(x), linear(x, code, bias)) < TOLERANCE
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 70), cols=st.integers(1, 200), m=st.integers(1, 14), bits=st.sampled_from([8, 4, 3, 2]), group=st.sampled_from([0, 32, 64]),
+    zeros=st.booleans(), size=st.sampled_from([1e-30, 1e-6, 1.0, 1e20]), seed=st.integers(0, 1 << 20),
+)  # fmt: skip
+def test_any_shape_and_size(rows: int, cols: int, m: int, bits: int, group: int, zeros: bool, size: float, seed: int) -> None:
+    code = grid(seed, rows, cols, bits, group, zeros, size)
+    x = np.random.default_rng(seed).standard_normal((m, cols)).astype(np.float32)
+    y = Linear(code, host_targets()[0])(x)
+    wanted = linear(x, code)
+    unit = np.abs(wanted).max() + np.abs(x).max() * size * cols**0.5
+    assert np.abs(y - wanted).max() <= TOLERANCE * unit
+
+
+def test_inputs_of_one_value_of_zero_and_of_huge_values_come_out_right() -> None:
+    code = grid(0, 32, 64, 4, 32, False)
+    layer = Linear(code, host_targets()[0])
+    for x in (np.zeros((2, 64)), np.full((2, 64), 7.5), np.full((2, 64), -3e30), np.eye(2, 64) * 1e-20):
+        x = x.astype(np.float32)
+        assert far(layer(x), linear(x, code)) < TOLERANCE or not linear(x, code).any()
+
+
+def test_two_threads_give_what_one_gives() -> None:
+    code = grid(1, 1024, 1024, 4, 32, False)
+    for m in (1, 40):
+        x = np.random.default_rng(2).standard_normal((m, 1024)).astype(np.float32)
+        assert np.array_equal(Linear(code, host_targets()[0], threads=2)(x), Linear(code, host_targets()[0])(x))
+
+
+def test_zero_stays_zero_when_inputs_are_rounded() -> None:
+    q, scale, zero = round_inputs(np.array([[0, 1, 2.5], [-1, 0, 0]], np.float32))
+    assert (scale[:, None] * (q - zero[:, None]))[[0, 1], [0, 2]].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (Code("dense", (4, 4), (), (np.zeros((4, 4), np.float32),)), "no grid"),
+        (grid(0, 4, 64, 5, 0, False), "5 bits"),
+        (grid(0, 4, 64, 4, 16, False), "groups of 16"),
+    ],
+)
+def test_weights_that_the_kernels_do_not_read_are_refused(code: Code, words: str) -> None:
+    with pytest.raises(UnfitWeights, match=words):
+        pack(code, 16)
+
+
+def test_packed_weights_take_the_bytes_that_their_bits_say() -> None:
+    for bits, group, each in ((4, 32, 4.5), (8, 0, 8.0), (2, 64, 2.5), (3, 32, 3.5), (4, 0, 4.0)):
+        panels = pack(grid(0, 1024, 2048, bits, group, False), 16)
+        assert panels.nbytes * 8 / (1024 * 2048) == pytest.approx(each, abs=0.05)
+
+
+def test_targets_are_found_by_the_cpu_s_features() -> None:
+    assert targets_of("aarch64", {"asimd", "asimddp"}) == ("arm-dotprod", "arm-neon", "plain")
+    assert targets_of("x86_64", {"avx2", "f16c", "fma"}) == ("x86-avx2", "plain")
+    assert targets_of("riscv64", set()) == ("plain",)
