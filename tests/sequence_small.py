@@ -19,7 +19,7 @@ CHARACTERS = {"kind": "characters", "alphabet": ALPHABET, "first": 3, "after": [
 STACK = {"dim": 32, "heads": 4, "kv_heads": 2, "head": 8, "ffn": 64}
 
 
-def _model(config: SequenceConfig) -> SequenceModel:
+def small_model(config: SequenceConfig) -> SequenceModel:
     torch.manual_seed(3)
     model = SequenceModel(config).eval()
     for p in model.parameters():  # sharper than at initialisation, so that rounding changes no winner
@@ -33,7 +33,7 @@ def encoder_decoder() -> ModelSpec:
         layout="encoder-decoder", vocab=30, encoder=Stack(layers=1, **STACK), decoder=Stack(layers=1, **STACK), tied=False
     )
     return sequence_spec(
-        _model(config), name="small-encoder-decoder", source_lengths=(16,), cache_lengths=(8, 16), tokenizer=CHARACTERS, start=(2,), eos=(1,),
+        small_model(config), name="small-encoder-decoder", source_lengths=(16,), cache_lengths=(8, 16), tokenizer=CHARACTERS, start=(2,), eos=(1,),
         max_output=14, prompts=[[5, 9, 12, 3, 1], [20, 21, 1]],
     )  # fmt: skip
 
@@ -42,7 +42,7 @@ def decoder_decoder() -> ModelSpec:
     """Prompts up to 8 (longer ones in chunks of 3), a window of 5 under one shared cache, two rows: `prefill`, `decode`, `decode_x3`."""
     config = SequenceConfig(layout="decoder-decoder", vocab=30, decoder=Stack(layers=2, windows=(5, 0), **STACK), shared_from=1, tied=False)
     return sequence_spec(
-        _model(config), name="small-decoder-decoder", source_lengths=(8,), cache_lengths=(24,), several=(3,), batch=2, tokenizer=CHARACTERS,
+        small_model(config), name="small-decoder-decoder", source_lengths=(8,), cache_lengths=(24,), several=(3,), batch=2, tokenizer=CHARACTERS,
         start=(2,), eos=(1,), max_output=12, prompts=[[5, 9, 12, 3, 1], [20, 21, 1]],
     )  # fmt: skip
 

@@ -25,6 +25,7 @@ from edgesdk.cli.plan import (
     Threads,
     read_budget,
     read_lengths,
+    shown_sizes,
 )
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ def _show(path: Path, plan: Plan, manifest: Manifest) -> None:
     screen.print(
         f"  program {show_bytes(program)} (weights planned: {show_bytes(plan.storage_bytes)}), bundle {show_bytes(path.stat().st_size)}"
     )
+    if plan.answers:
+        screen.print(f"  {shown_sizes(plan.answers)}")
     for method, error in manifest.host_check.items():
         screen.print(f"  {method}: relative error {error:.2g} against the reference on this host")
     if not manifest.host_check:

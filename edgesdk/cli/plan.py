@@ -11,7 +11,7 @@ from edgesdk.model_help import MODEL_HELP
 
 if TYPE_CHECKING:
     from edgesdk.plan.lengths import Lengths
-    from edgesdk.plan.types import Budget, Plan
+    from edgesdk.plan.types import Answers, Budget, Plan
 
 
 def read_budget(
@@ -193,13 +193,18 @@ def _answers(plan: Plan) -> None:
 
     if (a := plan.answers) is None:
         return
-    inputs, caches = (", ".join(map(str, sizes)) for sizes in (a.inputs, a.caches))
-    console().print(f"  programs for inputs of {inputs} tokens, caches of {caches}; each further token {show_seconds(a.per_token.value)}")
     read, written = plan.workload.read, plan.workload.written
-    told = " ".join(f"{n} tokens {verb}," for n, verb in ((read, "read"), (written, "written")) if n is not None)
+    asked = ", ".join(f"{n} tokens {verb}" for n, verb in ((read, "read"), (written, "written")) if n is not None)
+    console().print(f"  {shown_sizes(a)}" + (f"; planned for {asked}" if asked else ""))
     for name, s in (("first token", a.first_token), ("answer", a.whole)):
         many = f", median {show_seconds(s.p50)}, 9 of 10 below {show_seconds(s.p90)}" if s.p50 != s.p90 else ""
-        console().print(f"  {name}: {told} {show_seconds(s.mean.value)} expected{many}")
+        console().print(f"  {name} {show_seconds(s.mean.value)} expected{many}")
+    console().print(f"  each further token {show_seconds(a.per_token.value)}")
+
+
+def shown_sizes(answers: Answers) -> str:
+    inputs, caches = (", ".join(map(str, sizes)) for sizes in (answers.inputs, answers.caches))
+    return f"programs for inputs of {inputs} tokens, caches of {caches}"
 
 
 def _front(plan: Plan) -> None:
