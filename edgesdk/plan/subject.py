@@ -36,9 +36,10 @@ def _content_key(ref: str) -> str | None:
     """A digest of everything the reference loads, or None where that cannot be told without loading (a Python factory, a hub id)."""
     total = hashlib.sha256(ref.encode())
     if ref.startswith("example:"):
-        import edgesdk.examples as folder
+        from edgesdk import examples, sequence  # what the examples are made of
 
-        paths = sorted(p for p in Path(folder.__file__).parent.iterdir() if p.suffix in (".py", ".npz"))
+        folders = (Path(str(m.__file__)).parent for m in (examples, sequence))
+        paths = sorted(p for folder in folders for p in folder.iterdir() if p.suffix in (".py", ".npz"))
     elif SEPARATOR in ref or Path(ref).suffix == ".edgec":
         return _compressed_key(ref)
     else:
