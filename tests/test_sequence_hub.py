@@ -23,7 +23,7 @@ from edgesdk.sequence.card import Card
 from edgesdk.sequence.choose import Settings
 from edgesdk.sequence.generate import generate
 from edgesdk.sequence.hub import Checkpoint, convert, load_checkpoint, spec_of
-from edgesdk.sequence.model import HIDDEN
+from edgesdk.sequence.positions import HIDDEN
 from edgesdk.sequence.programs import Programs
 from edgesdk.sequence.session import Session
 from edgesdk.sequence.sizes import Sizes

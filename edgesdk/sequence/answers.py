@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from edgesdk.compress.types import Step
-from edgesdk.sequence.model import HIDDEN, Pair, SequenceModel
+from edgesdk.sequence.layers import Pair
+from edgesdk.sequence.model import SequenceModel
 from edgesdk.sequence.pairs import Tokens, begun, padded
+from edgesdk.sequence.positions import HIDDEN
 
 
 def answers(

@@ -17,8 +17,9 @@ from edgesdk.errors import InputError
 from edgesdk.noun import Part
 from edgesdk.sequence.config import SequenceConfig, Stack
 from edgesdk.sequence.inherit import Parent, Piece, arranged, inherited
-from edgesdk.sequence.model import HIDDEN, SequenceModel
+from edgesdk.sequence.model import SequenceModel
 from edgesdk.sequence.pairs import Batch
+from edgesdk.sequence.positions import HIDDEN
 from edgesdk.sequence.teach import Student, forced
 
 

@@ -20,10 +20,13 @@ from edgesdk.model import Layout, Method, ModelSpec
 from edgesdk.plan.fake_quant import run
 from edgesdk.plan.harm import one_thread
 from edgesdk.sequence import card as cards
+from edgesdk.sequence import layers, positions
 from edgesdk.sequence import model as model_code
 from edgesdk.sequence.card import Card
 from edgesdk.sequence.config import SequenceConfig
-from edgesdk.sequence.model import HIDDEN, Norm, Pair, SequenceModel
+from edgesdk.sequence.layers import Norm, Pair
+from edgesdk.sequence.model import SequenceModel
+from edgesdk.sequence.positions import HIDDEN
 
 Calibration: TypeAlias = Callable[[str], Sequence[tuple[Any, ...]]]
 Evaluate: TypeAlias = Callable[[Callable[[str, Sequence[Any]], list[Any]]], float]
@@ -267,7 +270,7 @@ def recorded(spec: ModelSpec, card: Card) -> Calibration:
 def _digest(core: SequenceModel, card: bytes) -> str:
     """sha256 over the configuration, the code that computes it, the card and the weights."""
     total = hashlib.sha256(core.config.to_json().encode() + card)
-    for module in (model_code, sys.modules[__name__]):
+    for module in (model_code, layers, positions, sys.modules[__name__]):
         total.update(inspect.getsource(module).encode())
     for key, value in sorted(core.state_dict().items()):
         total.update(f"{key} {value.dtype} {list(value.shape)}".encode())

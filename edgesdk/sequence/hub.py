@@ -181,7 +181,7 @@ def _sines(given: dict[str, Tensor]) -> set[str]:
     """Tables of sinusoidal positions, which are computed here. Raises `InputError` for one that holds something else."""
     import torch
 
-    from edgesdk.sequence.model import sinusoids
+    from edgesdk.sequence.positions import sinusoids
 
     tables = {name: value for name, value in given.items() if name.endswith(".embed_positions.weight")}
     for name, value in tables.items():

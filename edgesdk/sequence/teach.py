@@ -25,8 +25,9 @@ from edgesdk.compress.types import Step
 from edgesdk.errors import InputError
 from edgesdk.model import Method, ModelSpec
 from edgesdk.sequence.answers import answers
-from edgesdk.sequence.model import HIDDEN, SequenceModel
+from edgesdk.sequence.model import SequenceModel
 from edgesdk.sequence.pairs import IGNORED, Batch, Batches, Pairs, padded
+from edgesdk.sequence.positions import HIDDEN
 
 KEPT_BYTES = 512 * 2**20  # of a teacher's values that are made once, before the first step; more are made anew in every step
 Student = Callable[[int, Batch], Sequence[Tensor]]
