@@ -1,7 +1,7 @@
 """Measure this machine: memory bandwidth per level, and what each runtime reaches per operator class and precision.
 
 Micro-programs are lowered once (and kept), run in this process by the runtime itself, and a cost law is fitted to the medians:
-overhead + per_output × outputs + max(operations / rate, traffic).
+overhead + per_output × outputs + max(operations / rate, traffic). A call costs something for each input and output, and for their elements.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def calibrate(
             step(f"{name}: {text}", 0.05 + 0.95 * (i + share) / len(wanted))
 
         samples = measure(name, threads, part)
+        levels = least_disturbed(levels, bandwidths(profile))  # apart in time: others read the memory, too
         answer = fit(profile, name, here[name], threads, levels, samples)
         if save:
             answer.save(calibration_path(profile.name, name, threads))
@@ -86,7 +87,10 @@ def calibrate(
 
 
 def bandwidths(profile: DeviceProfile) -> dict[str, float]:
-    """Bytes a second one thread reads, by level, from sums over arrays that fit half of it (four times the last cache for memory)."""
+    """Bytes a second one thread reads, by level, from maxima of arrays that fit half of it (four times the last cache for memory).
+
+    In time of the processor, and not by a BLAS, which takes more threads for large arrays and waits for them where others work.
+    """
     import numpy as np
 
     sizes = {f"L{c.level}": c.size_bytes // 2 for c in profile.units[0].caches}
@@ -94,14 +98,14 @@ def bandwidths(profile: DeviceProfile) -> dict[str, float]:
     sizes["memory"] = min(4 * biggest, 256 << 20)
     found = {}
     for level, size in sizes.items():
-        a = np.ones(max(size // 4, 64), np.float32)
+        a = np.ones(max(size // 8, 64), np.int64)
         calls = max(1, int((4 << 20) // a.nbytes))
         best = math.inf
         for _ in range(12):
-            start = time.perf_counter()
+            start = time.process_time()
             for _ in range(calls):
-                np.dot(a, a)  # reads the array once from this level
-            best = min(best, time.perf_counter() - start)
+                a.max()  # reads the array once from this level
+            best = min(best, time.process_time() - start)
         found[level] = a.nbytes * calls / best
     order = [k for k in ("L1", "L2", "L3", "memory") if k in found]
     for near, far in zip(order[-2::-1], order[:0:-1], strict=True):
@@ -109,8 +113,17 @@ def bandwidths(profile: DeviceProfile) -> dict[str, float]:
     return found
 
 
-def time_call(call: Callable[[], Any], *, rounds: int = 3, seconds: float = 0.012) -> float:
-    """The least of `rounds` medians, in seconds: the median ignores single disturbances, the least of them a busy stretch."""
+def least_disturbed(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    """The faster of two measurements of each level's bandwidth: other work only ever slows them, and each is in order, so this is, too."""
+    return {level: max(one[level], other[level]) for level in one}
+
+
+def time_call(call: Callable[[], Any], threads: int = 1, *, rounds: int = 3, seconds: float = 0.012) -> float:
+    """The least of `rounds` medians, in seconds: the median ignores single disturbances, the least of them a busy stretch.
+
+    Of one thread the time of the processor, which is the clock's where nothing else runs; of several that of the clock.
+    """
+    clock = time.process_time if threads == 1 else time.perf_counter
     for _ in range(3):
         call()
     medians = []
@@ -118,9 +131,9 @@ def time_call(call: Callable[[], Any], *, rounds: int = 3, seconds: float = 0.01
         times: list[float] = []
         end = time.perf_counter() + seconds
         while len(times) < 7 or time.perf_counter() < end:
-            start = time.perf_counter()
+            start = clock()
             call()
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
         medians.append(sorted(times)[len(times) // 2])
     return min(medians)
 
@@ -149,7 +162,7 @@ def measure(runtime: str, threads: int, step: Step) -> list[Sample]:
                 for precision in part.precisions:
                     for method in choices[precision]:
                         arrays = [t.numpy() for t in spec.methods[method].example_inputs]
-                        seconds = time_call(lambda r=runner, n=part.name(precision, method), a=arrays: r.run(n, a))  # type: ignore[misc]
+                        seconds = time_call(lambda r=runner, n=part.name(precision, method), a=arrays: r.run(n, a), threads)  # type: ignore[misc]
                         best[precision, method] = min(seconds, best.get((precision, method), math.inf))
         for (precision, method), seconds in best.items():
             samples.append(Sample(graph.method(method), precision, choices[precision][method], seconds))
@@ -274,7 +287,7 @@ def _fit_precision(
     profile: DeviceProfile, compute: ComputeUnit, runtime: str, head: dict[str, Any], known: list[OpRate], samples: list[Sample],
     precision: str,
 ) -> tuple[list[OpRate], list[float]]:  # fmt: skip
-    """Fit (overhead, rate, per output) of each class and the call's (overhead, per element in and out) at once, on log residuals."""
+    """Fit (overhead, rate, per output) of each class and the call's (overhead, per tensor, per element) at once, on log residuals."""
     import numpy as np
     from scipy.optimize import least_squares
 
@@ -284,16 +297,29 @@ def _fit_precision(
     ops = [op for op in ops if op != "reshape"]
     names = ["call", *ops] if precision in ("fp32", "int8-static") else ops  # inputs and outputs stay float elsewhere
     top = max(compute.peak_ops_per_s.values()) / compute.cores
-    start = np.log([v for n in names for v in ((2e-6, 1e12, 1e-9) if n == "call" else (1e-6, 0.2 * top if n in _MACS else 2e9, 1e-10))])
+    tensor = next((r.per_tensor_s for r in known if r.op == "call"), 1e-6)
+    start = np.log([v for n in names for v in ((2e-6, tensor, 1e-9) if n == "call" else (1e-6, 0.2 * top if n in _MACS else 2e9, 1e-10))])
     measured = np.log([s.seconds for s in samples])
 
     def rows_of(x: Any) -> list[OpRate]:
         v = np.exp(np.clip(x, -32, 40))
-        return [
-            OpRate(op=n, precision=precision, overhead_s=float(v[3 * i]), ops_per_s=float(v[3 * i + 1]), per_output_s=float(v[3 * i + 2]),
-                   log_sd=0.1, n=len(samples), source="calibrated here")
-            for i, n in enumerate(names)
-        ]  # fmt: skip
+        found = []
+        for i, name in enumerate(names):
+            over, middle, out = (float(part) for part in v[3 * i : 3 * i + 3])
+            second = {"ops_per_s": 1e12, "per_tensor_s": middle} if name == "call" else {"ops_per_s": middle}
+            found.append(
+                OpRate(
+                    op=name,
+                    precision=precision,
+                    overhead_s=over,
+                    per_output_s=out,
+                    **second,
+                    log_sd=0.1,
+                    n=len(samples),
+                    source="calibrated here",
+                )
+            )
+        return found
 
     def residuals(x: Any) -> Any:
         law = Efficiency(**head, rows=(*known, *rows_of(x)))

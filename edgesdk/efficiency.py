@@ -26,6 +26,7 @@ class OpRate(Part):
     ops_per_s: PositiveFloat | None = None
     share_of_peak: Annotated[float, Field(gt=0, le=1)] | None = None
     per_output_s: NonNegativeFloat = 0.0
+    per_tensor_s: NonNegativeFloat = 0.0  # of op "call" alone, what a call costs beside its operators: for each input and output
     overhead_s: NonNegativeFloat = 0.0
     log_sd: NonNegativeFloat  # standard deviation of log(measured / predicted)
     n: NonNegativeInt = 0  # measurements behind the row

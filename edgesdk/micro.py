@@ -28,6 +28,14 @@ class _Op(nn.Module):
         return x
 
 
+class _Pass(nn.Module):
+    """As many inputs as come, half as many outputs, each the sum of two inputs: what passing tensors costs, with little to compute."""
+
+    def forward(self, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        half = len(xs) // 2
+        return tuple(a + b for a, b in zip(xs[:half], xs[half:], strict=True))
+
+
 def _linear(rows: int, width: int, out: int, times: int = 1) -> tuple[nn.Module, tuple[int, ...]]:
     return nn.Sequential(*[nn.Linear(width, out) for _ in range(times)]), (rows, width)
 
@@ -67,7 +75,10 @@ PLAIN: dict[str, Make] = {
     "mean_a": partial(_op, lambda x: nn.functional.adaptive_avg_pool2d(x, 1), 1, 128, 6, 6),
     "mean_b": partial(_op, lambda x: nn.functional.adaptive_avg_pool2d(x, 1), 1, 32, 24, 24),
     "mat_a": partial(_op, lambda x: torch.matmul(x, x.transpose(-1, -2)), 4, 48, 24),
+    "mat_b": partial(_op, lambda x: torch.matmul(x, x.transpose(-1, -2)), 3, 192, 64),
 }  # fmt: skip
+PASSED = {"pass_a": (24, 64), "pass_b": (8, 8192)}
+"""Inputs and their elements."""
 
 
 def micro_spec() -> ModelSpec:
@@ -77,6 +88,8 @@ def micro_spec() -> ModelSpec:
     for name, make in {**WEIGHTED, **PLAIN}.items():
         module, shape = make()
         methods[name] = Method(module.eval().requires_grad_(False), (torch.randn(shape),))
+    for name, (count, size) in PASSED.items():
+        methods[name] = Method(_Pass().eval(), tuple(torch.randn(1, size) for _ in range(count)))
     code = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("micro.py", "micro_lower.py"))
     digest = hashlib.sha256(code).hexdigest()
     return ModelSpec(name="calibration", digest=digest, methods=methods, calibration=lambda method: [methods[method].example_inputs] * 2)

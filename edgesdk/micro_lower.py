@@ -33,8 +33,10 @@ def groups(links: Iterable[Sequence[Hashable]]) -> dict[Hashable, Hashable]:
 
 
 def combined(spec: ModelSpec, branches: Sequence[str]) -> ModelSpec:
-    """One method, `forward`, that runs the methods `branches` side by side: one input and one output each. A name may come twice."""
+    """One method, `forward`, that runs the methods `branches` side by side: all their inputs, all their outputs. A name may come twice."""
     import torch
+
+    counts = [len(spec.methods[b].example_inputs) for b in branches]
 
     class Parts(torch.nn.Module):
         def __init__(self) -> None:
@@ -42,11 +44,27 @@ def combined(spec: ModelSpec, branches: Sequence[str]) -> ModelSpec:
             self.parts = torch.nn.ModuleList([copy.deepcopy(spec.methods[b].module) for b in branches])
 
         def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return tuple(part(x) for part, x in zip(self.parts, inputs, strict=True))
+            left = iter(inputs)
+            outputs: list[torch.Tensor] = []
+            for part, count in zip(self.parts, counts, strict=True):
+                made = part(*(next(left) for _ in range(count)))
+                outputs += made if isinstance(made, tuple) else [made]
+            return tuple(outputs)
 
-    example = tuple(spec.methods[b].example_inputs[0] for b in branches)
+    example = tuple(x for b in branches for x in spec.methods[b].example_inputs)
     method = Method(Parts().eval().requires_grad_(False), example)
     return ModelSpec(name=spec.name, digest=spec.digest, methods={"forward": method}, calibration=lambda _: [example] * 2)
+
+
+def ends_of(spec: ModelSpec, branches: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """The branch of every input and of every output of what `combined` makes; `branches` maps a branch's name to its method."""
+    inputs: list[str] = []
+    outputs: list[str] = []
+    for name, method in branches.items():
+        made = spec.methods[method].module(*spec.methods[method].example_inputs)
+        inputs += [name] * len(spec.methods[method].example_inputs)
+        outputs += [name] * (len(made) if isinstance(made, tuple) else 1)
+    return inputs, outputs
 
 
 def lower_executorch_parts(spec: ModelSpec, branches: Mapping[str, tuple[str, Mapping[str, str]]], say: Callable[[str], None]) -> bytes:
@@ -57,11 +75,13 @@ def lower_executorch_parts(spec: ModelSpec, branches: Mapping[str, tuple[str, Ma
     choice: dict[tuple[str, str], str] = {}
     for i, (_, units) in enumerate(branches.values()):
         choice.update({("forward", f"parts.{i}.{u}"): p for u, p in units.items()})
-    return cut_pte(lower_executorch(whole, choice, say, partitioner=[one_partition_a_branch()]), list(branches))
+    inputs, outputs = ends_of(spec, {name: method for name, (method, _) in branches.items()})
+    return cut_pte(lower_executorch(whole, choice, say, partitioner=[one_partition_a_branch(inputs)]), outputs)
 
 
-def one_partition_a_branch() -> Any:
-    """XNNPACK's partitioner, with the partitions split so that none holds operators of two branches."""
+def one_partition_a_branch(inputs: Sequence[str]) -> Any:
+    """XNNPACK's partitioner, with the partitions split so that none holds operators of two branches. `inputs`: the branch of each input."""
+    number = {name: i for i, name in enumerate(dict.fromkeys(inputs))}
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
     class Split(XnnpackPartitioner):  # type: ignore[misc]
@@ -69,7 +89,8 @@ def one_partition_a_branch() -> Any:
             result = super().partition(exported_program)
             nodes = list(exported_program.graph.nodes)
             ends = exported_program.graph_signature.user_inputs
-            branch = {n: n.name for n in nodes if n.op == "placeholder" and n.name in ends}
+            at = {name: number[branch] for name, branch in zip(ends, inputs, strict=True)}
+            branch = {n: at[n.name] for n in nodes if n.op == "placeholder" and n.name in at}
             for node in nodes:
                 known = [branch[a] for a in node.all_input_nodes if a in branch]
                 if known:
@@ -91,7 +112,7 @@ def one_partition_a_branch() -> Any:
 
 
 def cut_pte(content: bytes, names: Sequence[str]) -> bytes:
-    """The only method of a `.pte` as one method an output: each keeps the instructions its output hangs on."""
+    """The only method of a `.pte` as one method a name; `names` says which each output belongs to. It keeps the instructions these hang on."""
     from executorch.exir._serialize._program import deserialize_pte_binary, serialize_pte_binary
     from executorch.exir.schema import Chain, DelegateCall, Tensor
 
@@ -99,17 +120,18 @@ def cut_pte(content: bytes, names: Sequence[str]) -> bytes:
     (whole,) = file.program.execution_plan
     planned = {i for i, v in enumerate(whole.values) if isinstance(v.val, Tensor) and v.val.allocation_info is not None}
     calls = [(c, [a for a in c.instr_args.args if a in planned]) for c in whole.chains[0].instructions]
-    group = groups([used for _, used in calls] + [(i,) for i in whole.inputs])
+    ends = _by_name(names, whole.outputs)
+    group = groups([used for _, used in calls] + [(i,) for i in whole.inputs] + list(ends.values()))
     plans = []
-    for name, output in zip(names, whole.outputs, strict=True):
-        mine = [copy.deepcopy(c) for c, used in calls if group[used[0]] == group[output]]
+    for name, outputs in ends.items():
+        mine = [copy.deepcopy(c) for c, used in calls if group[used[0]] == group[outputs[0]]]
         kept = [c.instr_args.delegate_index for c in mine if isinstance(c.instr_args, DelegateCall)]
         for call in mine:
             if isinstance(call.instr_args, DelegateCall):
                 call.instr_args.delegate_index = kept.index(call.instr_args.delegate_index)
-        inputs = [i for i in whole.inputs if group[i] == group[output]]
+        inputs = [i for i in whole.inputs if group[i] == group[outputs[0]]]
         plan = copy.copy(whole)
-        plan.name, plan.inputs, plan.outputs = name, inputs, [output]
+        plan.name, plan.inputs, plan.outputs = name, inputs, outputs
         plan.chains = [Chain(inputs=[], outputs=[], instructions=mine, stacktrace=None)]
         plan.delegates = [whole.delegates[i] for i in kept]
         plans.append(plan)
@@ -117,15 +139,23 @@ def cut_pte(content: bytes, names: Sequence[str]) -> bytes:
     return bytes(serialize_pte_binary(file, extract_delegate_segments=True, segment_alignment=128))
 
 
+def _by_name(names: Sequence[str], outputs: Sequence[int]) -> dict[str, list[int]]:
+    """Name → its outputs, in order."""
+    found: dict[str, list[int]] = {}
+    for name, output in zip(names, outputs, strict=True):
+        found.setdefault(name, []).append(output)
+    return found
+
+
 def lower_litert_parts(spec: ModelSpec) -> bytes:
     """A float `.tflite` with one signature a method of `spec`."""
     from edgesdk.lower.litert import convert_float
 
-    return cut_tflite(convert_float(combined(spec, list(spec.methods))), list(spec.methods))
+    return cut_tflite(convert_float(combined(spec, list(spec.methods))), ends_of(spec, {name: name for name in spec.methods})[1])
 
 
 def cut_tflite(content: bytes, names: Sequence[str]) -> bytes:
-    """The only signature of a `.tflite` as one signature and subgraph an output."""
+    """The only signature of a `.tflite` as one signature and subgraph a name; `names` says which each output belongs to."""
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
 
@@ -134,12 +164,13 @@ def cut_tflite(content: bytes, names: Sequence[str]) -> bytes:
     constant = {i for i, t in enumerate(whole.tensors) if (b := model.buffers[t.buffer]).data is not None or b.offset > 1}
     live = [[i for i in (*op.inputs, *op.outputs) if i >= 0 and i not in constant] for op in whole.operators]
     ends = [sorted(maps, key=lambda m: int(m.name.decode().rsplit("_", 1)[-1])) for maps in (signature.inputs, signature.outputs)]
-    group = groups([*live, *[(m.tensorIndex,) for m in ends[0]]])
+    wanted = _by_name(names, [m.tensorIndex for m in ends[1]])
+    group = groups([*live, *[(m.tensorIndex,) for m in ends[0]], *wanted.values()])
     graphs, signatures = [], []
-    for number, (name, output) in enumerate(zip(names, ends[1], strict=True)):
-        mine = [copy.deepcopy(op) for op, used in zip(whole.operators, live, strict=True) if group[used[0]] == group[output.tensorIndex]]
-        source = next(m for m in ends[0] if group[m.tensorIndex] == group[output.tensorIndex])
-        used = [source.tensorIndex, *dict.fromkeys(int(i) for op in mine for i in (*op.inputs, *op.outputs) if i >= 0)]
+    for number, (name, outputs) in enumerate(wanted.items()):
+        mine = [copy.deepcopy(op) for op, used in zip(whole.operators, live, strict=True) if group[used[0]] == group[outputs[0]]]
+        inputs = [m.tensorIndex for m in ends[0] if group[m.tensorIndex] == group[outputs[0]]]
+        used = [*inputs, *dict.fromkeys(int(i) for op in mine for i in (*op.inputs, *op.outputs) if i >= 0)]
         place = {old: new for new, old in enumerate(dict.fromkeys(used))}
         graph = schema.SubGraphT()
         graph.name, graph.tensors = name, [copy.deepcopy(whole.tensors[i]) for i in place]
@@ -147,11 +178,12 @@ def cut_tflite(content: bytes, names: Sequence[str]) -> bytes:
             tensor.name = f"{name}/{tensor.name.decode()}"
         for op in mine:
             op.inputs, op.outputs = [place.get(int(i), -1) for i in op.inputs], [place[int(i)] for i in op.outputs]
-        graph.operators, graph.inputs, graph.outputs = mine, [place[source.tensorIndex]], [place[output.tensorIndex]]
+        graph.operators, graph.inputs, graph.outputs = mine, [place[i] for i in inputs], [place[i] for i in outputs]
         graphs.append(graph)
         made = schema.SignatureDefT()
         made.signatureKey, made.subgraphIndex = name, number if number == 0 else len(model.subgraphs) - 1 + number
-        made.inputs, made.outputs = [_map(schema, "args_0", graph.inputs[0])], [_map(schema, "output_0", graph.outputs[0])]
+        made.inputs = [_map(schema, f"args_{i}", t) for i, t in enumerate(graph.inputs)]
+        made.outputs = [_map(schema, f"output_{i}", t) for i, t in enumerate(graph.outputs)]
         signatures.append(made)
     model.subgraphs = [graphs[0], *model.subgraphs[1:], *graphs[1:]]  # what refers to another subgraph still finds it
     model.signatureDefs = signatures

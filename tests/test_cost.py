@@ -113,6 +113,52 @@ def test_a_call_row_counts_inputs_and_outputs() -> None:
     assert call_seconds(method(linear()), "int8-dynamic", both) == pytest.approx(1e-6 + 512e-9)
 
 
+def test_each_tensor_that_is_passed_costs_and_caches_stay_where_they_are() -> None:
+    row = OpRate(
+        op="call", precision="fp32", ops_per_s=1.0, overhead_s=1e-6, per_tensor_s=2e-6, per_output_s=1e-9, log_sd=0.1, source="test"
+    )
+    cache = TensorInfo(name="self_k_0", shape=(1, 2, 100, 10), dtype="float32")
+    plain = method(linear())
+    more = plain.model_copy(update={"inputs": (*plain.inputs, cache), "cache_inputs": ("self_k_0",)})
+    for runtime, elements in (("litert", 2512), ("executorch", 256)):  # ExecuTorch reads caches in place; LiteRT copies them
+        both = law().model_copy(update={"rows": (*law().rows, row), "runtime": runtime})
+        assert call_seconds(more, "fp32", both) == pytest.approx(1e-6 + 3 * 2e-6 + elements * 1e-9)
+
+
+def test_a_device_that_was_not_calibrated_pays_for_tensors_by_its_clock() -> None:
+    from edgesdk.plan.rates import TENSOR_CYCLES, prior
+
+    for runtime in ("litert", "executorch"):
+        row = prior(device(), device().units[0], runtime, 1).row("call", "fp32")
+        assert row and row.op == "call" and row.per_tensor_s == pytest.approx(TENSOR_CYCLES[runtime] / 1e9)
+
+
+def test_bandwidth_is_the_least_disturbed_measurement() -> None:
+    from edgesdk.calibrate import bandwidths, least_disturbed
+
+    best = least_disturbed({"L1": 9e10, "memory": 1e10}, {"L1": 8e10, "memory": 3e10})
+    assert best == {"L1": 9e10, "memory": 3e10}
+    small = device()
+    found = bandwidths(small)
+    assert list(found) == ["L1", "L2", "memory"] and found["L1"] >= found["L2"] >= found["memory"] > 0
+
+
+def test_micro_programs_of_many_tensors_run_side_by_side() -> None:
+    import torch
+
+    from edgesdk.micro import PASSED, micro_spec
+    from edgesdk.micro_lower import combined, ends_of
+
+    spec = micro_spec()
+    inputs, outputs = ends_of(spec, {"one": "add_a", "two": "pass_a"})
+    assert inputs == ["one"] + ["two"] * PASSED["pass_a"][0] and outputs == ["one"] + ["two"] * (PASSED["pass_a"][0] // 2)
+    whole = combined(spec, ["add_a", "pass_a"]).methods["forward"]
+    made = whole.module(*whole.example_inputs)
+    assert len(made) == len(outputs)
+    for mine, own in zip(made[1:], spec.methods["pass_a"].module(*spec.methods["pass_a"].example_inputs), strict=True):
+        assert torch.equal(mine, own)
+
+
 def test_efficiency_saves_and_loads(tmp_path: object) -> None:
     text = law().to_json()
     assert Efficiency.from_json(text) == law()

@@ -156,12 +156,19 @@ def _row(efficiency: Efficiency, unit: Unit, precision: str) -> OpRate | None:
 
 
 def call_seconds(method: MethodGraph, precision: str, efficiency: Efficiency) -> float:
-    """What a call costs beside its operators: entering the runtime, and passing inputs and outputs (rounding them where they are int8)."""
+    """What a call costs beside its operators: entering the runtime, and passing inputs and outputs (rounding them where they are int8).
+
+    Every tensor that is passed costs something, and every element of it but those of inputs that stay where their owner keeps them.
+    """
+    from edgesdk.graph.memory import kept_outside
+
     rows = {r.precision: r for r in efficiency.rows if r.op == "call"}
     row = rows.get(precision) or rows.get("fp32")
     if row is None:
         return efficiency.call_overhead_s
-    return row.overhead_s + row.per_output_s * sum(t.elements for t in (*method.inputs, *method.outputs))
+    tensors = len(method.inputs) + len(method.outputs)
+    moved = method.outputs if kept_outside(method, efficiency.runtime) else (*method.inputs, *method.outputs)
+    return row.overhead_s + row.per_tensor_s * tensors + row.per_output_s * sum(t.elements for t in moved)
 
 
 def method_costs(

@@ -17,6 +17,17 @@ if TYPE_CHECKING:
 
 PRIOR = {"linear": 0.35, "conv2d": 0.35, "conv1d": 0.3, "depthwise_conv2d": 0.08, "matmul": 0.25, "attention": 0.25, "*": 0.1}
 """Share of the peak reached where nothing was measured."""
+TENSOR_CYCLES = {"executorch": 4600.0, "litert": 10600.0}
+"""Cycles of a core that a call costs for each input and output, through the Python runner: `edgesdk calibrate` of an x86-64 server at 2.6 GHz,
+ExecuTorch 1.4.1 and LiteRT 2.3.0. What a device that was not calibrated is taken to need; LiteRT's where a runtime has none of its own."""
+
+
+def call_row(compute: ComputeUnit, runtime: str, overhead_s: float, log_sd: float) -> OpRate:
+    """What a call costs on a device that was not calibrated. Calls begin on a CPU: `compute`'s clock stands for it where it is one."""
+    clock = compute.clock_hz if compute.kind == "cpu" else 2e9
+    each = TENSOR_CYCLES.get(runtime, TENSOR_CYCLES["litert"]) / clock
+    source = "inputs and outputs: cycles measured on an x86-64 server, by the clock"
+    return OpRate(op="call", precision="fp32", ops_per_s=1e12, overhead_s=overhead_s, per_tensor_s=each, log_sd=log_sd, source=source)
 
 
 def calibration_path(device: str, runtime: str, threads: int) -> Path:
@@ -63,6 +74,8 @@ def prior(device: DeviceProfile, compute: ComputeUnit, runtime: str, threads: in
         for op, share in PRIOR.items()
         for p, factor in (("*", 1.0), ("int8", 0.7), ("int8-weight-only", 0.9))
     )
+    call = call_row(compute, runtime, 5 * overhead, 0.6)
     return Efficiency(
-        device=device.name, runtime=runtime, threads=threads, origin="prior", rows=rows, call_overhead_s=5 * overhead, call_log_sd=0.3
-    )
+        device=device.name, runtime=runtime, threads=threads, origin="prior", rows=(*rows, call), call_overhead_s=5 * overhead,
+        call_log_sd=0.3,
+    )  # fmt: skip

@@ -31,6 +31,7 @@ def efficiency(device: DeviceProfile, runtime: str) -> Efficiency:
 
     Raises `UnknownName` for a runtime that no published row tells about.
     """
+    from edgesdk.plan.rates import call_row
     from edgesdk.predict import fitted
     from edgesdk.predict.machines import find_machine
     from edgesdk.predict.physics import prior
@@ -54,11 +55,13 @@ def efficiency(device: DeviceProfile, runtime: str) -> Efficiency:
             width = "integer" if precision == "int8" else "float"
             own = p.get(f"width-part:{width}:{mine}", 0.0) + p.get(f"program-width-part:{variant}:{width}:{mine}", 0.0)
             rows.append(_rate(p, op, mine, precision, (whole, part + own), sd))
+    call = exp(p["fixed"] + whole)
+    rows.append(call_row(device.unit(next(r.unit for r in device.runtimes if r.name == runtime)), runtime, call, sd))
     bandwidth = device.memory.bandwidth_bytes_per_s * min(exp(p["bandwidth"] - whole), 1.0)
     note = f"fitted on {shipped['points']} published measurements; spread from devices left out of the fit"
     return Efficiency(
         device=device.name, runtime=runtime, origin="fitted", rows=tuple(rows), bandwidth_bytes_per_s={"memory": bandwidth},
-        call_overhead_s=exp(p["fixed"] + whole), call_log_sd=sd, notes=(note,),
+        call_overhead_s=call, call_log_sd=sd, notes=(note,),
     )  # fmt: skip
 
 
