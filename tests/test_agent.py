@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from tiny import tiny_bundle
 
-from edgesdk.agent import agent as on_device
+from edgesdk.agent import facts as on_device
+from edgesdk.agent import wire
 from edgesdk.agent.client import Agent, agent_sources
 from edgesdk.agent.frames import decode, encode, is_frame
+from edgesdk.agent.installed import relative_error
 from edgesdk.errors import DeviceError, InputError, LinkError
 from edgesdk.flash import flash
 from edgesdk.transport.local import LocalTransport
@@ -33,7 +35,7 @@ def test_frames_survive_and_notice_damage():
     message = {"id": 1, "ok": {"text": "ü\n" * 3}}
     line = encode(message)
     assert line.count(b"\n") == 1 and is_frame(line)
-    assert decode(line.rstrip(b"\n")) == message == on_device.decode(line) == on_device.decode(on_device.encode(message))
+    assert decode(line.rstrip(b"\n")) == message == wire.decode(line) == wire.decode(wire.encode(message))
     for bad in (line[:-3], line.replace(b'"id"', b'"ix"').rstrip(b"\n"), b"Welcome to Board", b""):
         with pytest.raises(LinkError, match="damaged"):
             decode(bad)
@@ -44,7 +46,9 @@ def test_the_agent_stands_alone_and_is_python_3_9():
         tree = ast.parse(source, feature_version=(3, 9))
         tops = {n.names[0].name.split(".")[0] for n in tree.body if isinstance(n, ast.Import)}
         tops |= {str(n.module).split(".")[0] for n in tree.body if isinstance(n, ast.ImportFrom) and not n.level}
-        assert tops <= sys.stdlib_module_names | ({"numpy"} if name != "agent.py" else set()), name
+        assert tops <= sys.stdlib_module_names | (
+            {"agent"} if name == "__main__.py" else set() if name.startswith("agent/") else {"numpy"}
+        ), name
         beside = {n.module or "__init__" for n in tree.body if isinstance(n, ast.ImportFrom) and n.level == 1}
         assert all(f"{name.rpartition('/')[0]}/{module}.py" in agent_sources() for module in beside), name
         assert not [n for n in ast.walk(tree) if isinstance(n, ast.Match)]
@@ -87,7 +91,7 @@ def test_a_crash_of_the_runtime_is_an_answer(device, monkeypatch, tmp_path):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(source)
     (folder / "runner.py").write_text("import os\ndef open_program(*a):\n    os.kill(os.getpid(), 4)\n")
-    process = subprocess.Popen([sys.executable, str(folder / "agent.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     request = encode({"verb": "check", "id": 1, "folder": f"{device.root}/current"})
     out, _ = process.communicate(request + encode({"verb": "health", "id": 2, "folder": f"{device.root}/current"}), timeout=60)
     hello, crash, health = (decode(line) for line in out.splitlines())
@@ -133,8 +137,8 @@ def test_clock_temperature_and_throttling_are_read_or_unknown(monkeypatch):
 
 def test_relative_error_refuses_what_is_no_number():
     one = [np.ones(4)]
-    assert on_device.relative_error(one, one) == 0
-    assert on_device.relative_error([np.full(4, 1.1)], one) == pytest.approx(0.1)
-    assert on_device.relative_error([np.array([1, np.nan, 1, 1])], one) is None
-    assert on_device.relative_error([np.ones(3)], one) is None
-    assert on_device.relative_error([], one) is None
+    assert relative_error(one, one) == 0
+    assert relative_error([np.full(4, 1.1)], one) == pytest.approx(0.1)
+    assert relative_error([np.array([1, np.nan, 1, 1])], one) is None
+    assert relative_error([np.ones(3)], one) is None
+    assert relative_error([], one) is None

@@ -20,6 +20,7 @@ START_S = 60.0
 POLL_S = 0.05
 ARCHIVE = "agent.zip"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
+_MAIN = b"from agent.agent import main\n\nmain()\n"
 
 
 def agent_files() -> dict[str, bytes]:
@@ -27,30 +28,31 @@ def agent_files() -> dict[str, bytes]:
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
         for name, source in agent_sources().items():
-            file.writestr(zipfile.ZipInfo("__main__.py" if name == "agent.py" else name, _EPOCH), source, zipfile.ZIP_DEFLATED)
+            file.writestr(zipfile.ZipInfo(name, _EPOCH), source, zipfile.ZIP_DEFLATED)
     return {ARCHIVE: archive.getvalue()}
 
 
 def agent_sources() -> dict[str, bytes]:
     """The files the device needs, by name."""
     top = files("edgesdk")
-    places = {"agent.py": top / "agent" / "agent.py", "runner.py": top / "runner.py"}
+    places = {"runner.py": top / "runner.py"}
     places |= {
         f"packed/{file.name}": file for file in sorted((top / "packed").iterdir(), key=lambda f: f.name) if file.name.endswith(".py")
     }
-    return {**{name: place.read_bytes() for name, place in places.items()}, **_sequence_files()}
+    plain = {name: place.read_bytes() for name, place in places.items()}
+    return {"__main__.py": _MAIN, **plain, **_part("agent", "agent"), **_part("sequence", "measure", "serve")}
 
 
-def _sequence_files() -> dict[str, bytes]:
-    """The part of `edgesdk.sequence` that runs on a device: `serve`, `measure` and what they import from beside them."""
+def _part(package: str, *modules: str) -> dict[str, bytes]:
+    """Modules of a package of edgesdk, and what they import from beside them."""
     found: dict[str, bytes] = {}
-    wanted = ["__init__", "measure", "serve"]
+    wanted = ["__init__", *modules]
     while wanted:
         name = wanted.pop()
-        source = (files("edgesdk") / "sequence" / f"{name}.py").read_bytes()
-        found[f"sequence/{name}.py"] = source
+        source = (files("edgesdk") / package / f"{name}.py").read_bytes()
+        found[f"{package}/{name}.py"] = source
         beside = {m.decode() for m in re.findall(rb"^ *from \.(\w+) import", source, re.MULTILINE)}
-        wanted += [b for b in sorted(beside) if f"sequence/{b}.py" not in found]
+        wanted += [b for b in sorted(beside) if f"{package}/{b}.py" not in found]
     return dict(sorted(found.items()))
 
 

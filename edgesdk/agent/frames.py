@@ -1,4 +1,4 @@
-"""The agent's wire: one message a line, `LENGTH CRC32 JSON\\n`, so that noise and cut lines are noticed."""
+"""The host's side of the agent's wire (see `wire`): what comes from a device may be anything."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import json
 import zlib
 from typing import Any
 
+from edgesdk.agent.wire import encode
 from edgesdk.errors import LinkError
 
-
-def encode(message: dict[str, Any]) -> bytes:
-    """`message` as one framed line."""
-    body = json.dumps(message, separators=(",", ":")).encode()
-    return b"%d %08x %s\n" % (len(body), zlib.crc32(body), body)
+__all__ = ["decode", "encode", "is_frame"]
 
 
 def is_frame(line: bytes) -> bool:

@@ -1,0 +1,125 @@
+"""What this machine is, and how warm and fast right now. Goes to the device as it is."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+from typing import Any
+
+
+def read(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            return file.read(1 << 20).replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def cpuinfo() -> tuple[str, dict[str, str]]:
+    """(the CPU's name, the keys that appear, megahertz if listed)"""
+    keys: dict[str, str] = {}
+    for line in read("/proc/cpuinfo").splitlines():
+        name, _, value = line.partition(":")
+        keys.setdefault(name.strip(), value.strip())
+    name = keys.get("model name") or keys.get("Hardware") or keys.get("CPU part") or platform.processor() or "unknown"
+    return name, keys
+
+
+def emulated() -> list[str]:
+    """Reasons to believe that this is an emulator; empty on silicon. A virtual machine on the same kind of CPU is none."""
+    reasons = []
+    name, keys = cpuinfo()
+    machine = platform.machine()
+    if "QEMU" in name or "TCG" in name:
+        reasons.append("/proc/cpuinfo: " + name)
+    if machine.startswith(("aarch64", "arm")) and "vendor_id" in keys and "flags" in keys:
+        reasons.append("/proc/cpuinfo is of another kind of CPU than " + machine)
+    for path in ("/proc/device-tree/compatible", "/sys/firmware/devicetree/base/compatible"):
+        if "dummy-virt" in read(path):
+            reasons.append("device tree: linux,dummy-virt")
+            break
+    vendor = read("/sys/class/dmi/id/sys_vendor")
+    if "QEMU" in vendor and machine.startswith(("aarch64", "arm")):
+        reasons.append("DMI: " + vendor)
+    return reasons
+
+
+def clock_hz() -> float | None:
+    """The fastest core's clock right now, or None."""
+    best = 0.0
+    for core in range(os.cpu_count() or 1):
+        text = read(f"/sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq")
+        if text.isdigit():
+            best = max(best, int(text) * 1000.0)
+    if not best:
+        for line in read("/proc/cpuinfo").splitlines():
+            if line.startswith("cpu MHz"):
+                best = max(best, float(line.split(":")[1]) * 1e6)
+    return best or None
+
+
+def temperature_c() -> float | None:
+    """The warmest thermal zone, or None."""
+    best = None
+    for zone in range(32):
+        text = read(f"/sys/class/thermal/thermal_zone{zone}/temp")
+        if text.lstrip("-").isdigit() and -40 < int(text) / 1000.0 < 200:
+            best = max(best if best is not None else -99.0, int(text) / 1000.0)
+    return best
+
+
+def throttled() -> bool | None:
+    """True if the board says that it is held back now or since boot began; None if it does not say (Raspberry Pi: get_throttled)."""
+    for path in ("/sys/devices/platform/soc/soc:firmware/get_throttled",):
+        text = read(path)
+        if text:
+            return int(text, 16) & 0xF != 0
+    return None
+
+
+def memory_bytes(key: str) -> int | None:
+    for line in read("/proc/meminfo").splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def own_bytes(key: str) -> int | None:
+    """VmRSS or VmHWM of this process, in bytes, or None."""
+    for line in read("/proc/self/status").splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def conditions() -> dict[str, Any]:
+    return {"clock_hz": clock_hz(), "temperature_c": temperature_c(), "throttled": throttled()}
+
+
+def facts() -> dict[str, Any]:
+    runtimes: dict[str, str] = {}
+    numpy = None
+    try:
+        import numpy as np
+
+        numpy = np.__version__
+        runner = importlib.import_module("runner")
+        runtimes = runner.installed()
+    except ImportError:
+        pass
+    return {
+        "machine": platform.machine(),
+        "system": platform.system() + " " + platform.release(),
+        "board": read("/proc/device-tree/model") or read("/sys/class/dmi/id/product_name") or None,
+        "python": platform.python_version(),
+        "numpy": numpy,
+        "cpu": cpuinfo()[0],
+        "cores": os.cpu_count(),
+        "memory_bytes": memory_bytes("MemTotal"),
+        "memory_available_bytes": memory_bytes("MemAvailable"),
+        "governor": read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or None,
+        "runtimes": runtimes,
+        "emulated": emulated(),
+        **conditions(),
+    }
