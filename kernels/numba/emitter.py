@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
 
-from .simd import I64, Simd
+from .simd import F32, I64, Simd
 
 
 class Emitter:
@@ -58,3 +58,15 @@ class Emitter:
 
     def least(self, x: Any, y: Any) -> Any:
         return self.b.select(self.b.icmp_signed("<", x, y), x, y)
+
+    def store_zero(self, *variables: Any) -> None:
+        for v in variables:
+            self.b.store(self.s.zero(self.s.floats), v)
+
+    def real(self, value: float) -> Any:
+        return ir.Constant(F32, value)
+
+    def lanes(self, first: Any, count: Any, body: Callable[[Any], None]) -> None:
+        """`body(offset in bytes)` for each vector of `count` floats, a multiple of the lanes."""
+        with self.loop(first, count, self.s.rows) as k:
+            body(self.times(k, 4))

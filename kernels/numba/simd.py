@@ -21,8 +21,10 @@ ROWS = {"x86-avx512vnni": 16, "x86-avxvnni": 8, "x86-avx2": 8, "arm-i8mm": 4, "a
 class Simd:
     """Emits instructions through `builder`. Bytes of weights are codes from 0 to 127, or with `signed` from -128 to 127."""
 
-    def __init__(self, builder: Any, target: str) -> None:
-        self.b, self.target, self.rows = builder, target, ROWS[target]
+    def __init__(self, builder: Any, target: str, one: bool = False) -> None:
+        """`one`: vectors of one row, taken out of panels of as many as the target has."""
+        self.b, self.target, self.panel = builder, target, ROWS[target]
+        self.rows = 1 if one else self.panel
         self.ints, self.floats, self.bytes = (ir.VectorType(t, n) for t, n in ((I32, self.rows), (F32, self.rows), (I8, 4 * self.rows)))
 
     # ---- memory
@@ -92,10 +94,68 @@ class Simd:
 
     def reduce(self, how: str, x: Any) -> Any:
         """All lanes to one number: "add" of integers; "fmin", "fmax", "fadd" of floats."""
+        if how == "fadd":
+            return self.total(x)
         element = x.type.element
         kind = f"v{self.rows}{'i32' if element == I32 else 'f32'}"
-        args = [ir.Constant(F32, -0.0), x] if how == "fadd" else [x]
-        return self._call(f"llvm.vector.reduce.{how}.{kind}", element, args)
+        return self._call(f"llvm.vector.reduce.{how}.{kind}", element, [x])
+
+    def absolute(self, x: Any) -> Any:
+        return self._call(f"llvm.fabs.v{self.rows}f32", self.floats, [x])
+
+    def root(self, x: Any) -> Any:
+        """The square root of one float32."""
+        return self._call("llvm.sqrt.f32", F32, [x])
+
+    # ---- vectors of any width, which LLVM divides into those the CPU has
+
+    def same(self, value: Any, count: int) -> Any:
+        """One float32 in `count` lanes."""
+        kind = ir.VectorType(F32, count)
+        undefined = ir.Constant(kind, ir.Undefined)
+        first = self.b.insert_element(undefined, value, ir.Constant(I32, 0))
+        return self.b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, count), [0] * count))
+
+    def part(self, x: Any, first: int, count: int) -> Any:
+        """Lanes first … first + count - 1."""
+        places = ir.Constant(ir.VectorType(I32, count), list(range(first, first + count)))
+        return self.b.shuffle_vector(x, ir.Constant(x.type, ir.Undefined), places)
+
+    def fused(self, x: Any, y: Any, z: Any) -> Any:
+        return self._call(f"llvm.fma.v{x.type.count}f32", x.type, [x, y, z])
+
+    def total(self, x: Any) -> Any:
+        """The sum of all lanes, in an order that LLVM may choose."""
+        if x.type.count == 1:
+            return self.b.extract_element(x, ir.Constant(I32, 0))
+        kind = ir.FunctionType(F32, [F32, x.type])
+        function = cgutils.get_or_insert_function(self.b.module, kind, f"llvm.vector.reduce.fadd.v{x.type.count}f32")
+        return self.b.call(function, [ir.Constant(F32, -0.0), x], fastmath=("reassoc",))
+
+    # ---- functions
+
+    def float_of(self, word: Any) -> Any:
+        """The float32 whose bits are the low half of an int64 arg."""
+        return self.b.bitcast(self.b.trunc(word, I32), F32)
+
+    def exp(self, x: Any) -> Any:
+        """e^x of float lanes from -87 to 88, to 2 units in the last place: 2^whole by its exponent, 2^rest by Taylor's first seven terms."""
+        kind, b = x.type, self.b
+
+        def same(value: float) -> Any:
+            return ir.Constant(kind, [value] * kind.count)
+
+        low, high = same(-87.0), same(88.0)
+        x = b.select(b.fcmp_ordered("<", x, low), low, b.select(b.fcmp_ordered(">", x, high), high, x))
+        y = b.fmul(x, same(1.4426950408889634))
+        whole = self._call(f"llvm.rint.v{kind.count}f32", kind, [y])
+        rest = b.fsub(y, whole)
+        total = same(1.5403530393381608e-4)
+        for term in (1.3333558146428443e-3, 9.618129107628477e-3, 5.550410866482158e-2, 0.2402265069591007, 0.6931471805599453, 1.0):
+            total = self._call(f"llvm.fma.v{kind.count}f32", kind, [total, rest, same(term)])
+        whole_kind = ir.VectorType(I32, kind.count)
+        bits = b.add(b.bitcast(total, whole_kind), b.shl(b.fptosi(whole, whole_kind), ir.Constant(whole_kind, [23] * kind.count)))
+        return b.bitcast(bits, kind)
 
     def to_float(self, x: Any) -> Any:
         """int32 or float16 lanes → float32 lanes."""
@@ -144,7 +204,7 @@ class Simd:
         Layout, in units of one vector of bytes: 8 bits: a quad; 4 bits: quads 2i (low half) and 2i + 1; 2 bits: quads 4i … 4i + 3 from the
         low bits up; 3 bits: eight quads as two vectors of their low two bits, then one of their high bits, quad 8i + j in bit j.
         """
-        size = 4 * self.rows
+        size = 4 * self.panel
         if bits == 3:
             return [q for i in range(first, first + count, 8) for q in self._three(address, i // 8 * 3 * size)]
         each = 8 // bits
@@ -157,7 +217,7 @@ class Simd:
         return out
 
     def _three(self, address: Any, offset: int) -> list[Any]:
-        size = 4 * self.rows
+        size = 4 * self.panel
         low = [self.load(address, offset + i * size, self.bytes) for i in range(2)]
         high = self.load(address, offset + 2 * size, self.bytes)
         out = []

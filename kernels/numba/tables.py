@@ -1,0 +1,109 @@
+"""Rows looked up: of an embedding in panels or in float32, and of what a model computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+
+from edgesdk.kernels.panels import BLOCK
+
+from .emitter import Emitter
+from .products import halves
+from .simd import F16, F32, I8, I64, Simd
+
+EMBED_ARGS = (
+    "ids", "codes", "scales", "zeros", "row_scale", "panel_bytes", "scale_bytes", "zero_bytes", "blocks", "factor", "places", "at", "offset",
+    "out", "stride",
+)  # fmt: skip
+"""ids int64 [M] → out float32 [M, 32 · blocks], rows of `stride` bytes: factor (bits of a float32) · row id, + row at[m] + offset of `places`
+(float32, rows of `stride` bytes; at int64 [M]) where it is not 0. `codes`: panels, or in float32 rows of `stride` bytes."""
+PICK_ARGS = ("x", "stride", "n", "last", "out")
+"""x: B · n rows of `stride` bytes; out[b] = row last[b] (int64) of batch b."""
+
+
+class Embed(Emitter):
+    """Parts: the M ids. `bits` 0: a table in float32."""
+
+    def __init__(self, module: ir.Module, name: str, target: str, bits: int, per_block: bool = False, zeros: bool = False) -> None:
+        super().__init__(module, name, target, EMBED_ARGS)
+        self.bits, self.per_block, self.zeros = bits, per_block, zeros
+        self.one = Simd(self.b, target, one=True)
+
+    def emit(self) -> None:
+        a, b, s = self.a, self.b, self.s
+        factor = s.float_of(a["factor"])
+        with self.loop(self.first, self.last) as m:
+            at8 = self.times(m, 8)
+            row = s.load(a["ids"], at8, I64)
+            out = b.add(a["out"], b.mul(m, a["stride"]))
+            (self._panel if self.bits else self._dense)(row, factor, out)
+            with b.if_then(b.icmp_signed("!=", a["places"], self.number(0))):
+                place = b.add(s.load(a["at"], at8, I64), a["offset"])
+                extra = b.add(a["places"], b.mul(place, a["stride"]))
+
+                def add(at: Any, out: Any = out, extra: Any = extra) -> None:
+                    s.store(b.fadd(s.load(out, at, s.floats), s.load(extra, at, s.floats)), out, at)
+
+                self.lanes(self.number(0), self.times(a["blocks"], BLOCK), add)
+        b.ret_void()
+
+    def _dense(self, row: Any, factor: Any, out: Any) -> None:
+        a, b, s = self.a, self.b, self.s
+        table = b.add(a["codes"], b.mul(row, a["stride"]))
+        whole = s.spread(factor)
+
+        def copy(at: Any) -> None:
+            s.store(b.fmul(s.load(table, at, s.floats), whole), out, at)
+
+        self.lanes(self.number(0), self.times(a["blocks"], BLOCK), copy)
+
+    def _panel(self, row: Any, factor: Any, out: Any) -> None:
+        a, b, one, lanes = self.a, self.b, self.one, self.s.rows
+        panel, lane = b.sdiv(row, self.number(lanes)), b.srem(row, self.number(lanes))
+        codes = b.add(b.add(a["codes"], b.mul(panel, a["panel_bytes"])), self.times(lane, 4))
+        scales = b.add(a["scales"], b.mul(panel, a["scale_bytes"]))
+        zeros = b.add(a["zeros"], b.mul(panel, a["zero_bytes"]))
+        factor = b.fmul(factor, one.load(a["row_scale"], self.times(row, 4), F32))
+        half = self.bits != 8 and halves(one.target)
+        quad = ir.VectorType(F32, 4)
+        with self.loop(self.number(0), a["blocks"]) as g:
+            place = b.add(self.times(g, lanes), lane) if self.per_block else lane
+            scale = one.load(scales, self.times(place, 2 if half else 4), F16 if half else F32)
+            step = b.fmul(b.fpext(scale, F32) if half else scale, factor)
+            middle = self.real(0.0 if self.bits == 8 else float(1 << (self.bits - 1)))
+            zero = b.sitofp(one.load(zeros, place, I8), F32) if self.zeros else middle
+            found = one.quads(b.add(codes, self.times(g, BLOCK * lanes * self.bits // 8)), self.bits, 0, BLOCK // 4)
+            for i, value in enumerate(found):
+                real = b.fsub(b.sitofp(value, quad), one.same(zero, 4))
+                one.store(b.fmul(real, one.same(step, 4)), b.add(out, self.times(g, 4 * BLOCK)), 16 * i)
+
+
+class Pick(Emitter):
+    """Parts: the B batches."""
+
+    def __init__(self, module: ir.Module, name: str, target: str) -> None:
+        super().__init__(module, name, target, PICK_ARGS)
+
+    def emit(self) -> None:
+        a, b, s = self.a, self.b, self.s
+        with self.loop(self.first, self.last) as batch:
+            row = b.add(b.mul(batch, a["n"]), s.load(a["last"], self.times(batch, 8), I64))
+            x, out = b.add(a["x"], b.mul(row, a["stride"])), b.add(a["out"], b.mul(batch, a["stride"]))
+            self.lanes(self.number(0), b.sdiv(a["stride"], self.number(4)), lambda at: s.store(s.load(x, at, s.floats), out, at))
+        b.ret_void()
+
+
+def embed_module(target: str, bits: int, per_block: bool, zeros: bool) -> ir.Module:
+    """`embed` of one form of weights."""
+    module = ir.Module(f"embed-{target}-{bits}-{per_block}-{zeros}")
+    Embed(module, "embed", target, bits, per_block, zeros).emit()
+    return module
+
+
+def tables_module(target: str) -> ir.Module:
+    """`embed` of float32, and `pick`."""
+    module = ir.Module(f"tables-{target}")
+    Embed(module, "embed", target, 0).emit()
+    Pick(module, "pick", target).emit()
+    return module
