@@ -12,9 +12,9 @@ from edgesdk.cli import main
 from edgesdk.devices import load_device
 from edgesdk.errors import DoesNotFit, InputError, UnknownName
 from edgesdk.graph.types import MethodGraph, ModelGraph, TensorInfo
-from edgesdk.plan.answering import answering
+from edgesdk.plan.answering import answering, answers_of
 from edgesdk.plan.lengths import Lengths, parse_lengths, quantile
-from edgesdk.plan.types import Workload
+from edgesdk.plan.types import Estimate, Workload
 from edgesdk.sequence.config import SequenceConfig, Stack
 from edgesdk.sequence.costs import decode, encode, prefill, programs
 from edgesdk.sequence.estimate import buckets_of, cost, places
@@ -286,6 +286,27 @@ class TestAnswering:
         assert sum(v for k, v in calls.items() if k.startswith("decode")) == pytest.approx(12)
         assert calls["decode_16_8"] == pytest.approx(0.75 * (4 + 9) / 2)
         assert calls["decode_64_32"] == pytest.approx(0.25 * (0 + 11) / 2)
+
+    def test_of_unknown_lengths_the_usual_programs_are_called(self) -> None:
+        graph = self.graph((16, 64), (8, 32))
+        usual = tuple(m.model_copy(update={"unroll": m.name == "encode_64"}) for m in graph.methods)
+        calls = {m.name: m.unroll for m in answering(graph.model_copy(update={"methods": usual}), Workload(output_length=10)).methods}
+        assert calls == {"encode_16": 0, "encode_64": 1, "decode_16_8": 0, "decode_16_32": 0, "decode_64_8": 9, "decode_64_32": 1}
+
+    def test_answers_over_lengths(self) -> None:
+        graph = self.graph((16, 64), (32,))
+        seconds = {
+            name: Estimate(value=t, low=t / 2, high=2 * t)
+            for name, t in zip(("encode_16", "decode_16_32", "encode_64", "decode_64_32"), (4.0, 1.0, 10.0, 2.0), strict=True)
+        }
+        workload = Workload(input_length=Lengths.of([(10, 3), (40, 1)]), output_length=Lengths.of([(4, 1), (20, 1)]))
+        found = answers_of(answering(graph, workload), workload, seconds)
+        assert found is not None and (found.inputs, found.caches) == ((16, 64), (32,))
+        assert (found.first_token.mean.value, found.first_token.p50, found.first_token.p90) == (0.75 * 5 + 0.25 * 12, 5, 12)
+        assert found.whole.mean.value == pytest.approx(0.75 * (4 + 12) + 0.25 * (10 + 24)) and found.whole.p90 == 10 + 40
+        assert found.per_token.value == pytest.approx(0.75 * 1 + 0.25 * 2) and found.whole.mean.high == 2 * found.whole.mean.value
+        graph = graph.model_copy(update={"methods": graph.methods[:1]})
+        assert answers_of(graph, Workload(), seconds) is None
 
     def test_lengths_that_do_not_fit(self) -> None:
         with pytest.raises(InputError, match="take 64 tokens"):

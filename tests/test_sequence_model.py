@@ -181,7 +181,7 @@ def test_unroll_counts_what_a_usual_answer_calls():
     assert unrolls["encode_8"] == 1 and unrolls["encode_16"] == 0
     assert (unrolls["decode_8_12"], unrolls["decode_8_32"], unrolls["decode_16_12"], unrolls["decode_8_12_x3"]) == (13, 7, 0, 0)
     unrolls = {n: m.unroll for n, m in spec_of("decoder-only", typical_source=10, typical_output=5).methods.items()}
-    assert unrolls["prefill_16"] == 1 and (unrolls["decode_12"], unrolls["decode_32"]) == (3, 2)
+    assert unrolls["prefill_16"] == 1 and (unrolls["decode_12"], unrolls["decode_32"]) == (3, 1)
 
 
 def test_the_graph_knows_caches_by_name_and_shares_weights_over_methods():

@@ -59,7 +59,7 @@ class Programs:
         self.inputs = tuple(sorted({p.source for p in self.every} - {0}))
         self.caches = tuple(sorted({p.slots for p in self.decodes if p.slots is not None}))
         self._behind = any(m.cross_cache_inputs for m in kept)  # the source is in the encoder, not in the caches
-        self._prefills = any(m.name.startswith("prefill") for m in kept)
+        self._prefills = any(m.name.startswith("prefill") for m in kept)  # which give the first token
 
     def _fit(self, read: int | None) -> int:
         """The source length whose programs a text takes; of an unknown one, the usual."""
@@ -79,13 +79,12 @@ class Programs:
                 found[p.name] = p.unroll
             else:
                 first = 0 if self._behind or len(self.caches) == 1 else read or fit
-                found[p.name] = float(_steps(p.slots, self.caches, first, written))
+                found[p.name] = float(_steps(p.slots, self.caches, first, written - self._prefills))
         return found
 
     def opening(self, read: int | None) -> dict[str, float]:
-        """The calls until the first token is there: behind an encoder alone, the first `decode` gives it."""
-        calls = self.calls(read, 1)
-        return {p.name: calls[p.name] for p in self.every if p.name in calls and (p.slots is None or not self._prefills)}
+        """The calls until the first token is there."""
+        return self.calls(read, 1)
 
 
 def _steps(slots: int, caches: tuple[int, ...], first: int, count: int) -> int:

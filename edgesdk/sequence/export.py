@@ -190,8 +190,9 @@ class Lengths:
         """How often each program runs for one answer of `output` tokens to a source of `source`; those left out do not run."""
         size = next((s for s in self.sources if s >= source), self.sources[-1])
         found: dict[str, int] = {}
-        before = 0 if self.config.encoder else source
-        for name, m in self.programs().items():
+        before, programs = 0 if self.config.encoder else source, self.programs()
+        first = any(m["role"] == "prefill" for m in programs.values())  # gives the first token
+        for name, m in programs.items():
             if m["role"] == "draft":
                 continue
             if m["role"] != "decode":
@@ -199,7 +200,7 @@ class Lengths:
             elif m["source"] in (0, size) and m["tokens"] == 1:
                 at = self.caches.index(m["cache"])
                 fewer = self.caches[at - 1] if at else -1
-                steps = range(before, before + output)
+                steps = range(before, before + output - first)
                 found[name] = sum(fewer < p and (p <= m["cache"] or m["cache"] == self.caches[-1]) for p in steps)
         return found
 
