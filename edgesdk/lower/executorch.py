@@ -46,7 +46,8 @@ def refuse_unapplied(spec: ModelSpec, choice: Choice) -> None:
 
 
 def quantized_modules(spec: ModelSpec, choice: Choice) -> dict[str, Any]:
-    """A copy of the methods' modules with the dynamic precisions applied (weights shared by methods stay shared)."""
+    """A copy of the methods' modules with the dynamic precisions applied (weights shared by methods stay shared): they compute what the
+    program does, but for the order of sums and for XNNPACK's approximation of GELU."""
     import torch
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
     from torchao.quantization.granularity import PerAxis, PerGroup
@@ -73,6 +74,8 @@ def quantized_modules(spec: ModelSpec, choice: Choice) -> dict[str, Any]:
             for fqn, m in chosen.items():
                 if (name, fqn) in codes:
                     inject(m.weight, codes[name, fqn], precision)
+                if precision == "int4-g32":  # as XNNPACK holds them
+                    m.weight.scale.copy_(m.weight.scale.to(torch.bfloat16).to(m.weight.scale.dtype))
     _round_tables(modules, choice)
     return modules
 
