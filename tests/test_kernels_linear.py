@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgesdk.kernels.cpu import host_targets, targets_of
-from edgesdk.kernels.numba.linear import Linear
+from edgesdk.kernels.linear import Linear
 from edgesdk.kernels.panels import UnfitWeights, pack
 from edgesdk.kernels.reference import linear, round_inputs
 from edgesdk.packed import Code

@@ -6,19 +6,11 @@ from typing import Any
 
 from llvmlite import ir
 
+from edgesdk.kernels.library import ATTEND_ARGS, HEADS_ARGS
+
 from .emitter import Emitter
 from .simd import F32
 
-HEADS_ARGS = ("x", "stride", "n", "heads", "weight", "eps", "cos", "sin", "scale", "out", "rows")
-"""x float32, B · N rows of `stride` bytes, each of `heads` heads → out [B, heads, N, D]. `weight` (or 0) and `eps` (the bits of a float32): an
-RMS norm of each head. `cos`, `sin` (or 0): [B · N, D / 2], which turn the first half of D against the second. `scale`: bits of a float32."""
-ATTEND_ARGS = (
-    "q", "keys", "values", "slots", "new_keys", "new_values", "tokens", "mask", "mask_batch", "mask_head", "mask_row",
-    "n", "heads", "shared", "out", "stride", "scores",
-)  # fmt: skip
-"""q [B, heads, N, D], scaled; keys and values [B, heads / shared, slots, D] and [B, heads / shared, tokens, D], of which one may be empty.
-`mask`: float32, added to the scores [slots + tokens]; `mask_…`: bytes from one batch, head and row to the next. out: B · N rows of `stride`
-bytes, heads side by side. `scores`: room for slots + tokens floats for each of the B · heads parts."""
 HIDDEN = -5e3
 """A mask below this hides."""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from llvmlite import ir
 
+from edgesdk.kernels.library import LINEAR_ARGS
 from edgesdk.kernels.panels import BLOCK
 
 from .emitter import Emitter
@@ -26,12 +27,6 @@ WIDE = {"x86-avx512vnni": 2, "x86-avxvnni": 1, "x86-avx2": 1}
 MINGLED = (4, 1)
 TILE = {"x86-avx512vnni": (12, 8, 4, 1), "x86-avxvnni": (8, 4, 1), "x86-avx2": (4, 1)}
 """Target → rows of inputs whose integer sums stay in registers, the tail in smaller steps."""
-
-ARGS = (
-    "codes", "scales", "zeros", "row_scale", "sums", "q", "q_sums", "q_scale", "q_zero",
-    "m", "blocks", "panel_bytes", "scale_bytes", "zero_bytes", "bias", "residual", "out", "stride",
-)  # fmt: skip
-"""int64 each: addresses, and at the end counts. `bias`, `residual`: 0 for none. `stride`: bytes of a row of `out` and of `residual`."""
 
 
 def wide(target: str) -> int:
@@ -51,7 +46,7 @@ class Product(Emitter):
     """Emits one function of one form of weights."""
 
     def __init__(self, module: ir.Module, name: str, target: str, bits: int, per_block: bool, zeros: bool) -> None:
-        super().__init__(module, name, target, ARGS)
+        super().__init__(module, name, target, LINEAR_ARGS)
         self.bits, self.per_block, self.zeros = bits, per_block, zeros
         self.block_bytes = BLOCK * self.s.rows * bits // 8
         self.scale_kind = ir.VectorType(F16 if bits != 8 and halves(target) else F32, self.s.rows)

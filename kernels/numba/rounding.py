@@ -10,16 +10,11 @@ from typing import Any
 
 from llvmlite import ir
 
+from edgesdk.kernels.library import ACTIVATIONS, NORMS, ROUND_ARGS
 from edgesdk.kernels.panels import BLOCK
 
 from .emitter import Emitter
 from .simd import F32, I8
-
-ROUND_ARGS = ("x", "blocks", "stride", "m", "shift", "q", "q_sums", "q_scale", "q_zero", "other", "weight", "bias", "eps", "cols", "out")
-"""`stride`: bytes of a row of x, other and out; `shift`: 0 for int8, 128 for unsigned bytes. `other`: what an activation's result is multiplied
-with; `weight`, `bias` (or 0) and `eps` (the bits of a float32) of a norm over `cols` columns; `out`: where the row goes before it is rounded."""
-NORMS = ("rms", "layer")
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
 class Rounding(Emitter):
@@ -168,6 +163,3 @@ def rounding_module(target: str) -> ir.Module:
         Rounding(module, f"{name}_round", target).emit(name, False, True)
         Rounding(module, f"{name}_gated_round", target).emit(name, True, True)
     return module
-
-
-ROUNDINGS = ("round", *NORMS, *(f"{n}_round" for n in (*NORMS, *ACTIVATIONS)), *(f"{n}_gated_round" for n in ACTIVATIONS))

@@ -6,20 +6,12 @@ from typing import Any
 
 from llvmlite import ir
 
+from edgesdk.kernels.library import EMBED_ARGS, PICK_ARGS
 from edgesdk.kernels.panels import BLOCK
 
 from .emitter import Emitter
 from .products import halves
 from .simd import F16, F32, I8, I64, Simd
-
-EMBED_ARGS = (
-    "ids", "codes", "scales", "zeros", "row_scale", "panel_bytes", "scale_bytes", "zero_bytes", "blocks", "factor", "places", "at", "offset",
-    "out", "stride",
-)  # fmt: skip
-"""ids int64 [M] → out float32 [M, 32 · blocks], rows of `stride` bytes: factor (bits of a float32) · row id, + row at[m] + offset of `places`
-(float32, rows of `stride` bytes; at int64 [M]) where it is not 0. `codes`: panels, or in float32 rows of `stride` bytes."""
-PICK_ARGS = ("x", "stride", "n", "last", "out")
-"""x: B · n rows of `stride` bytes; out[b] = row last[b] (int64) of batch b."""
 
 
 class Embed(Emitter):

@@ -1,0 +1,88 @@
+"""The kernels of a target by name, however they were made: addresses of functions with one signature, their args, and what runs them.
+
+gemv_4_block, gemm_8_row, embed_2_block_zeros   weights of so many bits; a scale a block of 32 columns or a row; with zeros of their own
+embed, pick                                     a table in float32; a row of each batch
+round, rms_round, silu_gated_round, rms, …      see `rounding.ROUNDINGS`
+heads_64, heads_turned_64, attend_64, …         for heads of 64 floats
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+LINEAR_ARGS = (
+    "codes", "scales", "zeros", "row_scale", "sums", "q", "q_sums", "q_scale", "q_zero",
+    "m", "blocks", "panel_bytes", "scale_bytes", "zero_bytes", "bias", "residual", "out", "stride",
+)  # fmt: skip
+"""y = q_scale · (row_scale · Σ scale · (code - zero) · q - q_zero · sums) + bias + residual → out. int64 each: addresses, and at the end
+counts. `bias`, `residual`: 0 for none. `stride`: bytes of a row of `out` and of `residual`. Parts: panels of a gemv, groups of a gemm."""
+ROUND_ARGS = ("x", "blocks", "stride", "m", "shift", "q", "q_sums", "q_scale", "q_zero", "other", "weight", "bias", "eps", "cols", "out")
+"""`stride`: bytes of a row of x, other and out; `shift`: 0 for int8, 128 for unsigned bytes. `other`: what an activation's result is multiplied
+with; `weight`, `bias` (or 0) and `eps` (the bits of a float32) of a norm over `cols` columns; `out`: where the row goes before it is rounded.
+Parts: the M rows."""
+EMBED_ARGS = (
+    "ids", "codes", "scales", "zeros", "row_scale", "panel_bytes", "scale_bytes", "zero_bytes", "blocks", "factor", "places", "at", "offset",
+    "out", "stride",
+)  # fmt: skip
+"""ids int64 [M] → out float32 [M, 32 · blocks], rows of `stride` bytes: factor (bits of a float32) · row id, + row at[m] + offset of `places`
+(float32, rows of `stride` bytes; at int64 [M]) where it is not 0. `codes`: panels, or in float32 rows of `stride` bytes. Parts: the M ids."""
+PICK_ARGS = ("x", "stride", "n", "last", "out")
+"""x: B · n rows of `stride` bytes; out[b] = row last[b] (int64) of batch b. Parts: the B batches."""
+HEADS_ARGS = ("x", "stride", "n", "heads", "weight", "eps", "cos", "sin", "scale", "out")
+"""x float32, B · N rows of `stride` bytes, each of `heads` heads → out [B, heads, N, D]. `weight` (or 0) and `eps` (the bits of a float32): an
+RMS norm of each head. `cos`, `sin` (or 0): [B · N, D / 2], which turn the first half of D against the second. `scale`: bits of a float32.
+Parts: the B · N rows."""
+ATTEND_ARGS = (
+    "q", "keys", "values", "slots", "new_keys", "new_values", "tokens", "mask", "mask_batch", "mask_head", "mask_row",
+    "n", "heads", "shared", "out", "stride", "scores",
+)  # fmt: skip
+"""q [B, heads, N, D], scaled; keys and values [B, heads / shared, slots, D] and [B, heads / shared, tokens, D], of which one may be empty.
+`mask`: float32, added to the scores [slots + tokens]; `mask_…`: bytes from one batch, head and row to the next. out: B · N rows of `stride`
+bytes, heads side by side. `scores`: room for slots + tokens floats for each of the B · heads parts. Parts: the B · heads heads."""
+
+NORMS = ("rms", "layer")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+ROUNDINGS = ("round", *NORMS, *(f"{n}_round" for n in (*NORMS, *ACTIVATIONS)), *(f"{n}_gated_round" for n in ACTIVATIONS))
+
+
+def args_of(name: str) -> tuple[str, ...]:
+    """What a kernel's args are, in order."""
+    family = name.partition("_")[0]
+    found = {"gemv": LINEAR_ARGS, "gemm": LINEAR_ARGS, "embed": EMBED_ARGS, "pick": PICK_ARGS, "heads": HEADS_ARGS, "attend": ATTEND_ARGS}
+    return found.get(family, ROUND_ARGS)
+
+
+def bits_of(value: float) -> int:
+    """A float32 as an int64 arg."""
+    return int(np.float32(value).view(np.int32))
+
+
+def form(bits: int, per_block: bool, zeros: bool) -> str:
+    """The part of a kernel's name that says how weights are stored."""
+    return f"{bits}_{'block' if per_block else 'row'}{'_zeros' * zeros}"
+
+
+class Library(Protocol):
+    """`lanes`: rows of a panel; `together`: panels a gemm takes at a time; `half`: scales in float16; `shift_of(bits)`: `round`'s."""
+
+    target: str
+    lanes: int
+    together: int
+    half: bool
+
+    def address(self, name: str) -> int:
+        """Raises `KeyError` for a kernel that it has not."""
+
+    def shift_of(self, bits: int) -> int: ...
+
+    def run(self, steps: Any, threads: int) -> None:
+        """Steps int64 [n, 4]: a kernel's address, its args' address, how many parts, how many parts a thread is worth."""
+
+
+def library(target: str) -> Library:
+    """The kernels of a target that this CPU runs. Raises `ImportError` where what makes or holds them is not installed."""
+    from .numba.library import Compiled
+
+    return Compiled(target)

@@ -1,0 +1,75 @@
+// Any number of rows of inputs: a block of two panels is unpacked into registers once, and all rows pass by. Their sums lie in the first cache.
+#ifndef GEMM_H
+#define GEMM_H
+#include "weights.h"
+#include CORE_FILE
+
+enum { WIDE = 2, CHUNK = 128 };  // panels at a time; rows of inputs whose sums are kept
+
+// Where the core has no loop of its own (matrix.h has one): sums of a row and a panel as float32 [4], or the integers of `sums`.
+#ifndef CORE_GEMM
+typedef struct { sums s[WIDE]; } cell;
+
+INLINE void gemm_rows(const int8x16_t w[WIDE][QUADS], const float32x4_t scale[WIDE], const int32x4_t zero[WIDE], int64_t q, int64_t q_sums,
+                      int64_t rows, cell *room, int bits, int per_block, int zeros) {
+  for (int64_t m = 0; m < rows; m++) {
+    inputs x = inputs_at(q + BLOCK * m);
+    UNROLL for (int i = 0; i < WIDE; i++) {
+      if (per_block) {
+        int32x4_t start = vdupq_n_s32(0);
+        if (bits == 8 && zeros) start = vmulq_n_s32(zero[i], -*AT(int32_t, q_sums, 4 * m));
+        float *to = (float *)&room[m].s[i];
+        vst1q_f32(to, vfmaq_f32(vld1q_f32(to), vcvtq_f32_s32(block_sums(start, w[i], x, bits)), scale[i]));
+      } else {
+        room[m].s[i] = dots(room[m].s[i], w[i], x, bits);
+      }
+    }
+  }
+}
+
+INLINE float32x4_t gemm_value(const cell *room, int64_t m, int i, int64_t blocks, int bits, int per_block, int32x4_t less) {
+  if (per_block) return vld1q_f32((const float *)&room[m].s[i]);
+  return vcvtq_f32_s32(vsubq_s32(row_sums(room[m].s[i], blocks, bits), less));
+}
+#endif
+
+INLINE void gemm(const int64_t *a, int64_t first, int64_t last, int bits, int per_block, int zeros) {
+  const int64_t blocks = a[BLOCKS], rows = a[M];
+  const int whole_zeros = zeros && bits == 8;  // these are taken off the sums; those of fewer bits off the codes
+  cell room[CHUNK];
+  for (int64_t group = first; group < last; group++) {
+    for (int64_t start = 0; start < rows; start += CHUNK) {
+      int64_t count = rows - start < CHUNK ? rows - start : CHUNK;
+      __builtin_memset(room, 0, sizeof(cell) * (uint64_t)count);
+      for (int64_t g = 0; g < blocks; g++) {
+        int8x16_t w[WIDE][QUADS];
+        float32x4_t scale[WIDE];
+        int32x4_t zero[WIDE];
+        UNROLL for (int i = 0; i < WIDE; i++) {
+          int64_t p = group * WIDE + i, zero_base = a[ZEROS] + p * a[ZERO_BYTES];
+          unpack(AT(uint8_t, a[CODES], p * a[PANEL_BYTES] + g * BLOCK_BYTES(bits)), bits, w[i]);
+          scale[i] = scale_at(a[SCALES] + p * a[SCALE_BYTES], per_block ? g : 0, bits);
+          zero[i] = whole_zeros ? zero_at(zero_base, per_block ? g : 0) : vdupq_n_s32(0);
+          if (bits != 8) {
+            int8x16_t middle = zeros ? zero_bytes_at(zero_base, per_block ? g : 0) : vdupq_n_s8(1 << (bits - 1));
+            UNROLL for (int k = 0; k < QUADS; k++) w[i][k] = vsubq_s8(w[i][k], middle);
+          }
+        }
+        int64_t place = g * rows + start;
+        gemm_rows(w, scale, zero, a[Q] + BLOCK * place, a[Q_SUMS] + 4 * place, count, room, bits, per_block, zeros);
+      }
+      for (int64_t m = 0; m < count; m++) {
+        int32_t sum = 0;
+        if (whole_zeros && !per_block)
+          for (int64_t g = 0; g < blocks; g++) sum += *AT(int32_t, a[Q_SUMS], 4 * (g * rows + start + m));
+        UNROLL for (int i = 0; i < WIDE; i++) {
+          int64_t p = group * WIDE + i;
+          int32x4_t less = whole_zeros && !per_block ? vmulq_n_s32(zero_at(a[ZEROS] + p * a[ZERO_BYTES], 0), sum) : vdupq_n_s32(0);
+          float32x4_t value = gemm_value(room, m, i, blocks, bits, per_block, less);
+          write_out(a, p, start + m, per_block ? value : vmulq_f32(value, scale_at(a[SCALES] + p * a[SCALE_BYTES], 0, bits)));
+        }
+      }
+    }
+  }
+}
+#endif
