@@ -159,6 +159,26 @@ class TestCosts:
             total = sum(weight_bytes(u, where.precision(u), "litert") for u in units.values())
             assert memory_of(small(layout), where, 1, [16, 32], 8).weights_bytes == total
 
+    def test_xnnpack_packs_the_weights_of_each_program_again(self) -> None:
+        from edgesdk.graph.memory import weight_bytes
+        from edgesdk.sequence.estimate import memory_of
+
+        for runtime in ("executorch", "litert"):
+            where = places(load_device("jetson"), "int8", runtime, 1)[0]
+            for layout in ("encoder-decoder", "decoder-only", "decoder-decoder"):
+                made = [p for s in (16, 32) for p in programs(small(layout), 1, s, 8, 4)]
+                users = [{u.weight: weight_bytes(u, where.precision(u), runtime) for u in p.graph.units if u.op == "linear"} for p in made]
+                once: dict[str | None, int] = {}
+                for used in users:
+                    once |= used
+                packed = sum(sum(used.values()) for used in users) - sum(once.values())
+                answer = memory_of(small(layout), where, 1, [16, 32], 8)
+                assert answer.packed_bytes == (packed if runtime == "executorch" else 0) and (packed > 0)
+                parts = answer.model_dump(include={"activations_bytes", "cache_bytes", "cross_cache_bytes", "io_bytes", "packed_bytes"})
+                assert answer.peak_bytes == answer.weights_bytes + sum(parts.values()) + (answer.runtime_bytes or 0) + (
+                    answer.delegate_bytes or 0
+                )
+
     def test_energy_is_power_times_time(self) -> None:
         config, where = base_config(20_000_000, vocab=4000), places(load_device("jetson"), "int8", None, None)[0]
         found = cost(config, where, Lengths.of([(64, 1)]), Lengths.of([(8, 1)]))

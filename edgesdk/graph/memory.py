@@ -49,6 +49,21 @@ def stored_weights(graph: ModelGraph, precisions: Mapping[tuple[str, str], str],
     return total
 
 
+_PACKED = ("linear", "conv1d", "conv2d", "depthwise_conv2d")
+
+
+def packed_again(graph: ModelGraph, runtime: str) -> dict[str, int]:
+    """Weight → how many of its users pack a copy of their own beside the first one's, for the weights of which some do.
+
+    ExecuTorch's XNNPACK packs the weights of matrices and convolutions when a method is loaded, and lets go what it read from the program:
+    one method holds them once, as they are stored; each further method that uses them holds them again. LiteRT packs once for all.
+    """
+    if runtime != "executorch":
+        return {}
+    users = [{u.weight for u in m.units if u.weight and u.op in _PACKED} for m in graph.methods]
+    return {w: n - 1 for w in set().union(*users) if (n := sum(w in used for used in users)) > 1}
+
+
 def _size(tensor: TensorInfo, alignment: int) -> int:
     return -(-int(tensor.elements * _WIDTH.get(tensor.dtype, 4.0)) // alignment) * alignment
 
@@ -130,7 +145,14 @@ def memory_answer(
     if not exact:
         missing = ("activations between delegates: an estimate by liveness until the program is built", *missing)
     inside = sum(m.peak_activation_bytes for m in graph.methods)
-    fields = _split(graph, planned, runtime)
+    copies = packed_again(graph, runtime)
+    held = {
+        u.weight: weight_bytes(u, precisions.get((m.name, u.name), "fp32"), runtime)
+        for m in graph.methods
+        for u in m.units
+        if u.weight in copies
+    }
+    fields = {**_split(graph, planned, runtime), "packed_bytes": sum(n * held[w] for w, n in copies.items())}
     return MemoryAnswer(
         weights_bytes=weights, **fields, runtime_bytes=own, delegate_bytes=inside, peak_bytes=weights + sum(fields.values()) + inside + (own or 0),
         from_runtime=ahead is not None, not_counted=graph.not_counted + missing,
@@ -173,6 +195,6 @@ def with_runtime_plan(answer: MemoryAnswer, program: Path, plan: Mapping[str, in
             **fields,
             **parts,
             "not_counted": left,
-            "peak_bytes": size + sum(parts.values()) + (answer.delegate_bytes or 0) + (answer.runtime_bytes or 0),
+            "peak_bytes": size + answer.packed_bytes + sum(parts.values()) + (answer.delegate_bytes or 0) + (answer.runtime_bytes or 0),
         }
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from edgesdk.device import ComputeUnit, DeviceProfile
 from edgesdk.efficiency import Efficiency
 from edgesdk.errors import InputError, UnknownName
-from edgesdk.graph.memory import memory_answer, weight_bytes
+from edgesdk.graph.memory import memory_answer, packed_again, weight_bytes
 from edgesdk.graph.memory_plan import known
 from edgesdk.graph.types import ModelGraph, Unit
 from edgesdk.plan.cost import UnitCost, call_seconds, fused, unit_cost, working_set
@@ -109,6 +109,7 @@ def need_power(device: DeviceProfile) -> float:
 def table_of(s: Setting, slower: bool) -> tuple[list[Option], dict[str, float], int]:
     """Options by group, the fixed part of every metric, and how many options were refused for being slower than float."""
     uses: dict[tuple[str, str], dict[str, float]] = {}
+    copies = packed_again(s.graph, s.runtime)
     choices: dict[str, list[Precision]] = {}
     fixed: dict[str, float] = {"latency": 0.0}
     for method in s.graph.methods:
@@ -125,7 +126,8 @@ def table_of(s: Setting, slower: bool) -> tuple[list[Option], dict[str, float], 
                 continue
             choices[group] = [p for p in offered if p in choices.get(group, offered)]
             for precision in offered:
-                use = uses.setdefault((group, precision), {"memory": weight_bytes(unit, precision, s.runtime), "latency": 0.0, "harm": 0.0})
+                held = weight_bytes(unit, precision, s.runtime) * (1 + copies.get(unit.weight or "", 0))
+                use = uses.setdefault((group, precision), {"memory": held, "latency": 0.0, "harm": 0.0})
                 value = cost_of(s, unit, precision, touched).seconds
                 use["latency"] += value * method.unroll
                 use[f"latency:{method.name}"] = use.get(f"latency:{method.name}", 0.0) + value
@@ -133,10 +135,10 @@ def table_of(s: Setting, slower: bool) -> tuple[list[Option], dict[str, float], 
                 use["storage"] = stored_bytes(s, unit, precision)
     kept = [Option(g, p, u) for (g, p), u in uses.items() if p in choices[g]]
     fast = [o for o in kept if slower or o.use["latency"] <= uses[(o.group, choices[o.group][0])]["latency"] * 1.0001]
-    held = {g: float(weight_bytes(u, "fp32", s.runtime)) for g, u in s.graph.weights().items() if g in choices}
+    stored = {g: float(weight_bytes(u, "fp32", s.runtime)) for g, u in s.graph.weights().items() if g in choices}
     answer = memory_of(s, {})
-    fixed["memory"] = answer.peak_bytes - sum(held.values())
-    fixed["storage"] = answer.weights_bytes - sum(held.values())
+    fixed["memory"] = answer.peak_bytes - sum(n * (1 + copies.get(g, 0)) for g, n in stored.items())
+    fixed["storage"] = answer.weights_bytes - sum(stored.values())
     power = power_of(s.device) or 0.0
     fixed["energy"] = fixed["latency"] * power
     for option in kept:

@@ -128,8 +128,8 @@ def program_estimate(program: Program, where: Where) -> Estimate:
 
 
 def memory_of(config: SequenceConfig, where: Where, batch: int, sources: list[int], slots: int) -> MemoryAnswer:
-    """Every bucket's programs loaded at once; the weights they share are held once."""
-    from edgesdk.graph.memory import memory_answer, weight_bytes
+    """Every bucket's programs loaded at once; the weights they share are held once, but where each packs its own copy."""
+    from edgesdk.graph.memory import memory_answer, packed_again, weight_bytes
     from edgesdk.plan.setting import RUNTIME_BYTES
 
     made = [p for s in sources for p in programs(config, batch, s, slots, 1, alike=True)]
@@ -145,8 +145,12 @@ def memory_of(config: SequenceConfig, where: Where, batch: int, sources: list[in
         if u.weight
     }
     own = answer.runtime_bytes or RUNTIME_BYTES.get(where.runtime)
-    peak = answer.peak_bytes - answer.weights_bytes + sum(weights.values()) + (own or 0) - (answer.runtime_bytes or 0)
-    return answer.model_copy(update={"weights_bytes": sum(weights.values()), "runtime_bytes": own, "peak_bytes": peak})
+    new = {
+        "weights_bytes": sum(weights.values()),
+        "packed_bytes": sum(n * weights[w] for w, n in packed_again(graph, where.runtime).items()),
+    }
+    peak = answer.peak_bytes + sum(n - getattr(answer, k) for k, n in new.items()) + (own or 0) - (answer.runtime_bytes or 0)
+    return answer.model_copy(update={**new, "runtime_bytes": own, "peak_bytes": peak})
 
 
 @dataclass(frozen=True)
