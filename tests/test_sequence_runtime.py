@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 
 import numpy as np
@@ -243,6 +244,13 @@ def test_times_and_counts_are_told():
         ({"top_k": 3}, "nothing is drawn"),
         ({"beams": 2, "temperature": 1.0}, "beams and a temperature"),
         ({"max_time_s": 0}, "max_time_s = 0"),
+        ({"max_tokens": 2.5}, "max_tokens = 2.5"),
+        ({"temperature": "warm"}, "temperature = 'warm'"),
+        ({"temperature": float("nan")}, "temperature = nan"),
+        ({"seed": None}, "seed = None"),
+        ({"stop": "abc"}, "stop = 'abc'"),
+        ({"stop": ("",)}, "stop = "),
+        ({"stop_tokens": ("a",)}, "stop_tokens = "),
     ],
 )
 def test_wrong_settings_are_refused(settings, words):
@@ -250,6 +258,13 @@ def test_wrong_settings_are_refused(settings, words):
     with pytest.raises(SequenceError, match=words) as error:
         generate(toy.run, toy.card, [[3]], Settings(**settings))
     assert error.value.hint
+
+
+def test_settings_go_through_json():
+    for settings in (Settings(), Settings(3, 0.5, temperature=0.7, top_k=2, stop=("a", "b"), stop_tokens=(4,))):
+        assert Settings.of(json.loads(json.dumps(settings.to_dict()))) == settings
+    with pytest.raises(SequenceError, match="no setting 'warmth'"):
+        Settings.of({"warmth": 1})
 
 
 @pytest.mark.parametrize("settings", [Settings(), Settings(temperature=1.0), Settings(beams=2)])

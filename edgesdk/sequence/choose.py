@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +12,8 @@ from .card import Card, SequenceError
 
 KINDS = ("copy", "count", "exit")
 """Ways of guessing, see `drafts`."""
+_WHOLE = (int, np.integer)
+_NUMBER = (int, float, np.integer, np.floating)
 
 
 @dataclass(frozen=True)
@@ -37,23 +39,41 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Settings:
+        """What `to_dict` gave, also as it is behind JSON. Raises `SequenceError` for a field that is none."""
+        known = cls().to_dict()
+        for name in fields:
+            if name not in known:
+                raise SequenceError(f"no setting '{name}'", f"known: {', '.join(known)}")
+        given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()}
+        return cls(**given)
+
     def check(self, card: Card) -> int:
-        """The number of tokens to write at most. Raises `SequenceError` naming what is wrong."""
-        bounds: tuple[tuple[str, float | None, float, float], ...] = (
-            ("max_tokens", self.max_tokens, 1, card.max_output),
-            ("max_time_s", self.max_time_s, 1e-9, 1e9),
-            ("temperature", self.temperature, 0, 1e3),
-            ("top_k", self.top_k, 0, card.vocab),
-            ("top_p", self.top_p, 1e-6, 1),
-            ("seed", self.seed, 0, 2**63),
-            ("repetition_penalty", self.repetition_penalty, 1e-3, 1e3),
-            ("beams", self.beams, 1, card.vocab),
-            ("best", self.best, 1, self.beams),
-            ("length_penalty", self.length_penalty, -100, 100),
-        )
-        for name, value, low, high in bounds:
-            if value is not None and not low <= value <= high:
+        """The number of tokens to write at most: the one place where settings are judged. Raises `SequenceError` naming what is wrong."""
+        for name, kind, low, high in (
+            ("max_tokens", _WHOLE, 1, card.max_output),
+            ("max_time_s", _NUMBER, 1e-9, 1e9),
+            ("temperature", _NUMBER, 0, 1e3),
+            ("top_k", _WHOLE, 0, card.vocab),
+            ("top_p", _NUMBER, 1e-6, 1),
+            ("seed", _WHOLE, 0, 2**63),
+            ("repetition_penalty", _NUMBER, 1e-3, 1e3),
+            ("beams", _WHOLE, 1, card.vocab),
+            ("best", _WHOLE, 1, self.beams),
+            ("length_penalty", _NUMBER, -100, 100),
+        ):
+            value = getattr(self, name)
+            if value is None and name in ("max_tokens", "max_time_s"):
+                continue
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise SequenceError(f"{name} = {value!r}", "give a whole number" if kind is _WHOLE else "give a number")
+            if not low <= value <= high:
                 raise SequenceError(f"{name} = {value}", f"from {low:g} to {high:g} for this bundle")
+        for name, one, wanted in (("stop", str, "texts"), ("stop_tokens", _WHOLE, "token ids")):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(isinstance(v, one) and v != "" for v in value):
+                raise SequenceError(f"{name} = {value!r}", f"give a tuple of {wanted}")
         if self.beams > 1 and self.temperature:
             raise SequenceError("beams and a temperature", "a beam search takes the likeliest answers; leave one of the two out")
         if (self.top_k or self.top_p < 1) and not self.temperature:

@@ -39,10 +39,9 @@ def serve(
             raise SequenceError(f"the bundle in {folder} has no {name}", "it is no sequence model: give it inputs, not a prompt") from None
 
     card = Card.read(read(NAME))
-    fields = {**settings, "stop": tuple(settings["stop"]), "stop_tokens": tuple(settings["stop_tokens"])}
     remote = Remote((encoder["host"], int(encoder["port"])), pair_digest(read), run, int(encoder["bits"])) if encoder else None
     try:
-        for event in stream(remote or run, card, prompts, Settings(**fields), tokenizer_of(card, read), cancelled):
+        for event in stream(remote or run, card, prompts, Settings.of(settings), tokenizer_of(card, read), cancelled):
             tell(event)
         if remote:
             tell({"event": "link", **remote.told})
