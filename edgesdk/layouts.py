@@ -17,7 +17,9 @@ class LayoutRow(Part):
     fits: bool
     first_token: Estimate
     per_token: Estimate | None  # None: the model has no `decode`
-    whole_answer: Estimate
+    whole_answer: Estimate  # expected, over the workload's lengths
+    whole_p50: float
+    whole_p90: float
     memory_bytes: int
     storage_bytes: int
     quality: float | None  # measured on held-out data, of the float reference
@@ -31,11 +33,11 @@ class LayoutTable(Noun):
 
 
 def _row(name: str, plan: Plan) -> LayoutRow:
-    answers = plan.answers
+    answers, mean = plan.answers, plan.latency
     return LayoutRow(
         layout=name, model=plan.model, runtime=plan.runtime, fits=plan.fits,
-        first_token=answers.first_token.mean if answers else plan.latency, per_token=answers.per_token if answers else None,
-        whole_answer=plan.latency,
+        first_token=answers.first_token.mean if answers else mean, per_token=answers.per_token if answers else None,
+        whole_answer=mean, whole_p50=answers.whole.p50 if answers else mean.value, whole_p90=answers.whole.p90 if answers else mean.value,
         memory_bytes=plan.memory.peak_bytes, storage_bytes=plan.storage_bytes, quality=plan.quality,
     )  # fmt: skip
 

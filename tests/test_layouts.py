@@ -313,6 +313,17 @@ class TestAnswering:
         calls = {m.name: m.unroll for m in answering(graph.model_copy(update={"methods": usual}), Workload(output_length=10)).methods}
         assert calls == {"encode_16": 0, "encode_64": 1, "decode_16_8": 0, "decode_16_32": 0, "decode_64_8": 9, "decode_64_32": 1}
 
+    def test_sound_is_counted_in_places_of_the_encoder(self) -> None:
+        def info(name: str, *shape: int) -> TensorInfo:
+            return TensorInfo(name=name, shape=shape, dtype="float32")
+
+        encode, decode = self.graph((16,), (8,)).methods
+        heard = encode.model_copy(update={"inputs": (info("source", 1, 80, 32), info("source_mask", 1, 16))})
+        graph = self.graph((16,), (8,)).model_copy(update={"methods": (heard, decode)})
+        assert [m.unroll for m in answering(graph, Workload(input_length=16, output_length=3)).methods] == [1, 3]
+        with pytest.raises(InputError, match="take 16 tokens"):
+            answering(graph, Workload(input_length=17))
+
     def test_answers_over_lengths(self) -> None:
         graph = self.graph((16, 64), (32,))
         seconds = {

@@ -122,7 +122,21 @@ def _trained(answer: LayoutTable) -> None:
     from edgesdk.units import show_bytes, show_seconds
 
     table = Table(title=f"layouts on {answer.device}, predicted", box=None)
-    for column in ("layout", "model", "runtime", "first token", "per token", "whole answer", "80% interval", "memory", "stored", "quality"):
+    spread = any(r.whole_p50 != r.whole_p90 for r in answer.rows)
+    many = ("median", "9 of 10 below") if spread else ()
+    for column in (
+        "layout",
+        "model",
+        "runtime",
+        "first token",
+        "per token",
+        "answer",
+        "80% interval",
+        *many,
+        "memory",
+        "stored",
+        "quality",
+    ):
         table.add_column(column)
     for r in answer.rows:
         span = f"{show_seconds(r.whole_answer.low)} … {show_seconds(r.whole_answer.high)}"
@@ -131,7 +145,7 @@ def _trained(answer: LayoutTable) -> None:
         memory = show_bytes(r.memory_bytes) + ("" if r.fits else " [red]does not fit[/]")
         table.add_row(
             r.layout, r.model, r.runtime, show_seconds(r.first_token.value), token, show_seconds(r.whole_answer.value), span,
-            memory, show_bytes(r.storage_bytes), quality,
+            *((show_seconds(r.whole_p50), show_seconds(r.whole_p90)) if spread else ()), memory, show_bytes(r.storage_bytes), quality,
         )  # fmt: skip
     console().print(table)
 

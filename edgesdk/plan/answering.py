@@ -32,11 +32,12 @@ def _slots(method: MethodGraph) -> int:
 
 
 def _source(method: MethodGraph) -> int:
-    """Tokens that a method takes of the source: those its cross caches hold, else the length of its first input; 0 for a plain decode."""
+    """Tokens that a method takes of the source: those its cross caches hold, else those its mask or first input has; 0 for a plain decode."""
     crossed = [t.shape[-2] for t in method.inputs if t.name in method.cross_cache_inputs]
     if crossed or method.cache_inputs:
         return max(crossed, default=0)
-    return int(method.inputs[0].shape[-1])
+    masks = (t for t in method.inputs if t.name == "source_mask")  # sound has two frames for a place of it
+    return int(next(masks, method.inputs[0]).shape[-1])
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from edgesdk.plan.setting import Setting, cost_of, group_of, memory_of, need_pow
 from edgesdk.plan.solve import Solution, solve
 from edgesdk.plan.subject import Subject
 from edgesdk.plan.types import Budget, BudgetCheck, Candidate, Estimate, Plan, Precision, UnitPlan, Workload
+from edgesdk.units import show_seconds
 
 DEFAULT_DROP = 0.01
 """Quality a plan may lose when the user names no limit and quality can be measured."""
@@ -51,10 +52,20 @@ def make_plan(
             best = best.model_copy(update={"reasons": (*best.reasons, why_not)})
     if workload.draft:
         best = _drafting(made[at][0], best)
-    best = best.model_copy(update={"answers": answers_of(made[at][0].graph, workload, best.method_latency)})
+    best = _answered(made[at][0], best)
     plans = [p for _, p in made]
     front = _pareto([c for p in plans for c in p.front])
     return best.model_copy(update={"front": front, "reasons": (*best.reasons, *_against(best, plans))})
+
+
+def _answered(s: Setting, plan: Plan) -> Plan:
+    """The plan with what answers take over the workload's lengths. A budget is kept on average: what many texts take beyond it is warned of."""
+    answers, limit = answers_of(s.graph, s.workload, plan.method_latency), plan.budget.latency_s
+    warnings = plan.warnings
+    if answers and limit and answers.whole.mean.value <= limit < answers.whole.p90:
+        told = f"the latency budget of {show_seconds(limit)} holds on average: more than one text in ten takes longer"
+        warnings = (*warnings, f"{told} (nine of ten stay within {show_seconds(answers.whole.p90)})")
+    return plan.model_copy(update={"answers": answers, "warnings": warnings})
 
 
 def _drafting(s: Setting, plan: Plan) -> Plan:
