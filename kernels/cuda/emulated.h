@@ -27,6 +27,10 @@ struct alignas(16) Words4 { u32 v[4]; };
 struct Index { int x, y, z; };
 
 #define ON_GPU inline
+#define ENTRY(name, threads, args, ...) \
+    extern "C" void name(const void* p) { __VA_ARGS__(*static_cast<const args*>(p)); }
+using std::max;
+using std::min;
 #define __device__
 #define __restrict__
 
@@ -256,3 +260,8 @@ inline int from_lane_xor(int x, int bits) {
     return int(emulated::exchange<1>("shuffle", mine)[(emulated::state.now % 32) ^ bits][0]);
 }
 inline float reciprocal_root(float x) { return 1.0f / std::sqrt(x); }
+
+extern "C" const char* emulated_launch(void (*kernel)(const void*), const void* args, const int* grid, int threads, size_t shared_bytes, u32 seed) {
+    return emulated::launch(kernel, args, grid, threads, shared_bytes, seed);
+}
+extern "C" void* emulated_memory(size_t size) { return emulated::guarded(size); }

@@ -11,6 +11,9 @@ struct alignas(8) Words2 { u32 v[2]; };
 struct alignas(16) Words4 { u32 v[4]; };
 
 #define ON_GPU __device__ __forceinline__
+// A kernel of its own: `args` is the one value that it takes.
+#define ENTRY(name, threads, args, ...) \
+    extern "C" __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__ args p) { __VA_ARGS__(p); }
 
 // ---- two halves at a time
 

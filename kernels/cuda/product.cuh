@@ -69,7 +69,9 @@ ON_GPU Words4 load_x(const Product& p, int token, int col) {
     if (token >= p.tokens || col >= p.cols) return w;
     const u16* at = p.x + static_cast<long long>(token) * p.x_stride + col;
     if (col + 8 <= p.cols) return *reinterpret_cast<const Words4*>(at);
-    for (int i = 0; i < p.cols - col; i++) w.v[i / 2] |= static_cast<u32>(at[i]) << (i % 2 * 16);
+#pragma unroll
+    for (int i = 0; i < 7; i++)
+        if (i < p.cols - col) w.v[i / 2] |= static_cast<u32>(at[i]) << (i % 2 * 16);
     return w;
 }
 

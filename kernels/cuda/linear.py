@@ -1,0 +1,93 @@
+"""A linear layer on a GPU: weights packed from a `Code`, the kernel that its form and the number of tokens ask for, and its launches."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from edgesdk.errors import select_by_name
+from edgesdk.packed import Code
+
+from .compile import Kernel
+from .machine import Launch, Machine, Memory, launch
+from .weights import STEP, TILE, Tiles, pack
+
+ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
+WARPS = 8
+FEW = 16
+"""Tokens that one call of the product kernel takes."""
+
+
+@lru_cache(maxsize=512)
+def product_kernel(bits: int, table: bool, group: int, zeros: bool, eights: int, tiles: int, half_out: bool) -> Kernel:
+    """y = x · Wᵀ for up to 8 · `eights` tokens, 16 · `tiles` rows a block."""
+    flush = min(group, STEP[bits])
+    flags = f"{bits}, {str(table).lower()}, {flush}, {str(zeros).lower()}, {eights}, {tiles}, {'u16' if half_out else 'float'}"
+    name = f"product_{bits}{'t' if table else 'z' if zeros else ''}_{flush}_{8 * eights}x{TILE * tiles}_{'half' if half_out else 'float'}"
+    return Kernel(name, "product.cuh", f"product<{flags}>", "Product", 32 * WARPS)
+
+
+class Linear:
+    """y [M, rows] = activation(x [M, cols] · Wᵀ + bias) · factor + residual. Raises `panels.UnfitWeights`."""
+
+    def __init__(self, machine: Machine, code: Code, bias: Any = None, activation: str = "none") -> None:
+        self.machine = machine
+        self.weights: Tiles = pack(code)
+        self.activation = select_by_name("activation", activation, ACTIVATIONS)
+        w = self.weights
+        given = {"codes": w.codes, "high": w.high, "scales": w.scales, "zeros": w.zeros, "tables": w.tables, "row_scale": w.row_scale}
+        self.memory = {name: machine.put(array) if array.size else None for name, array in given.items()}
+        self.memory["bias"] = None if bias is None else machine.put(np.asarray(bias, np.float32))
+
+    def tiles_of(self, tokens: int) -> tuple[int, int]:
+        """Tokens / 8 and rows / 16 of a block: more rows where x is read as much as the weights are."""
+        return -(-tokens // 8), 1 if tokens == 1 else 2
+
+    def kernel(self, tokens: int, half_out: bool) -> Kernel:
+        w = self.weights
+        return product_kernel(w.bits, w.tables.size > 0, w.group, w.zeros.size > 0, *self.tiles_of(tokens), half_out)
+
+    def launches(
+        self, x: Memory, out: Memory, residual: Memory | None = None, factor: Memory | None = None, x_scale: Memory | None = None
+    ) -> list[Launch]:
+        """x float16 [M, stride ≥ cols, a multiple of 8]; out, residual and factor [M, rows], all float16 or all float32; x_scale float32 [M]."""
+        w, tokens, half_out = self.weights, x.shape[0], out.dtype == np.float16
+        values: dict[str, Any] = dict(self.memory)
+        values |= {
+            "rows": w.rows, "cols": w.cols, "steps": w.steps, "groups": w.groups, "x_stride": x.shape[1],
+            "out_stride": w.rows, "activation": self.activation, "row_tables": int(len(w.tables) > 1),
+            "group_shift": w.group.bit_length() - 1 if w.group else 0,
+        }  # fmt: skip
+        out_list = []
+        for first in range(0, tokens, FEW):
+            count = min(FEW, tokens - first)
+            part = {
+                name: _rows(m, first)
+                for name, m in {"x": x, "out": out, "residual": residual, "factor": factor, "x_scale": x_scale}.items()
+            }
+            out_list.append(self._few(self.kernel(count, half_out), {**values, **part, "tokens": count}, count))
+        return out_list
+
+    def _few(self, kernel: Kernel, values: dict[str, Any], tokens: int) -> Launch:
+        eights, tiles = self.tiles_of(tokens)
+        w = self.weights
+        blocks = -(-w.tiles // tiles)
+        size = TILE * tiles * 8 * eights
+        splits = max(1, min(w.steps // (2 * WARPS), 4 * self.machine.units // blocks))
+        if splits > 1:
+            values |= {
+                "partial": self.machine.empty((splits, blocks, size), np.float32),
+                "arrived": self.machine.put(np.zeros(blocks, np.int32)),
+            }
+        shared = 4 * WARPS * size + (TILE * tiles * 32 if w.tables.size else 0)
+        return launch(kernel, (blocks, splits), values, shared)
+
+
+def _rows(memory: Memory | None, first: int) -> Memory | None:
+    """The rows from `first` of an array."""
+    if memory is None or first == 0:
+        return memory
+    each = int(np.prod(memory.shape[1:], dtype=np.int64)) * memory.dtype.itemsize
+    return Memory(memory.address + first * each, (memory.shape[0] - first, *memory.shape[1:]), memory.dtype, memory)
