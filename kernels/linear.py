@@ -9,7 +9,7 @@ import numpy as np
 from edgesdk.packed import Code
 
 from .library import LINEAR_ARGS, library
-from .panels import pack
+from .pack import pack
 from .tape import Rows, Tape
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from edgesdk.kernels.cpu import host_targets, targets_of
 from edgesdk.kernels.linear import Linear
-from edgesdk.kernels.panels import UnfitWeights, pack
+from edgesdk.kernels.pack import pack
+from edgesdk.kernels.panels import UnfitWeights
 from edgesdk.kernels.reference import linear, round_inputs
 from edgesdk.packed import Code
 

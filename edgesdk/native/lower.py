@@ -1,0 +1,237 @@
+"""A sequence model and the precision of each weight → a native program: weights packed once, for one set of instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgesdk.errors import InputError
+from edgesdk.kernels.library import Library, library
+from edgesdk.kernels.pack import pack
+from edgesdk.kernels.panels import BLOCK, UnfitWeights
+from edgesdk.native.program import PARTS, write
+from edgesdk.packed import Code
+
+if TYPE_CHECKING:
+    from edgesdk.model import ModelSpec
+    from edgesdk.sequence.config import SequenceConfig
+    from edgesdk.sequence.model import SequenceModel
+
+PREFIX = "native-"
+"""Of a runtime's name; behind it stands the kernels' target."""
+BITS = {"int8-dynamic": (8, 0), "int8-weight-only": (8, 0), "int4-g32": (4, 32)}
+"""Precision → bits, columns of a group."""
+_TOGETHER = (("q", "k", "v"), ("gate", "up"))
+
+
+def target_of(runtime: str) -> str:
+    return runtime.removeprefix(PREFIX)
+
+
+def sequence_of(spec: ModelSpec) -> SequenceModel:
+    """The model behind a spec's methods. Raises `InputError` where it is none that runs natively."""
+    from edgesdk.sequence.export import Program
+
+    modules = [m.module for m in spec.methods.values()]
+    if not modules or not all(isinstance(m, Program) for m in modules):
+        raise InputError(
+            f"{spec.name} is no sequence model of edgesdk's family: the native target runs those alone",
+            "choose --runtime executorch or litert",
+        )
+    found: Any = max((m.core for m in modules), key=lambda core: len(core.decoder.layers) if core.decoder else 0)  # type: ignore[union-attr,arg-type]
+    if found.sound is not None:
+        raise InputError(f"{spec.name} hears sound: the native target has no convolutions", "choose --runtime executorch or litert")
+    return found  # type: ignore[no-any-return]
+
+
+def rounded(weight: Any, bits: int, group: int) -> Code:
+    """A float32 matrix [rows, cols] as a symmetric grid, a scale a `group` of columns (0: a row), so that its largest value is 2^(bits-1) - 1."""
+    rows, cols = weight.shape
+    size = cols if group == 0 or group >= cols else group
+    if cols % size:
+        weight = np.pad(weight, ((0, 0), (0, -cols % size)))
+    parts = weight.reshape(rows, -1, size).astype(np.float32)
+    middle = 1 << (bits - 1)
+    scale = np.abs(parts).max(2) / np.float32(middle - 1)
+    scale[scale == 0] = 1
+    q = np.clip(np.rint(parts / scale[..., None]) + middle, 0, 2 * middle - 1).astype(np.uint8)
+    return Code("grid", (rows, cols), (bits, 0 if size == cols else group), (q.reshape(rows, -1)[:, :cols], scale, np.zeros(0, np.uint8)))
+
+
+class _Lowering:
+    def __init__(self, spec: ModelSpec, choice: Mapping[tuple[str, str], str], kernels: Library) -> None:
+        self.model, self.kernels = sequence_of(spec), kernels
+        self.config: SequenceConfig = self.model.config
+        self.state = {k: v.detach().cpu().float().numpy() for k, v in self.model.state_dict().items()}
+        self.arrays: dict[str, Any] = {}
+        self.panels: dict[str, Any] = {}
+        self.linears: dict[str, Any] = {}
+        self.choice = {self._path(unit): precision for (_, unit), precision in choice.items()}
+        self.codes = _codes(spec)
+
+    @staticmethod
+    def _path(unit: str) -> str:
+        return unit.split("#")[0].removeprefix("core.")
+
+    def _precision(self, path: str) -> str:
+        return self.choice.get(path, "int8-dynamic")
+
+    def code(self, path: str) -> Code:
+        """How a matrix is stored: the compressed weight's own grid where the kernels read it, else rounded as the plan says."""
+        own = self.codes.get(path)
+        if own is not None and _readable(own):
+            return own
+        precision = self._precision(path)
+        if precision not in BITS:
+            raise InputError(f"{path} is planned in {precision}, which the native target has not", f"known: {', '.join(sorted(set(BITS)))}")
+        return rounded(self.state[f"{path}.weight"], *BITS[precision])
+
+    def add_panels(self, name: str, code: Code) -> None:
+        p = pack(code, self.kernels.lanes, self.kernels.together, self.kernels.half)
+        self.panels[name] = {"rows": p.rows, "cols": p.cols, "bits": p.bits, "group": p.group, "lanes": p.lanes}
+        for part in PARTS:
+            self.arrays[f"{name}.{part}"] = getattr(p, part)
+
+    def add_linears(self, paths: list[str]) -> None:
+        """Matrices that take the same inputs: one set of panels for those of one form, one after the other."""
+        groups: dict[Any, list[tuple[str, Code]]] = {}
+        for path in paths:
+            code = self.code(path)
+            whole_rows = code.shape[0] % BLOCK == 0  # what comes next begins at a block
+            key = (code.numbers, bool(code.arrays[2].size)) if whole_rows else path
+            groups.setdefault(key, []).append((path, code))
+        for members in groups.values():
+            name, first = members[0][0], 0
+            biases = [self.state.get(f"{p}.bias") for p, _ in members]
+            for path, code in members:
+                self.linears[path] = {"panels": name, "first": first, "rows": code.shape[0], "bias": any(b is not None for b in biases)}
+                first += code.shape[0]
+            self.add_panels(name, _joined([c for _, c in members]))
+            if any(b is not None for b in biases):
+                bias = np.zeros(len(self.arrays[f"{name}.row_scale"]), np.float32)
+                parts = [np.zeros(c.shape[0], np.float32) if b is None else b for b, (_, c) in zip(biases, members, strict=True)]
+                bias[:first] = np.concatenate(parts)
+                self.arrays[f"{name}.bias"] = bias
+
+    def add_rest(self) -> None:
+        """Norms, padded to whole blocks; places, tables of float32."""
+        for name, value in self.state.items():
+            path, _, kind = name.rpartition(".")
+            if path in self.linears or kind == "averager" or value.ndim > 2:
+                continue
+            if value.ndim == 1:
+                self.arrays[name] = _padded(value)
+            elif not path.endswith("embed"):
+                self.arrays[name] = _padded(value) if path.endswith("position") else value
+        for path in ("embed", "source_embed"):
+            if f"{path}.weight" in self.state:
+                self._embedding(path)
+
+    def _embedding(self, path: str) -> None:
+        """A table in int8, the head's own panels where it is the head's matrix, or in float32. `factor`: what its rows are multiplied with."""
+        weight, factor = self.state[f"{path}.weight"], float(self.config.embed_scale)
+        head = self.linears.get("head")
+        entry: dict[str, Any] = {"cols": weight.shape[1], "factor": factor}
+        if self._precision(path) == "fp32" and self.choice:
+            self.arrays[f"{path}.table"] = _padded(weight)
+        elif head is not None and self.panels["head"]["bits"] == 8 and np.array_equal(weight, 2 * self.state["head.weight"]):
+            entry |= {"panels": "head", "factor": 2 * factor}
+        else:
+            self.add_panels(path, self.code(path) if path in self.codes else rounded(weight, 8, 0))
+            entry["panels"] = path
+        self.linears[path] = entry
+
+    def add_matrices(self) -> None:
+        parents = sorted({p.rpartition(".")[0] for p in self._matrices()})
+        for parent in parents:
+            there = [p for p in self._matrices() if p.rpartition(".")[0] == parent]
+            done: set[str] = set()
+            apart = {"q"} if parent.endswith("cross_attn") else set()  # queries are made of another input than keys and values
+            for names in _TOGETHER:
+                together = [f"{parent}.{n}" for n in names if n not in apart and f"{parent}.{n}" in there]
+                if together:
+                    self.add_linears(together)
+                done.update(together)
+            for path in there:
+                if path not in done:
+                    self.add_linears([path])
+
+    def _matrices(self) -> list[str]:
+        skip = ("embed", "source_embed")
+        found = [n.removesuffix(".weight") for n, v in self.state.items() if n.endswith(".weight") and v.ndim == 2]
+        return [p for p in found if p not in skip and not p.endswith((".position", ".relative"))]
+
+
+def _readable(code: Code) -> bool:
+    try:
+        pack(
+            Code("grid", (1, code.shape[1]), code.numbers, tuple(a[:1] if a.ndim == 2 else a for a in code.arrays))
+            if code.kind == "grid"
+            else code,
+            4,
+        )
+    except (UnfitWeights, IndexError):
+        return False
+    return True
+
+
+def _codes(spec: ModelSpec) -> dict[str, Code]:
+    """Module path → the code its compressed weight is stored as."""
+    if not spec.codes:
+        return {}
+    from edgesdk.lower.inject import codes_by_module
+
+    return {path.removeprefix("core."): code for (_, path), code in codes_by_module(spec).items()}
+
+
+def _joined(codes: list[Code]) -> Code:
+    """Grids of one form, one below the other."""
+    if len(codes) == 1:
+        return codes[0]
+    rows = sum(c.shape[0] for c in codes)
+    arrays = tuple(np.concatenate([c.arrays[i] for c in codes]) for i in range(3))
+    return Code("grid", (rows, codes[0].shape[1]), codes[0].numbers, arrays)
+
+
+def _padded(values: Any) -> Any:
+    """The last dimension filled with zeros to whole blocks."""
+    return np.ascontiguousarray(np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % BLOCK)]), np.float32)
+
+
+def lower_native(
+    spec: ModelSpec, runtime: str, choice: Mapping[tuple[str, str], str], say: Callable[[str], None] = lambda text: None
+) -> bytes:
+    """The program. `runtime`: "native-" and a target of `kernels.cpu`. Raises `InputError`."""
+    from edgesdk.kernels.cpu import TARGETS
+    from edgesdk.sequence.card import NAME, Card
+    from edgesdk.sequence.positions import buckets
+
+    target = target_of(runtime)
+    if target not in TARGETS:
+        raise InputError(f"there are no kernels for '{target}'", f"known: {', '.join(TARGETS)}")
+    say("packing weights")
+    work = _Lowering(spec, choice, library(target))
+    work.add_matrices()
+    work.add_rest()
+    card = Card.read(spec.files[NAME])
+    methods = {}
+    for name, method in spec.methods.items():
+        names: Any = method.module.input_names
+        inputs = [[n, list(t.shape), str(t.dtype).removeprefix("torch.")] for n, t in zip(names, method.example_inputs, strict=True)]
+        methods[name] = {**card.methods[name], "inputs": inputs}
+    config = work.config.model_dump(mode="json")
+    turns = {side: frequencies for side in ("encoder", "decoder") if (frequencies := _turns(work.config, side))}
+    header = {"target": target, "config": config, "methods": methods, "linears": work.linears, "panels": work.panels, "turns": turns}
+    if work.config.positions == "relative":
+        header["buckets"] = {side: buckets(work.config, side == "encoder") for side in ("encoder", "decoder")}
+    return write(header, work.arrays)
+
+
+def _turns(config: SequenceConfig, side: str) -> list[float]:
+    """Radians a position turns each pair of channels by, of one stack."""
+    from edgesdk.sequence.positions import frequencies
+
+    stack = getattr(config, side)
+    return frequencies(config, stack.head) if stack is not None and config.positions == "rope" else []
