@@ -2,13 +2,16 @@
 #ifndef GEMM_H
 #define GEMM_H
 #include "weights.h"
-#include CORE_FILE
 
 enum { WIDE = 2, CHUNK = 128 };  // panels at a time; rows of inputs whose sums are kept
+#include CORE_FILE
 
-// Where the core has no loop of its own (matrix.h has one): sums of a row and a panel as float32 [4], or the integers of `sums`.
+// Where the core has no loop of its own (matrix.h has one): a cell holds the sums of a row and two panels, float32 [4] or the integers of `sums`.
 #ifndef CORE_GEMM
+#define CELLS(rows) (rows)
 typedef struct { sums s[WIDE]; } cell;
+
+INLINE void arrange(int8x16_t w[QUADS]) { (void)w; }
 
 INLINE void gemm_rows(const int8x16_t w[WIDE][QUADS], const float32x4_t scale[WIDE], const int32x4_t zero[WIDE], int64_t q, int64_t q_sums,
                       int64_t rows, cell *room, int bits, int per_block, int zeros) {
@@ -36,11 +39,11 @@ INLINE float32x4_t gemm_value(const cell *room, int64_t m, int i, int64_t blocks
 INLINE void gemm(const int64_t *a, int64_t first, int64_t last, int bits, int per_block, int zeros) {
   const int64_t blocks = a[BLOCKS], rows = a[M];
   const int whole_zeros = zeros && bits == 8;  // these are taken off the sums; those of fewer bits off the codes
-  cell room[CHUNK];
+  cell room[CELLS(CHUNK)];
   for (int64_t group = first; group < last; group++) {
     for (int64_t start = 0; start < rows; start += CHUNK) {
       int64_t count = rows - start < CHUNK ? rows - start : CHUNK;
-      __builtin_memset(room, 0, sizeof(cell) * (uint64_t)count);
+      __builtin_memset(room, 0, sizeof(cell) * (uint64_t)CELLS(count));
       for (int64_t g = 0; g < blocks; g++) {
         int8x16_t w[WIDE][QUADS];
         float32x4_t scale[WIDE];
@@ -54,6 +57,7 @@ INLINE void gemm(const int64_t *a, int64_t first, int64_t last, int bits, int pe
             int8x16_t middle = zeros ? zero_bytes_at(zero_base, per_block ? g : 0) : vdupq_n_s8(1 << (bits - 1));
             UNROLL for (int k = 0; k < QUADS; k++) w[i][k] = vsubq_s8(w[i][k], middle);
           }
+          arrange(w[i]);
         }
         int64_t place = g * rows + start;
         gemm_rows(w, scale, zero, a[Q] + BLOCK * place, a[Q_SUMS] + 4 * place, count, room, bits, per_block, zeros);

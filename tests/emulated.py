@@ -1,0 +1,130 @@
+"""Kernels for arm64 under qemu-user: cases are written to a file, one static program runs them all, and their buffers come back."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgesdk.cache import cache_dir
+from edgesdk.kernels.library import LINEAR_ARGS, ROUND_ARGS
+from edgesdk.kernels.neon import build
+from edgesdk.kernels.panels import BLOCK, Panels
+from edgesdk.kernels.tape import panel_sizes
+
+HARNESS = Path(__file__).parent / "native" / "harness.c"
+CPUS = {"arm-neon": ("cortex-a53", "cortex-a72"), "arm-dotprod": ("cortex-a76",), "arm-i8mm": ("max",)}
+"""Target → emulated cores that have its instructions and, but for the last, not those of the next target."""
+
+
+def emulator() -> str | None:
+    return next((found for name in ("qemu-aarch64-static", "qemu-aarch64") if (found := shutil.which(name))), None)
+
+
+@dataclass
+class Case:
+    """`buffers` arrays (given back after the run); `tables` of args: a number, or a pair (buffer, offset); `steps`: kernel, table, count, least.
+
+    With `threads` 0 the count of a step is (first, last), else it goes through `edge_run`.
+    """
+
+    buffers: list[Any] = field(default_factory=list)
+    tables: list[list[Any]] = field(default_factory=list)
+    steps: list[tuple[str, int, Any, int]] = field(default_factory=list)
+    threads: int = 0
+    places: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, array: Any, shift: int = 0) -> None:
+        """A buffer by name; `shift` bytes after it, so that it starts as many bytes before an aligned address."""
+        self.places[name] = len(self.buffers)
+        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self.buffers.append(np.concatenate([flat, np.full(shift, 0xA5, np.uint8)]))
+
+    def table(self, names: Sequence[str], numbers: dict[str, int]) -> int:
+        self.tables.append([numbers[n] if n in numbers else (self.places[n], 0) if n in self.places else 0 for n in names])
+        return len(self.tables) - 1
+
+    def given(self, name: str, kind: Any, shape: tuple[int, ...]) -> Any:
+        size = int(np.prod(shape)) * np.dtype(kind).itemsize
+        return self.buffers[self.places[name]][:size].view(kind).reshape(shape)
+
+
+def product(
+    kernel: str, panels: Panels, q: tuple[Any, ...], more: dict[str, Any], part: tuple[int, int] | None = None, shift: int = 0
+) -> Case:
+    """A product of given bytes: q (uint8 [blocks, M, 32], sums, scale, zero); `more`: bias, residual, both padded; out starts as 777."""
+    case = Case()
+    rows = q[0].shape[1]
+    for name in ("codes", "scales", "zeros", "row_scale", "sums"):
+        if getattr(panels, name).size:
+            case.add(name, getattr(panels, name), shift)
+    for name, array in zip(("q", "q_sums", "q_scale", "q_zero"), q, strict=True):
+        case.add(name, array, shift)
+    for name, array in more.items():
+        case.add(name, array, shift)
+    case.add("out", np.full((rows, panels.panels * panels.lanes), 777, np.float32), shift)
+    count = panels.panels // (2 if "gemm" in kernel else 1)
+    case.steps.append((kernel, case.table(LINEAR_ARGS, numbers(panels, rows)), part or (0, count), 1))
+    return case
+
+
+def numbers(panels: Panels, rows: int) -> dict[str, int]:
+    return {"m": rows, "blocks": panels.blocks, "stride": 4 * panels.panels * panels.lanes, **panel_sizes(panels)}
+
+
+def rounded(kernel: str, x: Any, shift: int = 0) -> Case:
+    """`round` of x float32 [M, 32 · blocks]."""
+    case = Case()
+    rows, width = x.shape
+    case.add("x", x, shift)
+    for name, size in (("q", rows * width), ("q_sums", 4 * rows * width // BLOCK), ("q_scale", 4 * rows), ("q_zero", 4 * rows)):
+        case.add(name, np.full(size, 0x77, np.uint8), shift)
+    case.steps.append(
+        (kernel, case.table(ROUND_ARGS, {"blocks": width // BLOCK, "stride": 4 * width, "m": rows, "shift": 0}), (0, rows), 1)
+    )
+    return case
+
+
+def program(names: Sequence[str], extra: Sequence[Path] = (), by: Any = None) -> Path:
+    """The static harness with these kernels."""
+    text = "".join(f"NAME({n})\n" for n in names)
+    listed = cache_dir("kernels") / f"names-{hashlib.sha256(text.encode()).hexdigest()[:16]}.h"
+    listed.write_text(text)
+    source = listed.with_suffix(".c")
+    source.write_text(f'#define NAMES_FILE "{listed}"\n{HARNESS.read_text()}')
+    return build.program([source], extra, by)
+
+
+def run(harness: Path, names: Sequence[str], cases: Sequence[Case], cpu: str, folder: Path) -> None:
+    """Runs the cases on an emulated core; their buffers then hold what the kernels left. Raises where a kernel trapped."""
+    place = {n: i for i, n in enumerate(names)}
+    parts = [_words([len(cases)])]
+    for case in cases:
+        parts.append(_words([len(case.buffers), len(case.tables), len(case.steps), case.threads]))
+        for b in case.buffers:
+            parts += [_words([b.size]), b.tobytes(), bytes(-b.size % 8)]
+        for t in case.tables:
+            parts.append(_words([len(t), *(v for e in t for v in (e if isinstance(e, tuple) else (-1, e)))]))
+        for kernel, table, count, least in case.steps:
+            parts.append(_words([place[kernel], table, (count[0] << 32 | count[1]) if isinstance(count, tuple) else count, least]))
+    given, answers = folder / "cases", folder / "answers"
+    given.write_bytes(b"".join(parts))
+    qemu = emulator()
+    assert qemu is not None
+    done = subprocess.run([qemu, "-cpu", cpu, str(harness), str(given), str(answers)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{cpu}: {done.stderr or done.returncode}"
+    content, at = np.fromfile(answers, np.uint8), 0
+    for case in cases:
+        for i, b in enumerate(case.buffers):
+            case.buffers[i] = content[at : at + b.size].copy()
+            at += b.size
+
+
+def _words(values: Sequence[int]) -> bytes:
+    return np.array(values, np.int64).tobytes()
