@@ -186,34 +186,6 @@ class Stack(nn.Module):
         return self.last(x)
 
 
-class Start(nn.Module):
-    """All layers' caches, one row each, as models with explicit caches have them."""
-
-    def __init__(self, core: Stack) -> None:
-        super().__init__()
-        self.core = core
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x, rows = self.core.first(x), []
-        for layer in self.core.layers:
-            rows.append(layer.k(layer.norm(x)))
-            x = layer(x)
-        return self.core.last(x), torch.stack(rows)
-
-
-class Next(nn.Module):
-    def __init__(self, core: Stack) -> None:
-        super().__init__()
-        self.core = core
-
-    def forward(self, x: torch.Tensor, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x, rows = self.core.first(x), []
-        for i, layer in enumerate(self.core.layers):
-            rows.append(cache[i] + layer.k(layer.norm(x)))
-            x = layer(x) + nn.functional.pad(rows[-1], (0, 6)) * layer.strength
-        return self.core.last(x), torch.stack(rows)
-
-
 @pytest.mark.parametrize("score", ["entropy", "similarity", "output"])
 def test_a_block_that_does_next_to_nothing_is_left_out_first(score: str) -> None:
     spec = spec_of(seeded(Stack), 5, 8)
@@ -222,33 +194,6 @@ def test_a_block_that_does_next_to_nothing_is_left_out_first(score: str) -> None
     module = done.spec.methods["forward"].module
     assert len(module.layers) == 3 and len(spec.methods["forward"].module.layers) == 4
     torch.testing.assert_close(outputs(done.spec)[0], outputs(spec)[0], atol=0.05, rtol=0.1)
-
-
-def test_caches_lose_the_row_of_a_block_in_every_method_and_files_keep_it(tmp_path: Any) -> None:
-    from edgesdk.compress.saved import load
-
-    torch.manual_seed(0)
-    core = Stack().eval().requires_grad_(False)
-    start, then = Start(core), Next(core)
-    xs = [torch.randn(1, 5, 8) for _ in range(8)]
-    caches = [start(x)[1] for x in xs]
-    given = {"prefill": [(x,) for x in xs], "decode": list(zip(xs, caches, strict=True))}
-    spec = ModelSpec(
-        "stack",
-        "0" * 64,
-        {"prefill": Method(start, given["prefill"][0]), "decode": Method(then, given["decode"][0])},
-        calibration=given.__getitem__,
-    )
-    done = compress(spec, ["depth:tune=5", "rtn:bits=8"])
-    module, inputs = done.spec.methods["decode"].module, done.spec.methods["decode"].example_inputs
-    assert inputs[1].shape[0] == 3 and len(module.core.layers) == 3 and module.core is done.spec.methods["prefill"].module.core
-    assert done.spec.calibration is not None and done.spec.calibration("decode")[2][1].shape[0] == 3
-    assert spec.methods["decode"].example_inputs[1].shape[0] == 4
-    logits, cache = module(*inputs)
-    whole, _ = then(*given["decode"][0])
-    assert cache.shape[0] == 3 and float((logits - whole).abs().max()) < 0.2
-    again = load(done.save(tmp_path / "stack.edgec"), base=spec)
-    assert torch.equal(again.spec.methods["decode"].module(*again.spec.methods["decode"].example_inputs)[0], logits)
 
 
 def test_ranking_blocks_beats_chance_and_too_many_are_refused() -> None:

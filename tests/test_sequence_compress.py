@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from edgesdk.compress import compress
 from edgesdk.compress.generated import Calls, Chain, chain_of, self_generated
+from edgesdk.compress.saved import load
+from edgesdk.errors import InputError
 from edgesdk.plan.fake_quant import run
 from edgesdk.sequence.card import Card
 from edgesdk.sequence.choose import Settings
@@ -19,10 +23,10 @@ from edgesdk.sequence.model import SequenceModel
 STACK = {"dim": 32, "heads": 4, "kv_heads": 2, "head": 8, "ffn": 64}
 
 
-def spec_of(layout: str, **more):
+def spec_of(layout: str, layers: int = 2, **more):
     torch.manual_seed(0)
-    encoder = Stack(layers=1, **STACK) if layout == "encoder-decoder" else None
-    model = SequenceModel(SequenceConfig(layout=layout, vocab=30, encoder=encoder, decoder=Stack(layers=2, **STACK)))
+    encoder = Stack(layers=layers - 1, **STACK) if layout == "encoder-decoder" else None
+    model = SequenceModel(SequenceConfig(layout=layout, vocab=30, encoder=encoder, decoder=Stack(layers=layers, **STACK)))
     prompts = [[int(t) for t in np.random.default_rng(i).integers(3, 30, 4 + i % 6)] for i in range(12)]
     return sequence_spec(
         model, name=f"small-{layout}", source_lengths=(12,), cache_lengths=(32,), start=(1,), eos=(2,), max_output=10, prompts=prompts, **more
@@ -81,3 +85,36 @@ def test_windows_and_several_lengths_are_trained_method_by_method():
     torch.manual_seed(0)
     windowed = SequenceModel(SequenceConfig(layout="decoder-only", vocab=30, decoder=Stack(layers=2, windows=(5, 0), **STACK)))
     assert chain_of(sequence_spec(windowed, name="w", source_lengths=(12,), cache_lengths=(32,), start=(1,))) is None
+
+
+@pytest.mark.parametrize(("layout", "stack"), [("encoder-decoder", "encoder"), ("encoder-decoder", "decoder"), ("decoder-only", "decoder")])
+def test_a_layer_leaves_with_its_caches_and_files_keep_it(layout, stack, tmp_path):
+    spec = replace(spec_of(layout, layers=3), evaluate=lambda run: float(len(run("decode", spec.methods["decode"].example_inputs))))
+    made = compress(spec, [f"depth:only=core.{stack},tune=3", "rtn:bits=8"])
+    assert f"core.{stack}.layers" in made.report.notes[0]
+    card, core = Card.read(made.spec.files["sequence.json"]), made.spec.methods["decode"].module.core
+    left = 3 - (stack == "decoder")
+    assert len(card.caches) == len(core.decoder.layers) == core.config.decoder.layers == left and len(card.cross) == (
+        left if core.encoder else 0
+    )
+    assert layout == "decoder-only" or len(core.encoder.layers) == core.config.encoder.layers == 2 - (stack == "encoder")
+    (answer,) = generate(run(made.spec), card, spec.prompts[:1])
+    assert answer.tokens
+    entry = made.spec.methods["decode"]
+    assert len(entry.module.input_names) == len(entry.example_inputs) == len(made.spec.calibration("decode")[0])
+    assert made.report.quality == made.report.quality_before == 7.0, "scored as the whole model is"
+    again = load(made.save(tmp_path / "m.edgec"), base=spec).spec
+    assert again.files == made.spec.files and generate(run(again), card, spec.prompts[:1])[0].tokens == answer.tokens
+    assert len(Card.read(spec.files["sequence.json"]).caches) == 3
+
+
+def test_what_training_and_leaving_refuse():
+    torch.manual_seed(0)
+    windowed = SequenceModel(SequenceConfig(layout="decoder-only", vocab=30, decoder=Stack(layers=3, windows=(5, 0, 0), **STACK)))
+    spec = sequence_spec(windowed, name="w", source_lengths=(12,), cache_lengths=(32,), start=(1,), prompts=[[4, 5, 6], [7, 8]])
+    with pytest.raises(InputError, match="not trained whole"):
+        compress(spec, "depth:tune=3")
+    assert len(Card.read(compress(spec, "depth").spec.files["sequence.json"]).caches) == 2
+    guessing = spec_of("decoder-only", layers=3, several=(4,), exit=1)
+    with pytest.raises(InputError, match="no further one can be left out"):
+        compress(guessing, "depth:only=core.decoder")

@@ -5,28 +5,30 @@ representation little adds little. Scores: "entropy", |H(out) - H(in)| with H of
 "similarity", 1 - cos(in, out) averaged over positions (as ShortGPT, arXiv:2403.03853); "output", the mean squared change of the outputs, over their
 variance, when the block is left out (forward passes only). One block leaves at a time, then the others are scored again.
 
-A block is an entry of a list of modules of one class; it is taken out of its list, and caches that have a row for each layer lose its row,
-in every method at once. Where a model cannot stand that, a block that gives the shape it gets becomes the identity.
+A block is an entry of a list of modules of one class; it is taken out of its list, a layer of a sequence model with its caches. Where a model
+cannot stand that, a block that gives the shape it gets becomes the identity.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
+from edgesdk.compress.fewer_layers import STACKS, Lost, lost_of
 from edgesdk.compress.generated import chain_of
 from edgesdk.compress.shrink import copy_of
-from edgesdk.compress.surgery import Edit, apply_edits, narrowed
+from edgesdk.compress.surgery import Edit, apply_edits
 from edgesdk.compress.training import TrainConfig, trained
 from edgesdk.compress.types import Change, Config, Family, Need, Step
 from edgesdk.errors import InputError
 from edgesdk.plan.fake_quant import samples
+from edgesdk.sequence.card import NAME
 
 if TYPE_CHECKING:
     from edgesdk.model import ModelSpec
@@ -42,11 +44,11 @@ class DepthConfig(Config):
 
 @dataclass(frozen=True)
 class Removal:
-    """How a block leaves: its path, the edits, and the outputs that have fewer rows then, as (method, output, dim, rows left)."""
+    """How a block leaves: its path, the edit, and, of a sequence model, what its methods lose."""
 
     path: str
-    edits: tuple[Edit, ...]
-    outputs: tuple[tuple[str, int, int, tuple[int, ...]], ...] = ()
+    edit: Edit
+    lost: dict[str, Lost] = field(default_factory=dict)
 
 
 class Depth:
@@ -69,7 +71,6 @@ class Depth:
         whole = copy_of(spec)
         edits: list[Edit] = []
         notes: list[str] = []
-        gone: list[tuple[str, int, int, tuple[int, ...]]] = []
         for i in range(config.blocks):
             step(f"weighing blocks ({i + 1} of {config.blocks})", i / config.blocks)
             choices = [r for path in blocks_of(spec, config.only) if (r := removal(spec, path)) is not None]
@@ -80,14 +81,17 @@ class Depth:
                     "ask for fewer, or for another score",
                 )
             best = min(choices, key=lambda r: costs.get(r.path, float("inf")))
-            apply_edits(spec, best.edits)
-            edits += best.edits
-            gone += best.outputs
+            apply_edits(spec, [best.edit])
+            edits.append(best.edit)
             notes.append(f"{best.path} left out: {config.score} {costs[best.path]:.4g}, the next best {_second(costs):.4g}")
         if config.tune:
-            student, teacher = (spec, whole) if chain_of(whole) else paired(spec, whole, edits, gone)
+            if chain_of(whole) is None and any(e["path"] == "core.decoder" for e in edits):
+                raise InputError(
+                    f"{spec.name}: tune = {config.tune}, but its answers are not trained whole",
+                    "windows and batches are not: leave tune out",
+                )
             taught = TrainConfig(steps=config.tune, rate=config.rate)
-            notes.append(trained(student, taught, step, teacher=teacher, name=self.name).note(self.name, config.tune))
+            notes.append(trained(spec, taught, step, teacher=whole, name=self.name).note(self.name, config.tune))
         return Change(tuple(edits), tuple(notes), calibration=spec.calibration)
 
 
@@ -118,93 +122,38 @@ def blocks_of(spec: ModelSpec, only: str = "") -> list[str]:
 # ---- taking one out
 
 
-def ran(spec: ModelSpec) -> dict[str, list[torch.Tensor] | None]:
-    """All outputs of every method for its example inputs; None for a method that fails."""
-    answer: dict[str, list[torch.Tensor] | None] = {}
-    with torch.no_grad():
-        for name, entry in spec.methods.items():
-            try:
-                out = entry.module(*entry.example_inputs)
-            except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
-                answer[name] = None
-                continue
-            answer[name] = list(out) if isinstance(out, tuple | list) else [out]
-    return answer
-
-
 def removal(spec: ModelSpec, path: str) -> Removal | None:
     """How the block can leave, tried on a copy; None where the model does not stand it."""
     parent, _, number = path.rpartition(".")
-    before = ran(spec)
+    stack = parent.removesuffix(".layers")
+    if NAME in spec.files and stack in STACKS:
+        choices = [Removal(path, {"do": "layers", "path": stack, "index": [int(number)]}, lost_of(spec, stack, [int(number)]))]
+    else:
+        choices = [Removal(path, {"do": "drop", "path": parent, "index": [int(number)]}), Removal(path, {"do": "skip", "path": path})]
+    return next((r for r in choices if _stands(spec, r)), None)
+
+
+def _stands(spec: ModelSpec, choice: Removal) -> bool:
+    """Whether every method still runs, and answers in the shapes that it should."""
     trial = copy_of(spec)
-    edits: list[Edit] = [{"do": "drop", "path": parent, "index": [int(number)]}]
-    changed: dict[tuple[str, int], tuple[int, tuple[int, ...]]] = {}
     try:
-        apply_edits(trial, edits)
-        while True:
-            after = ran(trial)
-            fewer = _fewer(before, after, int(number))
-            if fewer is None:
-                break
-            changed |= fewer
-            more = _inputs(spec, trial, before, changed)
-            if not more:
-                if all(o is not None for o in after.values()):
-                    return Removal(path, tuple(edits), tuple((m, i, d, kept) for (m, i), (d, kept) in changed.items()))
-                break
-            apply_edits(trial, more)
-            edits += more
-    except (InputError, RuntimeError, IndexError):
-        pass
-    trial, skip = copy_of(spec), {"do": "skip", "path": path}
-    apply_edits(trial, [skip])
-    after = ran(trial)
-    if all(
-        o is not None and b is not None and [x.shape for x in o] == [x.shape for x in b]
-        for o, b in zip(after.values(), before.values(), strict=True)
-    ):
-        return Removal(path, (skip,))
-    return None
+        apply_edits(trial, [choice.edit])
+        return all([a.shape for a in had] == [b.shape for b in made] for _, had, made in answers(spec, trial, choice))
+    except (InputError, RuntimeError, ValueError, IndexError, TypeError, AttributeError):
+        return False
 
 
-def _fewer(
-    before: dict[str, list[torch.Tensor] | None], after: dict[str, list[torch.Tensor] | None], number: int
-) -> dict[tuple[str, int], tuple[int, tuple[int, ...]]] | None:
-    """Outputs that lost one row: (method, output) → (dim, rows left). None where an output changed in any other way."""
-    found = {}
-    for method, made in after.items():
-        had = before[method]
-        if made is None or had is None:
-            continue
-        if len(made) != len(had):
-            return None
-        for i, (a, b) in enumerate(zip(had, made, strict=True)):
-            differ = [d for d in range(a.dim()) if a.dim() == b.dim() and a.shape[d] != b.shape[d]]
-            if a.dim() != b.dim() or len(differ) > 1:
-                return None
-            if differ:
-                size = a.shape[differ[0]]
-                if b.shape[differ[0]] != size - 1 or number >= size:
-                    return None
-                found[method, i] = (differ[0], tuple(k for k in range(size) if k != number))
-    return found
-
-
-def _inputs(
-    spec: ModelSpec,
-    trial: ModelSpec,
-    before: dict[str, list[torch.Tensor] | None],
-    changed: dict[tuple[str, int], tuple[int, tuple[int, ...]]],
-) -> list[Edit]:
-    """Edits for inputs that have the shape of an output that lost a row, and still have it."""
-    shapes = {tuple((before[m] or [])[i].shape): how for (m, i), how in changed.items()}
-    edits: list[Edit] = []
-    for method, entry in trial.methods.items():
-        for i, x in enumerate(entry.example_inputs):
-            how = shapes.get(tuple(x.shape))
-            if how is not None and x.is_floating_point() and x.shape == spec.methods[method].example_inputs[i].shape:
-                edits.append({"do": "inputs", "path": "", "method": method, "input": i, "dim": how[0], "index": list(how[1])})
-    return edits
+def answers(
+    spec: ModelSpec, trial: ModelSpec, choice: Removal, most: int = 0
+) -> Iterator[tuple[str, list[torch.Tensor], list[torch.Tensor]]]:
+    """Method, its outputs (without those that leave) and those of the model without the block: for `most` calibration inputs, or the example."""
+    with torch.no_grad():
+        for method, entry in spec.methods.items():
+            lost = choice.lost.get(method, Lost())
+            for given in samples(spec, method, most) if most else [entry.example_inputs]:
+                outs = entry.module(*given), trial.methods[method].module(*lost.given(given))
+                had, made = (list(o) if isinstance(o, tuple | list) else [o] for o in outs)
+                yield method, lost.made(had), made
 
 
 # ---- scores
@@ -229,22 +178,14 @@ def entropy(x: torch.Tensor, reach: float, bins: int = 512) -> float:
 
 
 def moved(spec: ModelSpec, choice: Removal, most: int) -> float:
-    """The squared change of all float outputs, over their variance, the mean over outputs, methods and inputs. Of the caches that
-    layers share, the rows that stay are compared: what comes after is read from them."""
+    """The squared change of all float outputs, over their variance, the mean over outputs, methods and inputs."""
     trial = copy_of(spec)
-    apply_edits(trial, choice.edits)
-    fewer = {(m, i): (dim, index) for m, i, dim, index in choice.outputs}
+    apply_edits(trial, [choice.edit])
     total, count = 0.0, 0
-    with torch.no_grad():
-        for method, entry in spec.methods.items():
-            for given, less in zip(samples(spec, method, most), samples(trial, method, most), strict=True):
-                outs = (entry.module(*given), trial.methods[method].module(*less))
-                had, made = (list(o) if isinstance(o, tuple | list) else [o] for o in outs)
-                for i, (a, b) in enumerate(zip(had, made, strict=True)):
-                    if (method, i) in fewer:
-                        a = narrowed(a, *fewer[method, i])
-                    if a.is_floating_point() and a.shape == b.shape:
-                        total, count = total + float((a - b).square().mean() / (a.var(unbiased=False) + 1e-9)), count + 1
+    for _, had, made in answers(spec, trial, choice, most):
+        for a, b in zip(had, made, strict=True):
+            if a.is_floating_point():
+                total, count = total + float((a - b).square().mean() / (a.var(unbiased=False) + 1e-9)), count + 1
     return total / max(1, count)
 
 
@@ -271,40 +212,6 @@ def stream(spec: ModelSpec, path: str, most: int) -> list[tuple[torch.Tensor, to
                     if a is not None and b is not None and a.shape == b.shape and a.is_floating_point():
                         found.append((a, b))
     return found
-
-
-# ---- training behind it
-
-
-class _Fewer(nn.Module):
-    """A method that is given, or gives, more rows than the other takes."""
-
-    def __init__(self, module: nn.Module, inputs: Sequence[tuple[int, int, Any]], outputs: Sequence[tuple[int, int, Any]]) -> None:
-        super().__init__()
-        self.module, self.inputs, self.outputs = module, inputs, outputs
-
-    def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        rows = list(given)
-        for i, dim, index in self.inputs:
-            rows[i] = narrowed(rows[i], dim, index)
-        out = self.module(*rows)
-        made = list(out) if isinstance(out, tuple | list) else [out]
-        for i, dim, index in self.outputs:
-            made[i] = narrowed(made[i], dim, index)
-        return tuple(made)
-
-
-def paired(
-    spec: ModelSpec, whole: ModelSpec, edits: Sequence[Edit], gone: Sequence[tuple[str, int, int, tuple[int, ...]]]
-) -> tuple[ModelSpec, ModelSpec]:
-    """The shortened model and the whole one where their methods are trained each for itself: given the same inputs they answer in the same shapes."""
-    student, teacher = {}, {}
-    for method, entry in whole.methods.items():
-        inputs = [(e["input"], e["dim"], e["index"]) for e in edits if e["do"] == "inputs" and e["method"] == method]
-        outputs = [(i, dim, index) for m, i, dim, index in gone if m == method]
-        student[method] = replace(entry, module=_Fewer(spec.methods[method].module, inputs, ()))
-        teacher[method] = replace(entry, module=_Fewer(entry.module, (), outputs))
-    return replace(whole, methods=student), replace(whole, methods=teacher)
 
 
 METHOD: Any = Depth()

@@ -129,6 +129,11 @@ class Chain:
         return int(self.card.methods[self.first]["source" if self.encoder else "tokens"])
 
     @property
+    def reads(self) -> tuple[Any, ...]:
+        """What inputs of the first method depend on."""
+        return self.encoder, self.size, self.card.start, self.card.pad
+
+    @property
     def slots(self) -> int:
         return int(self.card.methods[self.decode]["cache"])
 

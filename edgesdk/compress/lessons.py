@@ -62,7 +62,7 @@ class Lessons:
         self.student, self.teacher = Calls(student), Calls(teacher)
         self.batch, self.mix, self.seed, self.cache_bits = batch, mix, seed, cache_bits
         chain = chain_of(teacher) if whole else None
-        self.chain = chain if chain is None or set(student.methods) == set(teacher.methods) else chain_of(student)
+        self.chain = chain_of(student) if chain else None
         if chain is not None and self.chain is None:
             raise InputError(f"{student.name} answers no sequences as {teacher.name} does", "give another layout of the same model")
         sequence = teacher.layout != "plain"
@@ -77,7 +77,7 @@ class Lessons:
             s.inputs = s.own = [x[shuffled] for x in s.inputs]
             if chain is not None and self.chain is not None:
                 s.answers = _answers(self.teacher, chain, s.inputs)
-                if self.chain is not chain:
+                if self.chain.reads != chain.reads:
                     s.own = stacked(self.chain.inputs(chain.texts(list(zip(*s.inputs, strict=True)))))[0]
 
     def _rows(self, teacher: ModelSpec, chain: Chain | None, data: Data, pool: int) -> dict[str, list[tuple[Any, ...]]]:

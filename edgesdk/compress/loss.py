@@ -89,16 +89,16 @@ class Loss:
     def _run(self, spec: ModelSpec) -> Iterator[tuple[str, list[torch.Tensor]]]:
         import torch
 
-        from edgesdk.compress.generated import Calls
+        from edgesdk.compress.generated import Calls, chain_of
 
-        calls = Calls(spec)
+        calls, chain = Calls(spec), chain_of(spec)  # its own: layers may have left
         calls.alone = self.alone
         with torch.no_grad(), suited_threads(spec):
             for part in self.parts:
-                if self.chain is None:
+                if self.chain is None or chain is None:
                     yield part.method, calls(part.method, part.inputs)
                     continue
-                made = self.chain.answer(calls, part.inputs, forced=part.answers)
+                made = chain.answer(calls, part.inputs, forced=part.answers)
                 part.answers = part.answers or made
                 yield part.method, [made.logits[part.answers.valid]]
 

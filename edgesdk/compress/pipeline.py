@@ -251,9 +251,9 @@ class _Work:
         now = weights_of(self.spec)
         stored = sum(self.rows[n].bytes if n in self.rows else 4 * w.matrix.numel() for n, w in now.items())
         quality = before = None
-        if evaluate and self.base.evaluate:
+        if evaluate and self.base.evaluate and self.spec.evaluate:
             self.step(f"measuring {self.base.quality_name}", 0.95)
-            before, quality = (float(self.base.evaluate(run(s))) for s in (self.base, self.spec))
+            before, quality = float(self.base.evaluate(run(self.base))), float(self.spec.evaluate(run(self.spec)))
         report = Compression(
             model=self.base.name, base=ref, base_digest=self.base.digest, compressed_digest=digest_of(self.spec, self.edits),
             stages=stages, weights=tuple(self.rows.values()), kept=self.kept,

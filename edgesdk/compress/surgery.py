@@ -5,7 +5,7 @@
     {"do": "skip", "path": p}                                                       a block becomes the identity of its first input
     {"do": "set", "path": p, "name": n, "value": v}                                 a number that a module keeps for itself (heads, channels)
     {"do": "drop", "path": p, "index": [...]}                                       entries leave a ModuleList or Sequential; those behind move up
-    {"do": "inputs", "path": "", "method": m, "input": i, "dim": d, "index": [...]} an input of a method keeps these rows (caches of layers that left)
+    {"do": "layers", "path": p, "index": [...]}                                     layers leave a stack of a sequence model, with their caches
     {"do": "round", "path": p, "bits": b, "share": s}                               a layer's inputs are rounded before it (see `wrapped`); it moves to p.1
     {"do": "flatten", "path": p, "sizes": [a, b]}                                   a layer's inputs are turned before it; it moves to p.1
 A path is that of `named_modules`, without the method: an edit is made in every method whose module has it, once for a module that they share.
@@ -14,9 +14,9 @@ A path is that of `named_modules`, without the method: an edit is made in every 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from edgesdk.compress.fewer_layers import leave
 from edgesdk.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ def apply_edits(spec: ModelSpec, edits: Iterable[Edit]) -> None:
     """Make the edits in the modules of `spec`, in place. Raises `InputError` naming an edit that does not fit the model."""
     gone: list[Any] = []  # a layer may have several names, each with an edit of its own
     for edit in edits:
-        if edit["do"] == "inputs":
-            _narrow(spec, edit)
+        if edit["do"] == "layers":
+            leave(spec, edit["path"], edit["index"])
             continue
         found = _targets(spec, edit["path"])
         if not found:
@@ -126,31 +126,6 @@ def _edit(module: Any, edit: Edit) -> None:
             del module[i]
     else:
         raise InputError(f"unknown edit '{edit['do']}'", "the compressed model was made by a newer edgesdk")
-
-
-def _narrow(spec: ModelSpec, edit: Edit) -> None:
-    """Example and calibration inputs of a method with only some rows of one of them; `spec` is the caller's own copy."""
-    if edit["method"] not in spec.methods:
-        raise InputError(f"{spec.name}: no method '{edit['method']}'", "the compressed model was made from another model")
-
-    def less(inputs: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(narrowed(x, edit["dim"], edit["index"]) if i == edit["input"] else x for i, x in enumerate(inputs))
-
-    entry, calibration = spec.methods[edit["method"]], spec.calibration
-    spec.methods[edit["method"]] = replace(entry, example_inputs=less(entry.example_inputs))
-    if calibration is not None:
-
-        def fewer(method: str) -> list[tuple[Any, ...]]:
-            return [less(x) if method == edit["method"] else tuple(x) for x in calibration(method)]
-
-        object.__setattr__(spec, "calibration", fewer)
-
-
-def narrowed(x: Any, dim: int, index: Sequence[int]) -> Any:
-    """These rows of a tensor along `dim`."""
-    import torch
-
-    return x.index_select(dim, torch.as_tensor(index, dtype=torch.long))
 
 
 _SIZES = {
