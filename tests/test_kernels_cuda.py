@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from edgesdk.errors import MissingTool
 from edgesdk.kernels.cuda.compile import ARCHITECTURES, PTX, Kernel, compiled, fields, packed_args, version
 from edgesdk.kernels.cuda.emulated import Emulated, compiler
-from edgesdk.kernels.cuda.linear import Linear, product_kernel
+from edgesdk.kernels.cuda.linear import Linear, prefill_kernel, product_kernel
 from edgesdk.kernels.cuda.machine import Machine, Memory
 from edgesdk.kernels.cuda.weights import STEP, Tiles, pack
 from edgesdk.kernels.panels import UnfitWeights
@@ -34,7 +34,16 @@ PRODUCTS = [
     product_kernel(4, True, 32, False, 1, 1, False),
     product_kernel(4, True, 32, False, 1, 2, False),
 ]
-ALL: list[Kernel] = [*PRODUCTS]
+PREFILLS = [
+    prefill_kernel(4, False, 32, True, 4, False),
+    prefill_kernel(4, False, 128, False, 8, True),
+    prefill_kernel(8, False, 0, False, 4, False),
+    prefill_kernel(8, False, 0, True, 8, False),
+    prefill_kernel(3, False, 64, False, 4, False),
+    prefill_kernel(2, False, 32, True, 4, False),
+    prefill_kernel(4, True, 32, False, 4, False),
+]
+ALL: list[Kernel] = [*PRODUCTS, *PREFILLS]
 
 
 def have_compiler() -> bool:
@@ -196,13 +205,25 @@ def test_outputs_in_half_precision(machine: Machine) -> None:
     assert far(*run_linear(machine, weights(3, 33, 64, 4, 32, False), 1, half_out=True)) < 2 * TOLERANCE
 
 
-def test_more_tokens_than_a_kernel_takes_are_several_launches(machine: Machine) -> None:
-    assert far(*run_linear(machine, weights(3, 20, 64, 4, 32, True), 29)) < TOLERANCE
+MANY: Sequence[tuple[Code, int, bool]] = [
+    (weights(3, 140, 200, 4, 32, True), 29, False),
+    (weights(4, 20, 256, 4, 128, False), 130, True),
+    (weights(5, 17, 77, 8, 0, False), 17, False),
+    (weights(6, 33, 160, 8, 0, True), 70, False),
+    (weights(7, 18, 200, 3, 64, False), 20, False),
+    (weights(8, 18, 300, 2, 32, True), 65, False),
+    (codebook(9, 40, 200, 32, True), 33, False),
+]
+
+
+@pytest.mark.parametrize(("code", "m", "half_out"), MANY)
+def test_many_tokens_go_to_the_prefill_kernel(machine: Machine, code: Code, m: int, half_out: bool) -> None:
+    assert far(*run_linear(machine, code, m, half_out)) < 2 * TOLERANCE
 
 
 def test_the_struct_of_a_kernel_is_read_from_its_source() -> None:
     kernel = PRODUCTS[0]
-    names = dict(fields(kernel.file, kernel.args))
+    names = dict(fields(kernel.args))
     assert names["codes"] == "P" and names["rows"] == "i"
     assert len(packed_args(kernel, {"rows": 3})) % 8 == 0
     with pytest.raises(Exception, match="no field"):

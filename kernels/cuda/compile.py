@@ -54,11 +54,11 @@ def headers() -> dict[str, str]:
 
 
 @lru_cache(maxsize=64)
-def fields(file: str, args: str) -> tuple[tuple[str, str], ...]:
-    """Name and letter (`P` an address, `i` int, `f` float) of each field of a struct of a source."""
-    found = re.search(rf"struct {args} \{{\n(.*?)\n\}};", headers()[file], re.DOTALL)
+def fields(args: str) -> tuple[tuple[str, str], ...]:
+    """Name and letter (`P` an address, `i` int, `f` float) of each field of a struct of the sources."""
+    found = re.search(rf"struct {args} \{{\n(.*?)\n\}};", "\n".join(headers().values()), re.DOTALL)
     if found is None:
-        raise InputError(f"{file}: there is no struct {args}", "name a struct of the file")
+        raise InputError(f"there is no struct {args} in the kernels' sources", f"they are {', '.join(headers())}")
     out = []
     for line in found[1].splitlines():
         kind, name = re.match(r"\s*(.+?)\s*(\w+);", line).groups()  # type: ignore[union-attr]
@@ -68,7 +68,7 @@ def fields(file: str, args: str) -> tuple[tuple[str, str], ...]:
 
 def packed_args(kernel: Kernel, values: Mapping[str, Any]) -> bytes:
     """The struct that a kernel is called with. Fields that are not given are 0; a name that is no field raises `InputError`."""
-    names = fields(kernel.file, kernel.args)
+    names = fields(kernel.args)
     strangers = set(values) - {n for n, _ in names}
     if strangers:
         raise InputError(f"{kernel.name}: no field {', '.join(sorted(strangers))}", f"fields: {', '.join(n for n, _ in names)}")

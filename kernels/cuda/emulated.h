@@ -248,6 +248,7 @@ inline void sync_block() {
     f.block_waits++;
     while (state.block_arrived < state.size.x * f.block_waits) yield();
 }
+inline void sync_warp() { emulated::sync_warp("barrier"); }
 inline void fence() {}
 inline int count_up(int* p) { return (*p)++; }
 inline float from_lane_xor(float x, int bits) {

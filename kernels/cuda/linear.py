@@ -12,12 +12,12 @@ from edgesdk.packed import Code
 
 from .compile import Kernel
 from .machine import Launch, Machine, Memory, launch
-from .weights import STEP, TILE, Tiles, pack
+from .weights import STEP, TILE, WIDTH, Tiles, pack
 
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 WARPS = 8
 FEW = 16
-"""Tokens that one call of the product kernel takes."""
+"""Tokens that the product kernel takes; more go to the prefill kernel."""
 
 
 @lru_cache(maxsize=512)
@@ -27,6 +27,22 @@ def product_kernel(bits: int, table: bool, group: int, zeros: bool, eights: int,
     flags = f"{bits}, {str(table).lower()}, {flush}, {str(zeros).lower()}, {eights}, {tiles}, {'u16' if half_out else 'float'}"
     name = f"product_{bits}{'t' if table else 'z' if zeros else ''}_{flush}_{8 * eights}x{TILE * tiles}_{'half' if half_out else 'float'}"
     return Kernel(name, "product.cuh", f"product<{flags}>", "Product", 32 * WARPS)
+
+
+@lru_cache(maxsize=512)
+def prefill_kernel(bits: int, table: bool, group: int, zeros: bool, eights: int, half_out: bool) -> Kernel:
+    """y = x · Wᵀ for 16 · `eights` tokens and 128 rows a block."""
+    flush = min(group, STEP[bits])
+    flags = f"{bits}, {str(table).lower()}, {flush}, {str(zeros).lower()}, {eights}, {'u16' if half_out else 'float'}"
+    name = f"prefill_{bits}{'t' if table else 'z' if zeros else ''}_{flush}_{16 * eights}_{'half' if half_out else 'float'}"
+    return Kernel(name, "prefill.cuh", f"prefill<{flags}>", "Product", 32 * WARPS)
+
+
+def prefill_shared(bits: int, table: bool, eights: int) -> int:
+    """Bytes of shared memory: two slices of codes and of x (`Slice`), and tables."""
+    columns = max(WIDTH, STEP[bits])
+    codes = 8 * columns // STEP[bits] * (768 if bits == 3 else 512)
+    return 2 * (codes + 16 * eights * columns * 2) + (128 * 32 if table else 0)
 
 
 class Linear:
@@ -47,28 +63,34 @@ class Linear:
 
     def kernel(self, tokens: int, half_out: bool) -> Kernel:
         w = self.weights
-        return product_kernel(w.bits, w.tables.size > 0, w.group, w.zeros.size > 0, *self.tiles_of(tokens), half_out)
+        form = (w.bits, w.tables.size > 0, w.group, w.zeros.size > 0)
+        if tokens > FEW:
+            return prefill_kernel(*form, self.eights_of(tokens), half_out)
+        return product_kernel(*form, *self.tiles_of(tokens), half_out)
+
+    def eights_of(self, tokens: int) -> int:
+        """Tokens / 16 of a block of the prefill kernel: what two slices leave of 48 KiB."""
+        return 8 if tokens > 64 and self.weights.bits in (4, 8) and not self.weights.tables.size else 4
 
     def launches(
         self, x: Memory, out: Memory, residual: Memory | None = None, factor: Memory | None = None, x_scale: Memory | None = None
     ) -> list[Launch]:
         """x float16 [M, stride ≥ cols, a multiple of 8]; out, residual and factor [M, rows], all float16 or all float32; x_scale float32 [M]."""
-        w, tokens, half_out = self.weights, x.shape[0], out.dtype == np.float16
+        w, tokens = self.weights, x.shape[0]
         values: dict[str, Any] = dict(self.memory)
         values |= {
             "rows": w.rows, "cols": w.cols, "steps": w.steps, "groups": w.groups, "x_stride": x.shape[1],
             "out_stride": w.rows, "activation": self.activation, "row_tables": int(len(w.tables) > 1),
             "group_shift": w.group.bit_length() - 1 if w.group else 0,
         }  # fmt: skip
-        out_list = []
-        for first in range(0, tokens, FEW):
-            count = min(FEW, tokens - first)
-            part = {
-                name: _rows(m, first)
-                for name, m in {"x": x, "out": out, "residual": residual, "factor": factor, "x_scale": x_scale}.items()
-            }
-            out_list.append(self._few(self.kernel(count, half_out), {**values, **part, "tokens": count}, count))
-        return out_list
+        values |= {"x": x, "out": out, "residual": residual, "factor": factor, "x_scale": x_scale, "tokens": tokens}
+        kernel = self.kernel(tokens, out.dtype == np.float16)
+        return [self._few(kernel, values, tokens) if tokens <= FEW else self._many(kernel, values, tokens)]
+
+    def _many(self, kernel: Kernel, values: dict[str, Any], tokens: int) -> Launch:
+        w, eights = self.weights, self.eights_of(tokens)
+        grid = (-(-w.tiles // 8), -(-tokens // (16 * eights)))
+        return launch(kernel, grid, values, prefill_shared(w.bits, w.tables.size > 0, eights))
 
     def _few(self, kernel: Kernel, values: dict[str, Any], tokens: int) -> Launch:
         eights, tiles = self.tiles_of(tokens)
@@ -83,11 +105,3 @@ class Linear:
             }
         shared = 4 * WARPS * size + (TILE * tiles * 32 if w.tables.size else 0)
         return launch(kernel, (blocks, splits), values, shared)
-
-
-def _rows(memory: Memory | None, first: int) -> Memory | None:
-    """The rows from `first` of an array."""
-    if memory is None or first == 0:
-        return memory
-    each = int(np.prod(memory.shape[1:], dtype=np.int64)) * memory.dtype.itemsize
-    return Memory(memory.address + first * each, (memory.shape[0] - first, *memory.shape[1:]), memory.dtype, memory)

@@ -60,6 +60,7 @@ template <int LEFT> ON_GPU void copies_wait() { asm volatile("cp.async.wait_grou
 // ---- threads
 
 ON_GPU void sync_block() { __syncthreads(); }
+ON_GPU void sync_warp() { __syncwarp(); }
 ON_GPU void fence() { __threadfence(); }
 ON_GPU int count_up(int* p) { return atomicAdd(p, 1); }  // the count before
 ON_GPU float from_lane_xor(float x, int bits) { return __shfl_xor_sync(0xffffffffu, x, bits); }

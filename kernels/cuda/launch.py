@@ -1,0 +1,156 @@
+"""A GPU through the CUDA driver (the cuda-bindings package): memory, kernels compiled for it, launches on one stream, graphs of launches."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from edgesdk.errors import DeviceError, MissingTool
+
+from .compile import PTX, Kernel, compiled, supported
+from .machine import Launch, Memory
+
+PLAIN_SHARED = 48 << 10
+"""Bytes of shared memory that a kernel may have without asking for more."""
+
+
+def _driver() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        raise MissingTool(
+            "CUDA kernels are launched by the cuda-bindings package, which is not here", "pip install 'edgesdk[cuda]'"
+        ) from None
+    return driver
+
+
+class _Owned:
+    """Frees what it holds when nobody holds it, and keeps what that needs."""
+
+    def __init__(self, free: Callable[[Any], Any], value: Any, keeps: Any = None) -> None:
+        self._free, self.value, self.keeps = free, value, keeps
+
+    def __del__(self) -> None:
+        self._free(self.value)
+
+
+class Gpu:
+    """A `Machine`. `cubins`: name of a kernel → machine code that was compiled before; all others are compiled when they are first launched.
+
+    Raises `MissingTool` without cuda-bindings, and `DeviceError` where there is no driver or no such GPU, or where the driver reports a fault.
+    """
+
+    def __init__(self, index: int = 0, cubins: Mapping[str, bytes] | None = None) -> None:
+        self._d = d = _driver()
+        try:
+            self._do(d.cuInit, 0)
+        except (RuntimeError, DeviceError) as error:
+            said = str(error).splitlines()[0]
+            raise DeviceError(
+                f"there is no NVIDIA driver here: {said}", "run it on a machine with a GPU; tests use edgesdk.kernels.cuda.emulated"
+            ) from None
+        count = self._do(d.cuDeviceGetCount)
+        if index >= count:
+            raise DeviceError(f"GPU {index} of {count}: there is no such GPU", "nvidia-smi lists them")
+        device = self._do(d.cuDeviceGet, index)
+        self.name = self._do(d.cuDeviceGetName, 256, device).split(b"\0")[0].decode()
+        kinds = d.CUdevice_attribute
+        major, minor, self.units = (
+            int(self._do(d.cuDeviceGetAttribute, kind, device))
+            for kind in (
+                kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+                kinds.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+            )
+        )
+        if major < 8:
+            raise DeviceError(
+                f"{self.name} has compute capability {major}.{minor}", "the kernels need 8.0 or later (Ampere: Jetson Orin and newer)"
+            )
+        self.arch = f"sm_{major}{minor}"
+        self._do(d.cuCtxSetCurrent, self._do(d.cuDevicePrimaryCtxRetain, device))
+        self.stream = self._do(d.cuStreamCreate, int(d.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        self._cubins = dict(cubins or {})
+        self._functions: dict[Kernel, Any] = {}
+
+    def _do(self, call: Callable[..., tuple[Any, ...]], *args: Any) -> Any:
+        """What a function of the driver returns behind its status. Raises `DeviceError`."""
+        status, *values = call(*args)
+        if int(status) != 0:
+            name = getattr(status, "name", str(status))
+            raise DeviceError(
+                f"{call.__name__}: {name}", "after a fault in a kernel the process must start again; compute-sanitizer finds it"
+            )
+        return values[0] if values else None
+
+    # ---- memory
+
+    def empty(self, shape: Sequence[int], dtype: Any) -> Memory:
+        memory = Memory(0, tuple(int(n) for n in shape), np.dtype(dtype), None)
+        held = self._do(self._d.cuMemAlloc, max(memory.nbytes, 16))
+        return Memory(int(held), memory.shape, memory.dtype, _Owned(self._d.cuMemFree, held))
+
+    def put(self, array: Any, into: Memory | None = None) -> Memory:
+        array = np.ascontiguousarray(array)
+        into = into or self.empty(array.shape, array.dtype)
+        self._do(self._d.cuMemcpyHtoDAsync, into.address, array.ctypes.data, array.nbytes, self.stream)
+        self.wait()
+        return into
+
+    def get(self, memory: Memory) -> Any:
+        out = np.empty(memory.shape, memory.dtype)
+        self._do(self._d.cuMemcpyDtoHAsync, out.ctypes.data, memory.address, out.nbytes, self.stream)
+        self.wait()
+        return out
+
+    def copy(self, to: Memory, source: Memory) -> None:
+        """Device to device, as many bytes as `source` has."""
+        self._do(self._d.cuMemcpyDtoDAsync, to.address, source.address, source.nbytes, self.stream)
+
+    def wait(self) -> None:
+        self._do(self._d.cuStreamSynchronize, self.stream)
+
+    # ---- kernels
+
+    def _function(self, kernel: Kernel, shared_bytes: int) -> Any:
+        if kernel not in self._functions:
+            code = self._cubins.get(kernel.name) or compiled(kernel, self.arch if self.arch in supported() else PTX).code
+            module = self._do(self._d.cuModuleLoadData, code)
+            self._functions[kernel] = self._do(self._d.cuModuleGetFunction, module, kernel.name.encode())
+        function = self._functions[kernel]
+        if shared_bytes > PLAIN_SHARED:
+            kind = self._d.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self._do(self._d.cuFuncSetAttribute, function, kind, shared_bytes)
+        return function
+
+    def run(self, launches: Sequence[Launch]) -> None:
+        for item in launches:
+            function = self._function(item.kernel, item.shared_bytes)
+            args = ctypes.create_string_buffer(item.args, len(item.args))
+            table = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+            block, params = (item.kernel.threads, 1, 1), ctypes.addressof(table)
+            self._do(self._d.cuLaunchKernel, function, *item.grid, *block, item.shared_bytes, self.stream, params, 0)
+
+    def graph(self, launches: Sequence[Launch]) -> Callable[[], None]:
+        """The launches as one graph; calling it starts them all. Its memory is kept as long as it is."""
+        kept = tuple(launches)
+        for item in kept:
+            self._function(item.kernel, item.shared_bytes)  # nothing may be compiled or loaded while launches are recorded
+        self._do(self._d.cuStreamBeginCapture, self.stream, self._d.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        self.run(kept)
+        recorded = _Owned(self._d.cuGraphDestroy, self._do(self._d.cuStreamEndCapture, self.stream))
+        ready = _Owned(self._d.cuGraphExecDestroy, self._do(self._d.cuGraphInstantiate, recorded.value, 0), kept)
+        return lambda: self._do(self._d.cuGraphLaunch, ready.value, self.stream)
+
+    def seconds(self, work: Callable[[], None]) -> float:
+        """Time of the work on the GPU, by events on its stream."""
+        flags = int(self._d.CUevent_flags.CU_EVENT_DEFAULT)
+        first, last = (_Owned(self._d.cuEventDestroy, self._do(self._d.cuEventCreate, flags)) for _ in range(2))
+        self._do(self._d.cuEventRecord, first.value, self.stream)
+        work()
+        self._do(self._d.cuEventRecord, last.value, self.stream)
+        self._do(self._d.cuEventSynchronize, last.value)
+        return float(self._do(self._d.cuEventElapsedTime, first.value, last.value)) / 1000
