@@ -191,6 +191,10 @@ def test_guessing_pays_only_where_checks_are_cheap_and_guesses_right() -> None:
     wrong = weigh(toy.card, seconds(1.2), [[3, 4, 5]], [[10, 9, 5, 8, 6]])
     assert wrong is not None and not wrong.rate and not wrong.pays
     assert weigh(toy.card, seconds(1.2), [], []) is None
+    both = Toy(encoder=True, caches=(32,), sources=(12, 24))
+    mixed = {n: (9.0 if m["source"] == 24 else 1.2) if m["tokens"] == 4 else 1.0 for n, m in both.card.methods.items()}
+    average = weigh(both.card, mixed, echo, echo)
+    assert average and not average.pays, "what pays for short sources alone does not pay"
     assert weigh(Toy(chunks=(1,)).card, {}, echo, other) is None
 
 

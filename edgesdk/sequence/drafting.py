@@ -65,27 +65,39 @@ def weigh(
     """The best way of guessing, whether it pays or not; None where the bundle has no program that decodes several tokens, or there is
     no text to replay.
 
-    `seconds` of one call of each method, predicted or measured. `exits`: decode of several tokens → what an early exit did (see `exit_counts`).
+    `seconds` of one call of each method, predicted or measured; programs of several lengths count alike.
+    `exits`: decode of several tokens → what an early exit did (see `exit_counts`).
     `kinds`: what is replayed.
     """
     decodes = {n: m for n, m in card.methods.items() if m["role"] == "decode"}
     texts = [(p, a) for p, a in zip(prompts, answers, strict=True) if len(a) > 1 and isinstance(p, Sequence)]
     found: list[Drafting] = []
-    for name, wide in decodes.items():
-        plain = next((n for n, m in decodes.items() if m["tokens"] == 1 and _beside(m, wide)), None)
-        if wide["tokens"] == 1 or plain is None or not texts:
-            continue
-        once = len(texts) * sum(_mean(card, seconds, role, wide["source"]) for role in ("encode", "prefill"))
-        before = once + sum(len(a) - 1 for _, a in texts) * seconds[plain]
-        tried = {kind: replay(kind, [p for p, _ in texts], [a for _, a in texts], wide["tokens"] - 1) for kind in kinds}
-        tried |= {"exit": exits[name]} if exits and name in exits else {}
-        guess = next((seconds[n] for n, m in card.methods.items() if m["role"] == "draft" and _beside(m, wide)), 0.0)
-        for kind, counts in tried.items():
-            after = once + counts.checks * seconds[name] + counts.plain * seconds[plain] + counts.sketched * guess
+    for tokens in sorted({m["tokens"] for m in decodes.values()} - {1} if texts else ()):
+        wide = [n for n, m in decodes.items() if m["tokens"] == tokens]
+        tried = {kind: replay(kind, [p for p, _ in texts], [a for _, a in texts], tokens - 1) for kind in kinds}
+        if shallow := next((exits[n] for n in wide if exits and n in exits), None):
+            tried["exit"] = shallow
+        times = [t for n in wide if (t := _times(card, seconds, n, texts, tried))]
+        for kind, counts in tried.items() if times else ():
+            speedup = sum(before for before, _ in times) / sum(after[kind] for _, after in times)
             rate = counts.accepted / counts.drafted if counts.drafted else None
-            speedup = before / after
-            found.append(Drafting(kind=kind, tokens=wide["tokens"], rate=rate, answers=len(texts), speedup=speedup, pays=speedup >= PAYS))
+            found.append(Drafting(kind=kind, tokens=tokens, rate=rate, answers=len(texts), speedup=speedup, pays=speedup >= PAYS))
     return max(found, key=lambda d: d.speedup, default=None)
+
+
+def _times(
+    card: Card, seconds: Mapping[str, float], name: str, texts: Sequence[tuple[Any, Sequence[int]]], tried: Mapping[str, Counts]
+) -> tuple[float, dict[str, float]] | None:
+    """Seconds of all `texts` with the programs beside the decode `name`, plainly and with each way of guessing; None without a plain one."""
+    wide = card.methods[name]
+    beside = {n: m for n, m in card.methods.items() if _beside(m, wide)}
+    plain = next((n for n, m in beside.items() if m["role"] == "decode" and m["tokens"] == 1), None)
+    if plain is None:
+        return None
+    once = len(texts) * sum(_mean(card, seconds, role, wide["source"]) for role in ("encode", "prefill"))
+    guess = next((seconds[n] for n, m in beside.items() if m["role"] == "draft"), 0.0)
+    guessed = {k: c.checks * seconds[name] + c.plain * seconds[plain] + c.sketched * guess for k, c in tried.items()}
+    return once + sum(len(a) - 1 for _, a in texts) * seconds[plain], {k: once + t for k, t in guessed.items()}
 
 
 def _beside(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
