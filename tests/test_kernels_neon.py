@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from llvmlite import ir
 
+from edgesdk.errors import CheckFailed, MissingTool
+from edgesdk.kernels.library import LINEAR_ARGS
 from edgesdk.kernels.neon import build
+from edgesdk.kernels.numba.compiled import object_code
+from edgesdk.kernels.numba.products import Product
+from edgesdk.kernels.numba.rounding import Rounding
 from edgesdk.kernels.pack import pack
 from edgesdk.kernels.panels import BLOCK
 from edgesdk.kernels.reference import linear, round_inputs
@@ -132,18 +139,124 @@ def extreme(bits: int, group: int, zeros: bool, value: int) -> Code:
     return Code("grid", (5, 160), (bits, group), (np.full((5, 160), value, np.uint8), np.ones(shape, np.float32), zero))
 
 
-@pytest.fixture(scope="module")
-def names() -> list[str]:
-    return [build.symbol(t, k) for t in build.CORES for k in build.kernels()]
+NAMES = [build.symbol(target, kernel) for target in build.CORES for kernel in build.kernels()]
 
 
 @pytest.fixture(scope="module")
-def harness(names: Sequence[str]) -> Path:
-    return emulated.program(names)
+def harness() -> Path:
+    return emulated.program(NAMES)
 
 
 @pytest.mark.parametrize(("target", "cpu"), CORES)
-def test_products_are_those_of_float64(target: str, cpu: str, harness: Path, names: list[str], tmp_path: Path) -> None:
+def test_products_are_those_of_float64(target: str, cpu: str, harness: Path, tmp_path: Path) -> None:
     checks = everything(build.symbol(target, ""))
-    emulated.run(harness, names, [c for c, *_ in checks.cases], cpu, tmp_path)
+    emulated.run(harness, NAMES, [c for c, *_ in checks.cases], cpu, tmp_path)
     checks.check()
+
+
+def inputs() -> list[Any]:
+    rng = np.random.default_rng(1)
+    shapes = ((1, 32), (3, 64), (7, 1024), (1, 96))
+    plain = [rng.standard_normal(s) * size for s in shapes for size in (1, 1e-20, 1e25)]
+    odd = [np.zeros((2, 32)), np.full((2, 64), 7.5), np.full((1, 32), -3e38), np.eye(3, 32) * 1e-30, np.arange(64.0).reshape(2, 32) - 20]
+    return [np.asarray(x, np.float32) for x in (*plain, *odd)]
+
+
+@pytest.mark.parametrize(("target", "cpu"), CORES)
+def test_inputs_are_rounded_as_the_reference_does(target: str, cpu: str, harness: Path, tmp_path: Path) -> None:
+    check_rounding(build.symbol(target, "round"), harness, NAMES, cpu, tmp_path)
+
+
+def check_rounding(kernel: str, harness: Path, names: Sequence[str], cpu: str, folder: Path) -> None:
+    """Bytes at most one apart (an input in the middle of two), and nearly all the same."""
+    given = inputs()
+    cases = [emulated.rounded(kernel, x, i % 4) for i, x in enumerate(given)]
+    odd = np.array([[np.nan, np.inf, -np.inf, 1.0] * 8], np.float32)  # no answer is right, but none may trap
+    emulated.run(harness, names, [*cases, emulated.rounded(kernel, odd)], cpu, folder)
+    for x, case in zip(given, cases, strict=True):
+        wanted, sums, scale, zero = bytes_of(x)
+        q = case.given("q", np.int8, wanted.shape)
+        apart = np.abs(q.astype(int) - wanted)
+        assert apart.max() <= 1 and apart.mean() < 0.01
+        assert np.array_equal(case.given("q_sums", np.int32, sums.shape), q.sum(2, dtype=np.int32))
+        np.testing.assert_allclose(case.given("q_scale", np.float32, scale.shape), scale, rtol=1e-6)
+        assert np.abs(case.given("q_zero", np.float32, zero.shape) - zero).max() <= 1
+
+
+@pytest.mark.parametrize(("target", "cpu"), CORES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_steps_run_in_order_over_threads(target: str, cpu: str, threads: int, harness: Path, tmp_path: Path) -> None:
+    code, x = grid(0, 200, 96, 4, 32, False), np.random.default_rng(0).standard_normal((6, 96)).astype(np.float32)
+    cases = []
+    for m in (1, 6):
+        case, panels = emulated.rounded(build.symbol(target, "round"), x[:m]), pack(code, 4, 2)
+        later = emulated.product(build.symbol(target, "gemv_4_block" if m == 1 else "gemm_4_block"), panels, bytes_of(x[:m]), {})
+        for name in ("codes", "scales", "row_scale", "sums", "out"):
+            case.add(name, later.buffers[later.places[name]])
+        case.table(LINEAR_ARGS, emulated.numbers(panels, m))
+        count = panels.panels if m == 1 else panels.panels // 2
+        round_step = (*case.steps[0][:2], m, 1)
+        case.steps = [round_step, (later.steps[0][0], 1, count, 4)] * 5
+        case.threads = threads
+        cases.append(case)
+    emulated.run(harness, NAMES, cases, cpu, tmp_path)
+    for m, case in zip((1, 6), cases, strict=True):
+        wanted = linear(x[:m], code)
+        assert np.abs(case.given("out", np.float32, (m, 200)) - wanted).max() < 1e-2 * np.abs(wanted).max()
+
+
+@pytest.fixture(scope="module")
+def emitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The harness with the kernels in LLVM IR, as objects for these targets."""
+    names, files, folder = [], [], tmp_path_factory.mktemp("llvm")
+    for target in ("arm-neon", "arm-dotprod"):
+        module = ir.Module(f"all-{target}")
+        prefix = "llvm_" + build.symbol(target, "")
+        Rounding(module, f"{prefix}round", target).emit("", False, True)
+        for name in build.FORMS:
+            bits, per_block, zeros = int(name[0]), "block" in name, name.endswith("zeros")
+            Product(module, f"{prefix}gemv_{name}", target, bits, per_block, zeros).gemv()
+            gemm = Product(module, f"{prefix}gemm_{name}", target, bits, per_block, zeros)
+            (gemm.gemm_blocks if per_block else gemm.gemm_rows)()
+        names += [prefix + k for k in build.kernels()]
+        files.append(folder / f"{target}.o")
+        files[-1].write_bytes(object_code(module, target))
+    return emulated.program(names, files), names
+
+
+@pytest.mark.parametrize(("target", "cpu"), [c for c in CORES if c[0] != "arm-i8mm"])
+def test_kernels_in_llvm_ir_give_the_same(target: str, cpu: str, emitted: tuple[Path, list[str]], tmp_path: Path) -> None:
+    prefix = "llvm_" + build.symbol(target, "")
+    checks = everything(prefix)
+    emulated.run(*emitted, [c for c, *_ in checks.cases], cpu, tmp_path)
+    checks.check()
+    check_rounding(prefix + "round", *emitted, cpu, tmp_path)
+
+
+def test_the_harness_sees_an_instruction_that_a_core_has_not(harness: Path, tmp_path: Path) -> None:
+    case = emulated.product(
+        "arm_dotprod_gemv_4_block", pack(grid(0, 8, 64, 4, 32, False), 4, 2), bytes_of(np.ones((1, 64), np.float32)), {}
+    )
+    with pytest.raises(AssertionError, match="signal 4"):
+        emulated.run(harness, NAMES, [case], "cortex-a72", tmp_path)
+
+
+@pytest.mark.parametrize("by", build.compilers(), ids=lambda c: c.kind)
+def test_the_library_loads_on_debian_11_and_has_every_kernel(by: build.Compiler) -> None:
+    content = build.library(by).read_bytes()
+    asked = {tuple(map(int, v.split(b"."))) for v in re.findall(rb"GLIBC_([0-9.]+)", content)}
+    assert asked and max(asked) <= (2, 31)
+    assert all(n.encode() + b"\0" in content for n in (*NAMES, "edge_run"))
+
+
+def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "compilers", lambda: ())
+    with pytest.raises(MissingTool) as caught:
+        build.library()
+    assert "ziglang" in caught.value.hint and "\n" not in caught.value.what
+
+
+def test_a_compiler_s_words_come_back(tmp_path: Path) -> None:
+    (tmp_path / "bad.c").write_text("int main(void) { return nothing; }")
+    with pytest.raises(CheckFailed, match=r"nothing|failed"):
+        build.compiler().run(["-c", str(tmp_path / "bad.c"), "-o", str(tmp_path / "bad.o")])

@@ -20,6 +20,9 @@ from pathlib import Path
 
 from edgesdk.errors import CheckFailed, MissingTool
 
+from .load import symbol
+
+__all__ = ["CORES", "Compiler", "compiler", "compilers", "kernels", "library", "objects", "program", "symbol"]
 SOURCES = Path(__file__).parent / "src"
 GLIBC = "2.31"
 COMMON = ("-O3", "-std=c11", "-Wall", "-Wextra", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=default")
@@ -30,11 +33,6 @@ CORES = {
 }
 """Target → the file of its inner loops, gcc's -march, zig's -mcpu."""
 FORMS = tuple(f"{bits}_{scales}{zeros}" for bits in (8, 4, 3, 2) for scales in ("row", "block") for zeros in ("", "_zeros"))
-
-
-def symbol(target: str, kernel: str) -> str:
-    """The name of a kernel in the library: ("arm-neon", "gemv_4_block") → "arm_neon_gemv_4_block"."""
-    return f"{target.replace('-', '_')}_{kernel}"
 
 
 def kernels() -> list[str]:

@@ -29,7 +29,11 @@ static struct {
   _Atomic int sleepers;
 } pool = {.owned = ATOMIC_FLAG_INIT, .sleep = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
 
-static inline void pause_a_little(void) { __asm__ volatile("yield" ::: "memory"); }
+static inline void pause_a_little(void) {
+#ifdef __aarch64__
+  __asm__ volatile("yield" ::: "memory");
+#endif
+}
 
 static void share(const int64_t *step, int64_t i, int64_t of) {
   ((kernel *)step[0])((const int64_t *)step[1], step[2] * i / of, step[2] * (i + 1) / of);
