@@ -89,6 +89,7 @@ def _refuse(ref: str, sizes: Sizes) -> None:
     goes = "it goes with a sequence model: a Hugging Face folder or id, a .edgeseq, example:normalizer"
     sizes.refuse_inputs(f"{ref} has programs of fixed lengths", goes)
     sizes.refuse_draft(f"{ref} has its programs already", goes)
+    sizes.refuse_cache_bits(f"{ref} has its programs already", goes)
 
 
 def _near_example(ref: str) -> str:

@@ -32,7 +32,8 @@ def load_hugging_face(ref: str, sizes: Sizes) -> ModelSpec:
     config, inner, left = load_model_of(ref)
     if type(inner).__name__ in FAMILIES:
         return spec_of(Path(ref).name, checkpoint_of(ref, config, inner, left), sizes)
-    sizes.refuse_draft(f"{ref} is not a sequence model of {', '.join(FAMILIES)}", "leave it out")
+    for refuse in (sizes.refuse_draft, sizes.refuse_cache_bits):
+        refuse(f"{ref} is not a sequence model of {', '.join(FAMILIES)}", "leave it out")
     return _spec(ref, config, inner, _inputs(config, inner, sizes))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def _spec(layout: str, sizes: Sizes | None = None) -> ModelSpec:
     name = NAMES[layout]
     longest = data.MAX_INPUT + (layout == "decoder-only")  # which has the start token behind its prompt
     asked = sizes or Sizes()
-    given = Sizes(asked.inputs or (longest,), asked.outputs or (data.MAX_OUTPUT,), asked.draft)
+    given = replace(asked, inputs=asked.inputs or (longest,), outputs=asked.outputs or (data.MAX_OUTPUT,))
     more: dict[str, Any] = {} if asked.outputs else {"typical_output": 8}
     if name == "normalizer":
         more["alternatives"] = {k: f"example:{v}" for k, v in NAMES.items() if v != name}

@@ -134,6 +134,8 @@ def _unit(node: Any, weights: dict[str, str]) -> Unit | None:
     )
     if kind == "linear" and not params:
         kind = "matmul"
+    if base in ("to", "_to_copy") and tensors and str(_value(tensors[0]).dtype) == "torch.int8":
+        kind = "quantize"  # the codes of a cache become numbers
     name = _path(node) if kind in ("linear", "conv1d", "conv2d", "embedding", "norm", "recurrent") and params else node.name
     fields: dict[str, Any] = {"in_elements": sum(_elements(a) for a in tensors), "out_elements": out}
     if kind == "reshape":

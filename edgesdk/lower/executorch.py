@@ -172,7 +172,8 @@ def lower_executorch(
             static = {_module_name(unit) for (method, unit), p in choice.items() if method == name and p == "int8-static"}
             say(f"exporting {name}")
             ready = _static(module, spec, name, static) if static else module
-            programs[name] = _with_strides(torch.export.export(ready, fresh(spec.methods[name].example_inputs), strict=False))
+            exported = torch.export.export(ready, fresh(spec.methods[name].example_inputs), strict=False)
+            programs[name] = _with_dequantized_caches(_with_strides(exported))
         say("lowering to .pte")
         config = EdgeCompileConfig(_check_ir_validity=False)
         lowered = to_edge_transform_and_lower(programs, partitioner=partitioner or partitioners(delegate), compile_config=config)
@@ -187,6 +188,22 @@ def _with_strides(program: Any) -> Any:
     for node in program.graph.nodes:
         if node.op == "call_function" and str(node.target) == "aten.max_pool2d.default" and len(node.args) == 2:
             node.args = (*node.args, node.args[1])
+    program.graph_module.recompile()
+    return program
+
+
+def _with_dequantized_caches(program: Any) -> Any:
+    """int8 inputs that become float32 are dequantized with a scale of 1: XNNPACK takes that into its delegate, a conversion stays outside,
+    where all caches would be float at once."""
+    import torch
+    import torch.ao.quantization.fx._decomposed
+
+    dequantize = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+    for node in program.graph.nodes:
+        if node.op == "call_function" and str(node.target) == "aten.to.dtype" and node.args[1] == torch.float32:
+            given = node.args[0]
+            if given.op == "placeholder" and given.meta["val"].dtype == torch.int8:
+                node.target, node.args, node.kwargs = dequantize, (given, 1.0, 0, -128, 127, torch.int8), {}
     program.graph_module.recompile()
     return program
 

@@ -115,11 +115,12 @@ def lower_litert(spec: ModelSpec, choice: Choice, say: Callable[[str], None]) ->
         say("converting to .tflite")
         content = convert_float(spec)
     pairs = {op: p for op, p in assign(spec, content, choice).items() if p not in ("fp32", "as-is")}
-    if not pairs:
-        return content
-    say("quantizing")
-    with silent():
-        return _quantize(spec, content, pairs)
+    if pairs:
+        say("quantizing")
+        with silent():
+            content = _quantize(spec, content, pairs)
+    coded = any(str(t.dtype) == "torch.int8" for m in spec.methods.values() for t in m.example_inputs)
+    return _with_dequantized_caches(content) if coded else content
 
 
 def _quantize(spec: ModelSpec, content: bytes, pairs: dict[_Operator, str]) -> bytes:
@@ -144,6 +145,32 @@ def _quantize(spec: ModelSpec, content: bytes, pairs: dict[_Operator, str]) -> b
             elif precision == "int8-static":
                 tool.add_static_config(regex=regex, operation_name=kind, activation_num_bits=8, weight_num_bits=8)
         return bytes(tool.quantize(_ranges(spec, tool, source) if static else None).quantized_model)
+
+
+def _with_dequantized_caches(content: bytes) -> bytes:
+    """The same flatbuffer with int8 inputs dequantized at a scale of 1 where they are cast to float32: LiteRT's XNNPACK delegate takes that in,
+    a cast stays outside, where all caches would be float at once."""
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as schema
+
+    model = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(content, 0))
+    code = schema.OperatorCodeT()
+    code.builtinCode = code.deprecatedBuiltinCode = schema.BuiltinOperator.DEQUANTIZE
+    code.version = 2
+    casts = {i for i, c in enumerate(model.operatorCodes) if max(c.builtinCode, c.deprecatedBuiltinCode) == schema.BuiltinOperator.CAST}
+    model.operatorCodes.append(code)
+    for graph in model.subgraphs:
+        given = {int(i) for i in graph.inputs if graph.tensors[i].type == schema.TensorType.INT8}
+        for op in graph.operators:
+            if op.opcodeIndex in casts and int(op.inputs[0]) in given:
+                op.opcodeIndex = len(model.operatorCodes) - 1
+                op.builtinOptionsType, op.builtinOptions = schema.BuiltinOptions.DequantizeOptions, schema.DequantizeOptionsT()
+                one = schema.QuantizationParametersT()
+                one.scale, one.zeroPoint = [1.0], [0]
+                graph.tensors[op.inputs[0]].quantization = one
+    builder = flatbuffers.Builder(len(content))
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
 
 
 def _ranges(spec: ModelSpec, tool: Any, source: Path) -> Any:

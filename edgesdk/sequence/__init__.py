@@ -17,6 +17,8 @@ The contract between the exporter (`export`) and the runtime (`generate`), which
   What stands in brackets is there only where the layout has it. `prefill` is causal within its tokens; its `mask` marks padding.
   Caches are inputs only: a call gives the new keys and values, and the runtime writes them where it wants (a slot, a ring, a tree's
   branch, a quantized cache), so that nothing is copied but the new tokens. The last N columns of `mask` are the call's own tokens.
+- With `cache_bits` 8 in the card every cache input is int8, and two scales float32 [B,K,time] stand behind each pair: `self_k_0, self_v_0,
+  self_k_scale_0, self_v_scale_0, self_k_1, …`, and so for `cross_…`. Programs still give float32; the runtime rounds (see `caches.codes`).
 - Layers with a window have caches of W slots, used as a ring; `window_mask` is theirs. In the decoder-decoder layout the layers from
   `shared_from` on all read one cache, the last pair.
 - Encoder-only: `encode(source, source_mask) → logits [B,S,V]`.

@@ -12,8 +12,23 @@ from .card import Card, SequenceError
 HIDDEN = np.float32(-1e4)
 
 
+def codes(array: Any) -> tuple[Any, Any]:
+    """int8 codes of keys or values [..., K, N, D] and the scale [..., K, N] of each token and head: what is largest is 127."""
+    scale = np.abs(array).max(-1) * np.float32(1 / 127)
+    return np.rint(array / np.where(scale, scale, 1)[..., None]).astype(np.int8), scale
+
+
+def held(pairs: Sequence[Any], bits: int) -> list[Any]:
+    """Keys and values, pair by pair, as programs with caches of `bits` take them: with 8, both codes, then both scales."""
+    if bits == 32:
+        return list(pairs)
+    values, scales = codes(np.stack([np.asarray(p, np.float32) for p in pairs]))  # all are of one shape
+    return [a for i in range(0, len(pairs), 2) for a in (values[i], values[i + 1], scales[i], scales[i + 1])]
+
+
 class Caches:
-    """`arrays`: keys and values in the order of the inputs, float32 [rows, K, slots, D]; `lengths` [rows]: tokens kept of each row.
+    """`arrays`: keys and values in the order of the inputs, float32 [rows, K, slots, D], or int8 with scales [rows, K, slots] behind each pair;
+    `each`: so many a cache. `lengths` [rows]: tokens kept of each row.
 
     A token's slot is its position; in a layer with a window W it is the position modulo W.
     """
@@ -25,32 +40,44 @@ class Caches:
             raise SequenceError(f"layers with windows of {sorted(set(self.windows) - {0})} tokens", "one window a model is supported")
         self.window = max(self.windows, default=0)
         self.lengths = np.zeros(rows, np.int64)
+        self.bits = card.cache_bits
         self.arrays: list[Any] = []
         for c, window in zip(card.caches, self.windows):  # noqa: B905 (Python 3.9)
             shape = (rows, int(c["heads"]), window or slots, int(c["head"]))
-            self.arrays += [np.zeros(shape, np.float32), np.zeros(shape, np.float32)]
+            kind = np.float32 if self.bits == 32 else np.int8
+            self.arrays += [np.zeros(shape, kind), np.zeros(shape, kind)]
+            self.arrays += [] if self.bits == 32 else [np.zeros(shape[:3], np.float32), np.zeros(shape[:3], np.float32)]
+        self.each = len(self.arrays) // max(1, len(self.windows))
 
     @property
     def bounded(self) -> bool:
         """Whether the slots run out: not so where every layer has a window."""
         return not all(self.windows)
 
+    @property
+    def nbytes(self) -> int:
+        return int(sum(a.nbytes for a in self.arrays))
+
+    def window_of(self, array: int) -> int:
+        """The window of the layer that an array belongs to, 0 where it sees all."""
+        return self.windows[array // self.each]
+
     def grow(self, slots: int) -> None:
         """Move to caches of more slots."""
         for i, old in enumerate(self.arrays):
-            if not self.windows[i // 2]:
-                new = np.zeros((*old.shape[:2], slots, old.shape[3]), old.dtype)
+            if not self.window_of(i):
+                new = np.zeros((*old.shape[:2], slots, *old.shape[3:]), old.dtype)
                 new[:, :, : self.slots] = old
                 self.arrays[i] = new
         self.slots = slots
 
     def write(self, new: Sequence[Any], counts: Any) -> None:
-        """Keep the first `counts[b]` tokens of each row of `new`, arrays [rows, K, N, D] in the order of `arrays` (or of its first ones)."""
-        rows = np.flatnonzero(counts)
+        """Keep the first `counts[b]` tokens of each row of `new`, keys and values [rows, K, N, D] in the order of the caches (or of the first ones)."""
+        rows, new = np.flatnonzero(counts), held(new, self.bits)
         if len(rows) and int(np.max(counts)) == 1:
             at = self.lengths[rows]
             for i, array in enumerate(self.arrays[: len(new)]):
-                window = self.windows[i // 2]
+                window = self.window_of(i)
                 if len(rows) == 1:
                     array[rows[0], :, at[0] % window if window else at[0]] = new[i][rows[0], :, 0]
                 else:
@@ -63,7 +90,7 @@ class Caches:
     def _write_row(self, new: Sequence[Any], b: int, count: int) -> None:
         first = int(self.lengths[b])
         for i, array in enumerate(self.arrays):
-            window = self.windows[i // 2]
+            window = self.window_of(i)
             if window:
                 kept = np.arange(max(0, count - window), count)
                 array[b][:, (first + kept) % window] = new[i][b][:, kept]

@@ -8,6 +8,8 @@ from typing import Any
 
 NAME = "sequence.json"
 ROLES = ("encode", "prefill", "decode", "draft")
+CACHE_BITS = (32, 8)
+"""What the programs' caches may be held in: float32, or int8 codes with a scale a token and head."""
 
 
 class SequenceError(ValueError):
@@ -24,6 +26,7 @@ class Card:
     `methods`: name → {"role", "batch", "source" (S, 0 without encoder), "cache" (T, 0 where it has none), "tokens" (N)}.
     `caches`: one entry per self-attention cache, in the order of the inputs: {"heads": K, "head": D, "window": W or 0}; `cross`: the
     same for cross-attention, {"heads", "head"}. `start`: tokens a generation begins with; `eos`: tokens that end it.
+    `cache_bits`: 8 where the programs' caches are int8 (see `caches.codes`); left out, they are float32.
     `draft`, where it is there: the kind of guesses (see `drafts`) that pay with these programs.
     `suppress`: tokens that are never chosen, `suppress_first`: not as an answer's first; both may be left out.
     `vocab`, `layout`, `pad`, `max_output` (tokens) and `tokenizer` ({"kind": "characters" | "bytes" | "hugging-face" | "none", …}).
@@ -45,6 +48,9 @@ class Card:
         self.pad, self.max_output = int(fields["pad"]), int(fields["max_output"])
         self.tokenizer: dict[str, Any] = dict(fields["tokenizer"])
         self.draft = str(fields.get("draft", ""))
+        self.cache_bits = int(fields.get("cache_bits", 32))
+        if self.cache_bits not in CACHE_BITS:
+            raise ValueError(f"{NAME}: caches of {self.cache_bits} bits, known: {', '.join(map(str, CACHE_BITS))}")
         self.suppress, self.suppress_first = (tuple(int(t) for t in fields.get(f, ())) for f in ("suppress", "suppress_first"))
         for name, method in self.methods.items():
             if method.get("role") not in ROLES:
@@ -60,5 +66,6 @@ class Card:
 
     def to_bytes(self) -> bytes:
         more = [f for f in ("draft", "suppress", "suppress_first") if getattr(self, f)]
+        more += ["cache_bits"] if self.cache_bits != 32 else []
         fields = {f: getattr(self, f) for f in (*self.FIELDS, *more)}
         return json.dumps({"kind": "sequence", "schema_version": 1, **fields}, indent=1, sort_keys=True).encode()

@@ -24,16 +24,12 @@ from edgesdk.sequence import layers, positions
 from edgesdk.sequence import model as model_code
 from edgesdk.sequence.card import Card
 from edgesdk.sequence.config import SequenceConfig
-from edgesdk.sequence.layers import Norm, Pair
+from edgesdk.sequence.layers import Held, Norm, Pair
 from edgesdk.sequence.model import SequenceModel
 from edgesdk.sequence.positions import HIDDEN
 
 Calibration: TypeAlias = Callable[[str], Sequence[tuple[Any, ...]]]
 Evaluate: TypeAlias = Callable[[Callable[[str, Sequence[Any]], list[Any]]], float]
-
-
-def _pairs(tensors: Sequence[Tensor]) -> list[Pair]:
-    return list(zip(tensors[::2], tensors[1::2], strict=True))
 
 
 def _flat(pairs: Sequence[Pair]) -> list[Tensor]:
@@ -51,8 +47,13 @@ class Program(nn.Module):
         return dict(zip(self.input_names, inputs, strict=True))
 
 
-def _starting(given: Mapping[str, Tensor], prefix: str) -> list[Pair]:
-    return _pairs([t for name, t in given.items() if name.startswith(prefix)])
+def _starting(given: Mapping[str, Tensor], prefix: str) -> list[Held]:
+    """The caches whose inputs' names begin so, in order."""
+    found: dict[str, list[Tensor]] = {}
+    for name, tensor in given.items():
+        if name.startswith(prefix):
+            found.setdefault(name.rpartition("_")[2], []).append(tensor)
+    return [tuple(tensors) for tensors in found.values()]
 
 
 class Encode(Program):
@@ -205,7 +206,7 @@ class Lengths:
         return found
 
 
-def _build(core: SequenceModel, sizes: Mapping[str, Any]) -> tuple[Program, tuple[Tensor, ...]]:
+def _build(core: SequenceModel, sizes: Mapping[str, Any], cache_bits: int) -> tuple[Program, tuple[Tensor, ...]]:
     """The program of a card's entry, and inputs for it: random tokens and caches, everything seen."""
     config, b, s, t = core.config, sizes["batch"], sizes["source"], sizes["cache"]
     n, role = sizes["tokens"], sizes["role"]
@@ -220,6 +221,13 @@ def _build(core: SequenceModel, sizes: Mapping[str, Any]) -> tuple[Program, tupl
     def tokens(*shape: int) -> Tensor:
         return torch.randint(0, config.vocab, shape, generator=random)
 
+    def held(kind: str, i: int, *shape: int) -> dict[str, Tensor]:
+        """One cache: keys and values, or their codes and scales."""
+        if cache_bits == 32:
+            return {f"{kind}_{x}_{i}": some(*shape) for x in "kv"}
+        codes = {f"{kind}_{x}_{i}": torch.randint(-127, 128, shape, generator=random).to(torch.int8) for x in "kv"}
+        return codes | {f"{kind}_{x}_scale_{i}": 0.01 + 0.01 * torch.rand(shape[:3], generator=random) for x in "kv"}
+
     if role == "encode":
         source = some(b, config.sound.features, 2 * s) if config.sound else tokens(b, s)
         return Encode(core, ("source", "source_mask")), (source, seen(b, s))
@@ -233,10 +241,12 @@ def _build(core: SequenceModel, sizes: Mapping[str, Any]) -> tuple[Program, tupl
             inputs["window_mask"] = torch.cat([seen(b, n, window), ahead.expand(b, n, n)], 2)
     if s:
         inputs["source_mask"] = seen(b, s)
-        inputs |= {f"cross_{x}_{i}": some(b, c["heads"], s, c["head"]) for i, c in enumerate(cross_of(config)) for x in "kv"}
+        for i, c in enumerate(cross_of(config)):
+            inputs |= held("cross", i, b, c["heads"], s, c["head"])
     if role == "prefill":
         return Prefill(core, tuple(inputs)), tuple(inputs.values())
-    inputs |= {f"self_{x}_{i}": some(b, c["heads"], c["window"] or t, c["head"]) for i, c in enumerate(caches_of(config)) for x in "kv"}
+    for i, c in enumerate(caches_of(config)):
+        inputs |= held("self", i, b, c["heads"], c["window"] or t, c["head"])
     return Decode(core, tuple(inputs)), tuple(inputs.values())
 
 
@@ -281,7 +291,7 @@ def _digest(core: SequenceModel, card: bytes) -> str:
 
 def sequence_spec(
     model: SequenceModel, *, name: str, source_lengths: Sequence[int] = (64,), cache_lengths: Sequence[int] = (64,), batch: int = 1,
-    several: Sequence[int] = (), exit: int = 0, tokenizer: Mapping[str, Any] | None = None, start: Sequence[int] = (), eos: Sequence[int] = (), pad: int = 0,
+    several: Sequence[int] = (), exit: int = 0, cache_bits: int = 32, tokenizer: Mapping[str, Any] | None = None, start: Sequence[int] = (), eos: Sequence[int] = (), pad: int = 0,
     suppress: Sequence[int] = (), suppress_first: Sequence[int] = (),
     max_output: int | None = None, typical_source: int | None = None, typical_output: int = 16, prompts: Sequence[Any] = (),
     calibration: Calibration | None = None, evaluate: Evaluate | None = None, quality_name: str = "quality", layout: Layout | None = None,
@@ -292,13 +302,19 @@ def sequence_spec(
     Without an encoder `source_lengths` are those of a prompt with `start` behind it, and a cache holds prompt and answer. An answer that
     begins with one token needs no `prefill` behind an encoder: `decode` takes it. `several`: further `decode` programs that take so many
     tokens at once. `exit`: behind so many of the decoder's layers a program guesses (see `drafts`).
+    `cache_bits`: 8 for programs whose caches, of self- and of cross-attention, are int8 codes with a scale a token and head; what a call attends to
+    of its own tokens is not rounded.
     `typical_source` and `typical_output` (tokens) say which programs a usual answer calls, and how often: `Method.unroll`.
     `prompts`: what to take calibration inputs from (see `recorded`) where `calibration` is not given.
     The other arguments are the fields of `ModelSpec` and `Card` of their names.
 
-    Raises `InputError` for lengths that the model, or one another, do not allow.
+    Raises `InputError` for lengths that the model, or one another, do not allow, and for other bits.
     """
     config = model.config
+    if cache_bits not in cards.CACHE_BITS:
+        raise InputError(f"{name}: caches of {cache_bits} bits", f"known: {', '.join(map(str, cards.CACHE_BITS))}")
+    if cache_bits != 32 and config.decoder is None:
+        raise InputError(f"{name}: caches of {cache_bits} bits, but layout {config.layout} has none", "leave them out")
     lengths = Lengths(config, tuple(sorted(source_lengths)), tuple(sorted(cache_lengths)), batch, tuple(sorted(several)), len(start), exit)
     lengths.check(name)
     core, programs = exportable(model), lengths.programs()
@@ -306,14 +322,14 @@ def sequence_spec(
     methods = {}
     first = _exit(model, exit) if exit else core
     for method, sizes in programs.items():
-        module, inputs = _build(first if sizes["role"] == "draft" else core, sizes)
+        module, inputs = _build(first if sizes["role"] == "draft" else core, sizes, cache_bits)
         methods[method] = Method(module, inputs, unroll=uses.get(method, 0))
     longest = lengths.caches[-1] if config.decoder else lengths.sources[-1]
     card = Card(
         {
             "layout": config.layout, "vocab": config.vocab, "methods": programs, "caches": caches_of(config), "cross": cross_of(config),
             "start": start, "eos": eos, "pad": pad, "max_output": max_output or longest, "tokenizer": tokenizer or {"kind": "none"},
-            "suppress": suppress, "suppress_first": suppress_first,
+            "suppress": suppress, "suppress_first": suppress_first, "cache_bits": cache_bits,
         }
     )  # fmt: skip
     content = card.to_bytes()

@@ -91,7 +91,8 @@ def spec_of(name: str, checkpoint: Checkpoint, sizes: Sizes | None = None, **mor
     return sequence_spec(
         checkpoint.model, name=name, tokenizer=checkpoint.tokenizer, start=specials.start, eos=specials.eos, pad=specials.pad,
         suppress=specials.suppress, suppress_first=specials.suppress_first, max_output=outputs[-1], files=checkpoint.files,
-        source_lengths=sources, cache_lengths=caches, several=(sizes.draft,) if sizes.draft else (), **{"typical_output": typical, **more},
+        source_lengths=sources, cache_lengths=caches, several=(sizes.draft,) if sizes.draft else (), cache_bits=sizes.cache_bits,
+        **{"typical_output": typical, **more},
     )  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from edgesdk.sequence.config import Stack as StackConfig
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 """Keys and values [B, K, time, D]; or the cosines and sines of places [B, 1, N, D / 2]."""
+Held: TypeAlias = tuple[Tensor, ...]
+"""A pair of keys and values; or their int8 codes and, for each, a scale a token and head [B, K, time] (see `caches.codes`)."""
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -67,24 +69,32 @@ def split(x: Tensor, heads: int) -> Tensor:
     return x.reshape(b, heads, 1, -1) if n == 1 else x.reshape(b, n, heads, -1).transpose(1, 2)
 
 
-def attend(q: Tensor, parts: Sequence[Pair], mask: Tensor) -> Tensor:
+def attend(q: Tensor, parts: Sequence[Held], mask: Tensor) -> Tensor:
     """Softmax over all parts together, each of which stays where it is: q [B, K, R, D], mask [B, 1 or K, 1 or R, all their times],
     without B where it is 1.
 
-    Products are of three dimensions: of four, exporters copy both sides first.
+    Products are of three dimensions: of four, exporters copy both sides first. Codes become numbers where they are read, one side at a time,
+    and their scales go to the scores and to the weights, which are fewer.
     """
     b, heads, rows, size = q.shape
     q = q.reshape(b * heads, rows, size)
-    keys, values = ([x.reshape(b * heads, -1, size) for x in side] for side in zip(*parts, strict=True))
-    scores = [torch.bmm(q, k.transpose(1, 2)) for k in keys]
+
+    def flat(x: Tensor) -> Tensor:
+        return (x.to(torch.float32) if x.dtype == torch.int8 else x).reshape(b * heads, -1, size)
+
+    def scaled(x: Tensor, part: Held, side: int) -> Tensor:
+        return x * part[2 + side].reshape(b * heads, 1, -1) if len(part) == 4 else x
+
+    scores = [scaled(torch.bmm(q, flat(p[0]).transpose(1, 2)), p, 0) for p in parts]
     weights = scores[0] if len(parts) == 1 else torch.cat(scores, -1)
     if b == 1:
         weights = torch.softmax(weights + mask, -1)
     else:
         weights = torch.softmax(weights.reshape(b, heads, rows, -1) + mask, -1).reshape(b * heads, rows, -1)
-    out = torch.bmm(weights[..., : values[0].shape[1]], values[0])
+    first = parts[0][1].shape[2]
+    out = torch.bmm(scaled(weights[..., :first], parts[0], 1), flat(parts[0][1]))
     if len(parts) == 2:
-        out = out + torch.bmm(weights[..., values[0].shape[1] :], values[1])
+        out = out + torch.bmm(scaled(weights[..., first:], parts[1], 1), flat(parts[1][1]))
     return out.reshape(b, heads, rows, size)
 
 
@@ -115,7 +125,7 @@ class Attention(KeysValues):
         self.q_norm = Norm(stack.head, config) if qk_norm else None
         self.o = nn.Linear(stack.heads * stack.head, stack.dim, bias=config.out_bias)
 
-    def forward(self, x: Tensor, places: Pair | None, parts: Sequence[Pair], mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, places: Pair | None, parts: Sequence[Held], mask: Tensor) -> Tensor:
         b, n, _ = x.shape
         q = split(self.q(x), self.heads)
         q = rotate(q if self.q_norm is None else self.q_norm(q), places) * self.scale
@@ -163,8 +173,8 @@ class Layer(nn.Module):
         return x + inner(norm(x)) if self.pre else norm(x + inner(x))
 
     def forward(
-        self, x: Tensor, places: Pair | None, mask: Tensor, cache: Pair | None = None, shared: Sequence[Pair] = (),
-        cross: Pair | None = None, cross_mask: Tensor | None = None,
+        self, x: Tensor, places: Pair | None, mask: Tensor, cache: Held | None = None, shared: Sequence[Held] = (),
+        cross: Held | None = None, cross_mask: Tensor | None = None,
     ) -> tuple[Tensor, Pair | None]:  # fmt: skip
         """The layer's output and the new keys and values. It attends to `cache` and what x gives, or to `shared` alone."""
         made: list[Pair] = []

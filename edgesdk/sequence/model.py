@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from edgesdk.sequence.config import SequenceConfig
 from edgesdk.sequence.config import Stack as StackConfig
-from edgesdk.sequence.layers import Layer, Norm, Pair, SharedCache
+from edgesdk.sequence.layers import Held, Layer, Norm, Pair, SharedCache
 from edgesdk.sequence.positions import HIDDEN, buckets, frequencies, ordered, sinusoids
 
 
@@ -146,8 +146,8 @@ class Decoder(Stack):
         return found
 
     def forward(
-        self, x: Tensor, positions: Tensor, masks: dict[int, Tensor], caches: Sequence[Pair] = (),
-        cross: Sequence[Pair] = (), source_mask: Tensor | None = None, last: tuple[Tensor, Tensor] | None = None,
+        self, x: Tensor, positions: Tensor, masks: dict[int, Tensor], caches: Sequence[Held] = (),
+        cross: Sequence[Held] = (), source_mask: Tensor | None = None, last: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, list[Pair]]:  # fmt: skip
         """Embeddings [B, N, dim] → hidden states before the head and every cache's new pair.
 
@@ -156,7 +156,7 @@ class Decoder(Stack):
         x, places = self.enter(x, positions), self.places(positions)
         cross_mask = None if source_mask is None else over_heads(source_mask.reshape(-1, 1, source_mask.shape[1]))
         made: list[Pair] = []
-        shared: Sequence[Pair] = ()
+        shared: Sequence[Held] = ()
         for i, layer in enumerate(self.layers):
             if i == self.shared_from:
                 made.append(self.shared(x, places))
@@ -248,7 +248,7 @@ class SequenceModel(nn.Module):
         return F.linear(hidden, self.embed.weight, self.head_bias)
 
     def prefill(
-        self, tokens: Tensor, positions: Tensor, last: Tensor, mask: Tensor, cross: Sequence[Pair] = (), source_mask: Tensor | None = None
+        self, tokens: Tensor, positions: Tensor, last: Tensor, mask: Tensor, cross: Sequence[Held] = (), source_mask: Tensor | None = None
     ) -> tuple[Tensor, list[Pair]]:
         """Logits [B, V] at token `last` and the new pairs of every cache."""
         assert self.decoder is not None
@@ -257,8 +257,8 @@ class SequenceModel(nn.Module):
         return self.logits(hidden)[:, 0], new
 
     def decode(
-        self, tokens: Tensor, positions: Tensor, mask: Tensor, caches: Sequence[Pair], window_mask: Tensor | None = None,
-        cross: Sequence[Pair] = (), source_mask: Tensor | None = None,
+        self, tokens: Tensor, positions: Tensor, mask: Tensor, caches: Sequence[Held], window_mask: Tensor | None = None,
+        cross: Sequence[Held] = (), source_mask: Tensor | None = None,
     ) -> tuple[Tensor, list[Pair]]:  # fmt: skip
         """Logits [B, N, V] and the new pairs, over caches that are left as they are."""
         assert self.decoder is not None

@@ -68,7 +68,7 @@ class Prefixes:
             return 0
         self._kept.move_to_end(("prompt", best))
         for i, (array, kept) in enumerate(zip(caches.arrays, self._kept["prompt", best].expanded())):  # noqa: B905 (Python 3.9)
-            slots = min(kept.shape[2], array.shape[2]) if caches.windows[i // 2] else shared
+            slots = min(kept.shape[2], array.shape[2]) if caches.window_of(i) else shared
             array[:1, :, :slots] = kept[:, :, :slots]
         caches.lengths[0] = shared
         self.hits, self.saved = self.hits + 1, self.saved + shared
@@ -76,7 +76,7 @@ class Prefixes:
 
     def keep(self, tokens: Sequence[int], caches: Caches) -> None:
         """Keep the first row of `caches`, which holds `tokens`."""
-        slots = [min(caches.windows[i // 2] or len(tokens), len(tokens)) for i in range(len(caches.arrays))]
+        slots = [min(caches.window_of(i) or len(tokens), len(tokens)) for i in range(len(caches.arrays))]
         self._keep(("prompt", tuple(tokens)), [a[:1] for a in caches.arrays], slots)
 
     def _keep(self, key: tuple[str, tuple[int, ...]], arrays: Sequence[Any], slots: Sequence[int]) -> None:
@@ -84,10 +84,10 @@ class Prefixes:
             return
         held: list[Any] = []
         for i, (a, n) in enumerate(zip(arrays, slots)):  # noqa: B905
-            if a.ndim == 4 and self.bits < 32:
+            if a.ndim == 4 and a.dtype == np.float32 and self.bits < 32:
                 held.append(pack(a[:, :, :n], bits=self.bits, by_channel=i % 2 == 0))  # keys by channel, values by token
             else:
-                held.append(np.array(a[:, :, :n] if a.ndim == 4 else a))
+                held.append(np.array(a[:, :, :n] if n or a.ndim == 4 else a))
         size = sum(int(a.nbytes) for a in held)
         if size > self.limit_bytes:
             return

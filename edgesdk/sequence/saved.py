@@ -157,7 +157,7 @@ def programs_of(name: str, made: Saved, sizes: Sizes, **more: Any) -> ModelSpec:
         return spec_of(name, point, sizes, **more)
     behind = 0 if point.config.encoder else len(point.specials.start)  # a prompt has the start token behind it
     inputs = sizes.inputs or (max(len(s) for s in held.sources) + behind,)
-    sizes = Sizes(inputs, sizes.outputs or (max(len(t) for t in held.targets) + 1,), sizes.draft)
+    sizes = dataclasses.replace(sizes, inputs=inputs, outputs=sizes.outputs or (max(len(t) for t in held.targets) + 1,))
     read = [(s, t) for s, t in zip(held.sources, held.targets, strict=True) if len(s) + behind <= inputs[-1]]
     more["prompts"] = [s for s in more.get("prompts", [s for s, _ in read[:CALIBRATION]]) if len(s) + behind <= inputs[-1]]
     spec = spec_of(name, point, sizes, **more)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .caches import HIDDEN, Caches
+from .caches import HIDDEN, Caches, held
 from .card import SequenceError
 from .prefixes import Prefixes
 from .programs import Programs, largest, nearest, smallest
@@ -69,7 +69,7 @@ class Session:
         self.source, self._cross, begin = 0, [], [[*x, *card.start] for x in inputs] if not programs.role("encode") else []
         if programs.role("encode"):
             outputs, mask, self.source = encode(programs, inputs, self._prefixes)
-            self._cross, begin = [mask, *outputs], [list(card.start) for _ in inputs]
+            self._cross, begin = [mask, *held(outputs, card.cache_bits)], [list(card.start) for _ in inputs]
         self.decodes = {n: m for n, m in self.decodes.items() if m["source"] == self.source}
         if not self.decodes:
             raise SequenceError(f"no program decodes behind a source of {self.source} tokens", "build the bundle again")
@@ -212,8 +212,8 @@ class Session:
         if not found or self.caches.window:
             return []
         name, method = next(iter(found.items()))
-        held, layers = self.caches.lengths.copy(), int(method["layers"])
-        own, cross = self.caches.arrays[: 2 * layers], self._grouped[0][: 1 + 2 * layers] if self._cross else []
+        kept, count = self.caches.lengths.copy(), self.caches.each * int(method["layers"])
+        own, cross = self.caches.arrays[:count], self._grouped[0][: 1 + count] if self._cross else []
         drafted: list[int] = []
         while len(drafted) < most and self.caches.lengths[0] < self.caches.slots:
             fed = np.asarray([[token]], np.int64)
@@ -224,7 +224,7 @@ class Session:
                 break
             drafted.append(token)
             self.caches.write(out[1:], np.asarray([1]))
-        self.caches.lengths = held
+        self.caches.lengths = kept
         return drafted
 
     def reorder(self, order: Any) -> None:

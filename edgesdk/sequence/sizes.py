@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgesdk.errors import InputError
+from edgesdk.sequence.card import CACHE_BITS
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Sizes:
     inputs: tuple[int, ...] = ()  # of source or prompt; behind sound, positions of the encoder
     outputs: tuple[int, ...] = ()  # of one answer: what the caches hold
     draft: int | None = None  # tokens that a further `decode` takes at once, to check guesses (see `drafts`)
+    cache_bits: int = 32  # 8: caches are int8 (see `caches.codes`)
 
     def __post_init__(self) -> None:
         for option, lengths in (("--input-length", self.inputs), ("--output-length", self.outputs)):
@@ -24,12 +26,15 @@ class Sizes:
                 raise InputError(f"{option} {_listed(lengths)}: lengths are 1 or more and rise", "write them like 64,128,256")
         if self.draft is not None and self.draft < 2:
             raise InputError(f"--draft {self.draft}: a guess is checked beside the token before it", "give 2 or more")
+        if self.cache_bits not in CACHE_BITS:
+            raise InputError(f"--cache-bits {self.cache_bits}", f"known: {', '.join(map(str, CACHE_BITS))}")
 
     def __str__(self) -> str:
         """A name for what was made with them: `in64,128-out32-draft4`, empty where nothing is given."""
         draft = f"draft{self.draft}" if self.draft else ""
         parts = [kind + _listed(lengths) for kind, lengths in (("in", self.inputs), ("out", self.outputs)) if lengths]
-        return "-".join([*parts, *([draft] if draft else [])])
+        caches = f"cache{self.cache_bits}" if self.cache_bits != 32 else ""
+        return "-".join([*parts, *(p for p in (draft, caches) if p)])
 
     def refuse_inputs(self, why: str, hint: str) -> None:
         """For models whose inputs are as they are. Raises `InputError` where lengths of them are asked for."""
@@ -40,6 +45,11 @@ class Sizes:
         """For models that check no guesses. Raises `InputError` where that is asked for."""
         if self.draft is not None:
             raise InputError(f"--draft {self.draft}: {why}", hint)
+
+    def refuse_cache_bits(self, why: str, hint: str) -> None:
+        """For models whose caches, if any, are as they are. Raises `InputError` where others are asked for."""
+        if self.cache_bits != 32:
+            raise InputError(f"--cache-bits {self.cache_bits}: {why}", hint)
 
 
 def _listed(lengths: tuple[int, ...]) -> str:

@@ -1,0 +1,156 @@
+"""Programs whose caches are int8 codes with scales: they compute what float caches of the same values give, before and after lowering."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+from test_sequence_model import (
+    LAYOUTS,
+    TIGHT,
+    filling,
+    lowered,
+    quantized_alike,
+    run_of,
+    sources,
+    spec_of,
+    stepped,
+)
+
+from edgesdk.errors import InputError
+from edgesdk.graph.torch_trace import trace_method
+from edgesdk.lower.check import relative_error
+from edgesdk.sequence.caches import Caches, codes
+from edgesdk.sequence.card import NAME, Card
+from edgesdk.sequence.choose import Settings
+from edgesdk.sequence.generate import generate
+from edgesdk.sequence.prefixes import Prefixes
+from edgesdk.sequence.sizes import Sizes
+
+CACHED = [n for n, c in LAYOUTS.items() if c.decoder]
+WALK = (1, 3, 1, 3, 3, 1, 3, 3, 1, 1)
+
+
+def floats(run: Any, spec: Any) -> Any:
+    """`run` of programs with float caches, called as those with int8 caches are: codes and scales become the numbers they stand for."""
+
+    def call(name: str, arrays: Any) -> Any:
+        names = spec.methods[name].module.input_names
+        given = dict(zip(names, arrays, strict=True))
+        wide = {
+            n: a.astype(np.float32) * given[n[: n.rindex("_")] + "_scale" + n[n.rindex("_") :]][..., None] if a.dtype == np.int8 else a
+            for n, a in given.items()
+        }
+        return run(name, [a for n, a in wide.items() if "_scale_" not in n])
+
+    return call
+
+
+def side_by_side(run: Any, other: Any, limit: float) -> Any:
+    """`run`, each of whose calls is given to `other` as well: every output must be the same. (On their own a key that lies between two codes
+    could fall to either side.)"""
+
+    def call(name: str, arrays: Any) -> Any:
+        out = run(name, arrays)
+        for one, ref in zip(out, other(name, arrays), strict=True):
+            assert relative_error(one, ref) <= limit, name
+        return out
+
+    return call
+
+
+@pytest.mark.parametrize("layout", CACHED)
+def test_int8_caches_compute_what_float_caches_of_the_same_values_do(layout):
+    """Two rows of unequal length, one and three tokens at once, caches that fill up, grow and wrap around."""
+    spec, plain = spec_of(layout, cache_bits=8), spec_of(layout)
+    run = side_by_side(run_of(spec), floats(run_of(plain), spec), 1e-5)
+    logits, float_logits, calls = stepped(spec, run, layout, WALK)
+    assert any(n.endswith("_x3") for n in calls) and any("_12" in n for n in calls) and any("_32" in n for n in calls)
+    assert 0 < relative_error(logits, float_logits) < 0.03
+
+
+def built(layout: str, runtime: str, precision: str, tmp_path: Any, batch: int) -> None:
+    """Every call, until the caches are full, beside eager PyTorch with the same weights and the same codes."""
+    spec = spec_of(layout, source_lengths=(8,), cache_lengths=(12,), batch=batch, several=(3,) if batch == 2 else (), cache_bits=8)
+    runner, choice = lowered(spec, runtime, precision, tmp_path)
+    assert "int8" in {dtype for _, dtype in runner.inputs("decode")}
+    limit = TIGHT["gelu" if LAYOUTS[layout].activation == "gelu" and runtime == "executorch" else "fp32"]
+    with ExitStack() as undo:
+        run = side_by_side(runner.run, quantized_alike(spec, choice, runtime, undo), limit)
+        stepped(spec, run, layout, filling(layout, 12, batch == 2))
+
+
+SMALL = [("encoder-decoder", "litert", "int8-dynamic"), ("encoder-decoder", "executorch", "int8-dynamic")]
+
+
+@pytest.mark.parametrize(("layout", "runtime", "precision"), SMALL)
+def test_built_programs_with_int8_caches_equal_eager(layout, runtime, precision, tmp_path):
+    built(layout, runtime, precision, tmp_path, 1)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("runtime", ["executorch", "litert"])
+@pytest.mark.parametrize("layout", CACHED)
+def test_every_layout_with_int8_caches_equals_eager(layout, runtime, tmp_path):
+    built(layout, runtime, "fp32", tmp_path, 2)
+
+
+def test_codes_are_within_half_a_step_and_nothing_stays_nothing():
+    given = np.random.default_rng(0).standard_normal((2, 3, 5, 16)).astype(np.float32)
+    given[0, 0, 0] = 0
+    found, scale = codes(given)
+    assert found.dtype == np.int8 and scale.dtype == np.float32 and scale.shape == (2, 3, 5) and found.max() == 127
+    assert (np.abs(found * scale[..., None] - given) <= 0.5001 * scale[..., None]).all() and not found[0, 0, 0].any()
+
+
+def test_caches_take_a_quarter_and_the_planner_counts_it():
+    wide, narrow = (spec_of("decoder-only", batch=1, cache_bits=bits) for bits in (32, 8))
+    cards = [Card.read(s.files[NAME]) for s in (wide, narrow)]
+    held = [Caches(c, 1, 32).nbytes for c in cards]
+    assert held[1] / held[0] == (16 + 4) / (4 * 16)
+    assert cards[1].cache_bits == 8 and "cache_bits" not in cards[0].to_bytes().decode() and wide.digest != narrow.digest
+    graphs = [trace_method(s.methods["decode_32"], "decode_32") for s in (wide, narrow)]
+    assert graphs[1].cache_inputs == tuple(f"self_{x}_{i}" for i in range(2) for x in ("k", "v", "k_scale", "v_scale"))
+    assert sum(u.op == "quantize" for u in graphs[1].units) == 4 and not any(u.op == "quantize" for u in graphs[0].units)
+
+
+@pytest.mark.parametrize("layout", ["encoder-decoder", "decoder-only", "windowed"])
+def test_beams_prefixes_and_batches_go_through_int8_caches(layout):
+    spec = spec_of(layout, batch=1, cache_bits=8)
+    card, run, given = Card.read(spec.files[NAME]), run_of(spec), sources(layout)
+    alone = [r.tokens for s in given for r in generate(run, card, [s], Settings(max_tokens=12))]
+    assert [r.tokens for r in generate(run, card, given, Settings(max_tokens=12))] == alone
+    (one,) = generate(run, card, given[:1], Settings(max_tokens=12, beams=1))
+    assert one.tokens == alone[0] and generate(run, card, given[:1], Settings(max_tokens=6, beams=3))[0].tokens
+    for bits in (32, 8):
+        kept = Prefixes(1 << 20, bits=bits)
+        for more in ([], [1, 5]):  # a ring serves a kept prompt as a whole, another cache what both begin with
+            source = given[1] if layout == "encoder-decoder" else given[1] + more
+            (found,) = generate(run, card, [source], Settings(max_tokens=12), prefixes=kept)
+            assert found.tokens == alone[1] or more, "what was kept are the codes, where prefill sees the prompt's own keys as they are"
+        assert kept.hits
+
+
+def test_what_cannot_be():
+    with pytest.raises(InputError, match="caches of 5 bits"):
+        spec_of("decoder-only", cache_bits=5)
+    with pytest.raises(InputError, match="layout encoder-ctc has none"):
+        spec_of("ctc", cache_bits=8)
+    with pytest.raises(InputError, match="--cache-bits 3"):
+        Sizes(cache_bits=3)
+    assert str(Sizes((8,), (4,), 4, 8)) == "in8-out4-draft4-cache8"
+    with pytest.raises(ValueError, match="caches of 6 bits"):
+        Card(
+            {
+                **dict.fromkeys(Card.FIELDS, 0),
+                "methods": {},
+                "caches": (),
+                "cross": (),
+                "start": (),
+                "eos": (),
+                "tokenizer": {},
+                "cache_bits": 6,
+            }
+        )
