@@ -17,7 +17,7 @@ Isa = Literal["neon", "fp16", "dotprod", "i8mm", "sve2", "sme2", "avx2", "avx512
 RuntimeName = Literal[
     "executorch", "litert", "tflite-runtime", "executorch-vulkan", "executorch-coreml", "executorch-qnn",
     "executorch-cuda", "executorch-ethos-u", "litert-gpu", "litert-qnn", "tensorrt", "onnxruntime", "qnn", "ncnn", "ncnn-vulkan",
-    "llama.cpp", "tflite-micro",
+    "llama.cpp", "tflite-micro", "native",
 ]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ _FLAGS = {
 _RUNTIMES = (
     ("litert", "ai_edge_litert", ("fp32", "int8-static", "int8-dynamic", "int8-weight-only", "as-is")),
     ("executorch", "executorch", ("fp32", "int8-static", "int8-dynamic", "int4-g32")),
+    ("native", "numba", ("fp32", "int8-dynamic", "int8-weight-only", "int4-g32")),
 )
 
 

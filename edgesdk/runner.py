@@ -28,6 +28,7 @@ def installed() -> dict[str, str]:
         ("executorch", "executorch", "executorch"),
         ("litert", "ai_edge_litert", "ai-edge-litert"),
         ("tflite-runtime", "tflite_runtime", "tflite-runtime"),
+        ("native", "numba", "numba"),
     ):
         if importlib.util.find_spec(module) is not None:
             try:
@@ -53,6 +54,8 @@ def open_program(path: str, runtime: str, threads: int = 1) -> Any:
             return ExecuTorchRunner(path, threads)
         if runtime in ("litert", "tflite-runtime"):
             return LiteRtRunner(path, runtime, threads)
+        if runtime == "native":
+            return NativeRunner(path, threads)
     except RunnerError:
         raise
     except Exception as error:
@@ -199,6 +202,25 @@ class LiteRtRunner:
             self._interpreter.set_tensor(d["index"], a)
         self._interpreter.invoke()
         return [_dequantize(self._interpreter.get_tensor(d["index"]), d) for _, d in outputs]
+
+
+class NativeRunner:
+    """A program of our own kernels."""
+
+    def __init__(self, path: str, threads: int = 1) -> None:
+        machine = importlib.import_module("edgesdk.native.machine")
+        self._machine = machine.Machine(path, threads)
+        self.methods: tuple[str, ...] = self._machine.methods
+        self.version = f"{installed().get('native', 'unknown')} ({self._machine.program.target})"
+
+    def inputs(self, method: str) -> list[tuple[tuple[int, ...], str]]:
+        if method not in self.methods:
+            raise RunnerError(f"no method '{method}'; known: {', '.join(self.methods)}")
+        return list(self._machine.inputs(method))
+
+    def run(self, method: str, arrays: list[Any]) -> list[Any]:
+        _check_shapes(method, self.inputs(method), arrays)
+        return list(self._machine.run(method, arrays))
 
 
 def _order(name: str) -> tuple[int, str]:

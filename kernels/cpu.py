@@ -26,6 +26,22 @@ def targets_of(machine: str, features: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name, (arch, needs) in TARGETS.items() if arch in ("", machine) and needs <= have)
 
 
+_ISA = {
+    "avx512": "avx512f", "avx512_vnni": "avx512_vnni", "avx_vnni": "avx_vnni", "avx2": "avx2", "neon": "asimd", "dotprod": "asimddp", "i8mm": "i8mm",
+}  # fmt: skip
+"""What a device profile calls an instruction set → the feature of that name on Linux."""
+_TOLD_BY = {"avx2": ("f16c", "fma"), "avx512_vnni": ("avx512bw", "avx512vl", "f16c", "fma")}
+"""Features that no CPU with the first one is without."""
+
+
+def target_of(isa: Iterable[str]) -> str:
+    """The best target of a CPU with the instruction sets of a device profile."""
+    features = {_ISA[name] for name in isa if name in _ISA}
+    features |= {more for name in features for more in _TOLD_BY.get(name, ())}
+    machine = "aarch64" if features & {"asimd", "asimddp"} else "x86_64"
+    return targets_of(machine, features)[0]
+
+
 @lru_cache(maxsize=1)
 def host_targets() -> tuple[str, ...]:
     """The targets of this machine. `EDGESDK_KERNELS=<target>` leaves out those that are better, to compare or to find a fault."""

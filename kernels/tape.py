@@ -67,15 +67,24 @@ class Tape:
         self.library, self.threads = library, threads
         self._rows: list[tuple[int, int, int, int]] = []
         self._kept: list[Any] = []
+        self._shared: dict[Any, Any] = {}
+        self._own: list[Any] = []
         self._steps: Any = None
 
-    def room(self, rows: int, cols: int) -> Rows:
-        """Zeros; rows are padded to whole blocks, and to what a product writes."""
+    def room(self, rows: int, cols: int, key: str = "") -> Rows:
+        """Zeros; rows are padded to whole blocks, and to what a product writes. What one step leaves in a room with a `key` may be
+        overwritten by the next that asks for it."""
+        if key and (key, rows, cols) in self._shared:
+            found: Rows = self._shared[key, rows, cols]
+            return found
         unit = max(BLOCK, self.library.lanes * self.library.together)
         width = -(-cols // unit) * unit
         values = aligned(np.zeros(rows * width, np.float32)).view(np.float32).reshape(rows, width)
-        self._kept.append(values)
-        return Rows(values, cols)
+        self._own.append(values)
+        made = Rows(values, cols)
+        if key:
+            self._shared[key, rows, cols] = made
+        return made
 
     def add(self, name: str, parts: int, least: int = 1, **values: Any) -> Any:
         """A step of kernel `name`; args left out are 0. Returns the args, which may be changed before a run."""
@@ -103,9 +112,7 @@ class Tape:
     ) -> Rounded:
         """x rounded, behind a norm ("rms" or "layer", `norm` its weight, bias or None, and eps) or an activation (times `other`) that goes to `out`."""
         m, blocks = x.rows, x.blocks
-        made = Rounded(
-            np.zeros((blocks, m, BLOCK), np.uint8), np.zeros((blocks, m), np.int32), np.zeros(m, np.float32), np.zeros(m, np.float32), blocks, m, shift
-        )  # fmt: skip
+        made = self._rounded(blocks, m, shift)
         more: dict[str, Any] = {"out": out if out is not None else x, "cols": x.cols}
         more |= {"other": other} if other is not None else {}
         more |= _norm_args(norm)
@@ -115,6 +122,15 @@ class Tape:
             q=made.q, q_sums=made.q_sums, q_scale=made.q_scale, q_zero=made.q_zero, **more,
         )  # fmt: skip
         return made
+
+    def _rounded(self, blocks: int, m: int, shift: int) -> Rounded:
+        """Room for rounded inputs; the next rounding of this size and shift overwrites it."""
+        if (blocks, m, shift) not in self._shared:
+            self._shared[blocks, m, shift] = Rounded(
+                np.zeros((blocks, m, BLOCK), np.uint8), np.zeros((blocks, m), np.int32), np.zeros(m, np.float32), np.zeros(m, np.float32), blocks, m, shift
+            )  # fmt: skip
+        found: Rounded = self._shared[blocks, m, shift]
+        return found
 
     def norm(self, x: Rows, kind: str, norm: tuple[Any, Any, float], out: Rows) -> None:
         """A norm of x alone, to `out`."""
@@ -135,6 +151,13 @@ class Tape:
             codes=p.codes, scales=p.scales, zeros=p.zeros, row_scale=p.row_scale, sums=p.sums,
             q=x.q, q_sums=x.q_sums, q_scale=x.q_scale, q_zero=x.q_zero, m=x.rows, blocks=x.blocks, out=out, stride=out.stride, **panel_sizes(p), **more,
         )  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        """Of everything that was made for these steps."""
+        rounded = [r for r in self._shared.values() if isinstance(r, Rounded)]
+        rooms = {id(v): v for r in rounded for v in (r.q, r.q_sums, r.q_scale, r.q_zero)}
+        return sum(int(v.nbytes) for v in (rooms | {id(v): v for v in self._own}).values())
 
     def run(self) -> None:
         if self._steps is None:

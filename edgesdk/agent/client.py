@@ -20,6 +20,8 @@ START_S = 60.0
 POLL_S = 0.05
 ARCHIVE = "agent.zip"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
+_HOST_ONLY = ("linear.py", "pack.py", "reference.py")
+"""Of the kernels, what packs weights and checks."""
 _MAIN = b"from agent.agent import main\n\nmain()\n"
 
 
@@ -40,7 +42,22 @@ def agent_sources() -> dict[str, bytes]:
         f"packed/{file.name}": file for file in sorted((top / "packed").iterdir(), key=lambda f: f.name) if file.name.endswith(".py")
     }
     plain = {name: place.read_bytes() for name, place in places.items()}
-    return {"__main__.py": _MAIN, **plain, **_part("agent", "agent"), **_part("sequence", "measure", "serve")}
+    return {"__main__.py": _MAIN, **plain, **_part("agent", "agent"), **_part("sequence", "measure", "serve"), **_kernels()}
+
+
+def _kernels() -> dict[str, bytes]:
+    """What runs native programs, under the names it has here."""
+    top = files("edgesdk")
+    found = {"edgesdk/__init__.py": b"", "edgesdk/cache.py": (top / "cache.py").read_bytes()}
+    found |= {f"edgesdk/{name}": content for name, content in _part("native", "machine").items()}
+    for folder in ("kernels", "kernels/numba"):
+        place = files("edgesdk.kernels")
+        for part in folder.split("/")[1:]:
+            place = place / part
+        found |= {
+            f"edgesdk/{folder}/{f.name}": f.read_bytes() for f in place.iterdir() if f.name.endswith(".py") and f.name not in _HOST_ONLY
+        }
+    return dict(sorted(found.items()))
 
 
 def _part(package: str, *modules: str) -> dict[str, bytes]:

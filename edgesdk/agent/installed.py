@@ -40,8 +40,9 @@ MODULES = {
     "executorch": ("executorch.runtime",),
     "litert": ("ai_edge_litert.interpreter", "tflite_runtime.interpreter"),
     "tflite-runtime": ("tflite_runtime.interpreter", "ai_edge_litert.interpreter"),
+    "native": ("numba",),
 }
-PACKAGES = {"litert": "ai-edge-litert"}
+PACKAGES = {"litert": "ai-edge-litert", "native": "numba"}
 
 
 def import_runtime(runtime: str) -> None:

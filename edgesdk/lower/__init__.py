@@ -42,7 +42,8 @@ def lower(spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str], say
     if path.exists():
         return path.read_bytes()
     content = _lower(spec, runtime, choice, say)
-    refuse_difference(spec, runtime, choice, content)
+    if not runtime.startswith("native"):  # whose program is written by this package, unit by unit
+        refuse_difference(spec, runtime, choice, content)
     part = path.with_suffix(".part")
     part.write_bytes(content)
     part.replace(path)
@@ -74,9 +75,13 @@ def _lower(spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str], sa
         if spec.flatbuffer is not None:
             raise InputError(f"{spec.name}: a .tflite cannot become a .pte", "plan it with --runtime litert, or give the PyTorch model")
         return lower_executorch(spec, choice, say, runtime.removeprefix("executorch").lstrip("-") or "xnnpack")
+    if runtime.startswith("native"):
+        from edgesdk.native.lower import lower_native
+
+        return lower_native(spec, runtime, choice, say)
     raise MissingTool(
         f"edgesdk cannot lower for '{runtime}'",
-        "its compiler comes from the vendor and runs on the device; choose --runtime executorch or litert",
+        "its compiler comes from the vendor and runs on the device; choose --runtime executorch, litert or native",
     )
 
 
@@ -95,7 +100,7 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
     if plan.digests.get("model") != spec.digest:
         raise InputError(f"the plan was made for another '{plan.model}'", "plan again: the model's code or weights have changed")
     choice = choice_of(plan)
-    program = lower(spec, plan.runtime, choice, lambda text: step(text, 0.1))
+    program = lower(spec, _lowered_as(plan), choice, lambda text: step(text, 0.1))
     name, stored, sizes = _stored(plan.runtime, program, spec)
     members: dict[str, bytes] = {name: stored, "plan.json": plan.to_json().encode(), **_files(plan, spec)}
     fields: dict[str, Any] = {
@@ -105,7 +110,7 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
         "runtime_version": "not run on this host",
         "methods": tuple(plan.method_latency),
     }
-    if plan.runtime in ("executorch", "litert", "tflite-runtime"):
+    if _runs_here(plan):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, name)
             path.write_bytes(stored)
@@ -126,6 +131,25 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
         memory=_memory(plan.runtime, program) | sizes, edgesdk_version=__version__, **fields,
     )  # fmt: skip
     return Path(out)
+
+
+def _lowered_as(plan: Plan) -> str:
+    """The runtime, of our own kernels with the instructions of the plan's device."""
+    if plan.runtime != "native":
+        return plan.runtime
+    from edgesdk.devices import load_device
+    from edgesdk.kernels.cpu import target_of
+
+    device = load_device(plan.device)
+    return f"native-{target_of(device.unit(next(r.unit for r in device.runtimes if r.name == 'native')).isa)}"
+
+
+def _runs_here(plan: Plan) -> bool:
+    if plan.runtime != "native":
+        return plan.runtime in ("executorch", "litert", "tflite-runtime")
+    from edgesdk.kernels.cpu import host_targets
+
+    return _lowered_as(plan).removeprefix("native-") in host_targets()
 
 
 def _files(plan: Plan, spec: ModelSpec) -> dict[str, bytes]:
@@ -155,8 +179,8 @@ def _stored(runtime: str, program: bytes, spec: ModelSpec) -> tuple[str, bytes, 
 
     A compressed model's program holds its codes in place of the weights they stand for, and is expanded to the very bytes of `program` on load.
     """
-    name = "model.pte" if runtime.startswith("executorch") else "model.tflite"
-    if spec.codes:
+    name = "model.native" if runtime == "native" else "model.pte" if runtime.startswith("executorch") else "model.tflite"
+    if spec.codes and runtime != "native":
         from edgesdk.lower.pack import packed
 
         content, sizes = packed(program, spec)
@@ -184,6 +208,10 @@ def _memory(runtime: str, program: bytes) -> dict[str, int]:
         from edgesdk.lower.executorch import memory_plan
 
         return memory_plan(program)
+    if runtime == "native":
+        from edgesdk.native.memory import memory_plan as native_plan
+
+        return native_plan(program)
     from edgesdk.graph.arena import memory_plan as arena_plan
 
     return arena_plan(program)

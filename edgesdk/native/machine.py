@@ -83,16 +83,19 @@ class Method:
         self.patches: list[tuple[Any, int, int]] = []
         self.before: list[Callable[[Sequence[Any]], None]] = []
         self.outputs: list[Any] = []
+        self._heads: dict[Any, Any] = {}
         self.batch = int(self.sizes["batch"])
         {"encode": self._encode, "prefill": self._decode, "decode": self._decode, "draft": self._decode}[self.sizes["role"]]()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is computed: rooms, heads, scores and masks."""
+        return self.tape.nbytes + sum(int(a.nbytes) for a in {id(a): a for a in self._heads.values()}.values())
 
     # ---- running
 
     def run(self, arrays: Sequence[Any]) -> list[Any]:
-        given = [np.ascontiguousarray(a, d) for a, d in zip(arrays, self.dtypes, strict=True)]
-        for i, (a, shape) in enumerate(zip(given, self.shapes, strict=True)):
-            if a.shape != shape:
-                raise ValueError(f"input {i} is {list(a.shape)}, {list(shape)} is wanted")
+        given = [np.ascontiguousarray(a, d) for a, d in zip(arrays, self.dtypes)]  # noqa: B905 (Python 3.9)
         self._check_ids(given)
         for args, place, number in self.patches:
             args[place] = given[number].ctypes.data
@@ -128,8 +131,8 @@ class Method:
     def norm(self) -> str:
         return "rms" if self.config["norm"] == "rms" else "layer"
 
-    def project(self, paths: Sequence[str], x: Rows, *, norm: str = "") -> list[Rows]:
-        """x, behind the norm at path `norm`, times each matrix."""
+    def project(self, paths: Sequence[str], x: Rows, *, norm: str = "", once: bool = True) -> list[Rows]:
+        """x, behind the norm at path `norm`, times each matrix. What is used `once`, before the next layer, makes room for the next layer's."""
         rounded: dict[int, Rounded] = {}
         made: dict[str, Rows] = {}
         source = x
@@ -140,11 +143,11 @@ class Method:
                 shift = self.kernels.shift_of(w.panels.bits)
                 if shift not in rounded:
                     if norm and not rounded:
-                        source = self.tape.room(x.rows, x.cols)
+                        source = self.tape.room(x.rows, x.cols, "normed")
                         rounded[shift] = self.tape.round(x, shift, before=self.norm, norm=self.norm_of(norm), out=source)
                     else:
                         rounded[shift] = self.tape.round(source, shift)
-                made[w.name] = self.tape.room(x.rows, w.panels.rows)
+                made[w.name] = self.tape.room(x.rows, w.panels.rows, path.rpartition(".")[2] * once)
                 self.tape.linear(w.panels, rounded[shift], made[w.name], bias=w.bias)
             found.append(made[w.name].part(w.first, w.rows))
         return found
@@ -184,9 +187,13 @@ class Method:
         angles = np.arange(most)[:, None] * turns[None]
         return np.concatenate([np.sin(angles), np.cos(angles)], 1).astype(np.float32)
 
-    def heads(self, x: Rows, n: int, count: int, size: int, *, norm: str = "", turned: Any = None, scale: float = 1.0) -> Any:
-        """[B · N, count · size] → a new array [B, count, N, size]."""
-        out = np.zeros((x.rows // n, count, n, size), np.float32)
+    def heads(
+        self, x: Rows, n: int, count: int, size: int, *, norm: str = "", turned: Any = None, scale: float = 1.0, key: str = ""
+    ) -> Any:
+        """[B · N, count · size] → an array [B, count, N, size]; with a `key` the next layer's overwrite it."""
+        shape = (x.rows // n, count, n, size)
+        out = self._heads.setdefault((key, shape), np.zeros(shape, np.float32)) if key else np.zeros(shape, np.float32)
+        self._heads[id(out)] = out
         name = "heads" + "_normed" * bool(norm) + "_turned" * (turned is not None) + f"_{size}"
         more: dict[str, Any] = {"cos": turned[0], "sin": turned[1]} if turned is not None else {}
         more |= {"weight": self.program.array(f"{norm}.weight"), "eps": bits_of(self.config["norm_eps"])} if norm else {}
@@ -197,7 +204,7 @@ class Method:
     def attend(self, q: Any, parts: Sequence[Part], mask: tuple[Any, int, int, int], stack: dict[str, Any]) -> Rows:
         """q [B, H, N, D] → [B · N, H · D]. `mask`: an array or an input's name, and bytes from a batch, a head and a row to the next."""
         b, h, n, size = q.shape
-        out = self.tape.room(b * n, h * size)
+        out = self.tape.room(b * n, h * size, "attended")
         old, new = (parts[0], parts[1]) if len(parts) == 2 else (parts[0], None)
         slots, tokens = old.tokens, new.tokens if new is not None else 0
         values: dict[str, Any] = {
@@ -244,13 +251,21 @@ class Method:
             made = self.keys_values(path, found[1], found[2], n, kv, size, turned)
         parts = shared or [p for p in (cache, made) if p is not None]
         q = self.heads(
-            found[0], n, stack["heads"], size, norm=f"{path}.q_norm" * bool(self.config["qk_norm"]), turned=turned, scale=self.scale(stack)
+            found[0],
+            n,
+            stack["heads"],
+            size,
+            norm=f"{path}.q_norm" * bool(self.config["qk_norm"]),
+            turned=turned,
+            scale=self.scale(stack),
+            key="q",
         )
         return self.attend(q, parts, mask, stack), made
 
     def keys_values(self, path: str, k: Rows, v: Rows, n: int, kv: int, size: int, turned: Any) -> Part:
         norm = f"{path}.k_norm" if self.config["qk_norm"] and self.program.has(f"{path}.k_norm.weight") else ""
-        return Part(self.heads(k, n, kv, size, norm=norm, turned=turned), self.heads(v, n, kv, size), n)
+        keys = ("", "") if path.startswith("decoder") else ("k", "v")  # a decoder's are outputs
+        return Part(self.heads(k, n, kv, size, norm=norm, turned=turned, key=keys[0]), self.heads(v, n, kv, size, key=keys[1]), n)
 
     def scale(self, stack: dict[str, Any]) -> float:
         given = self.config["attention_scale"]
@@ -263,7 +278,7 @@ class Method:
     def added(self, x: Rows, inner: Rows | Rounded, path: str, norm: str) -> Rows:
         """x + W · inner with the matrix at `path`; behind it the norm, where norms come behind."""
         pre = self.config["norm_place"] == "pre"
-        after = x if pre else self.tape.room(x.rows, x.cols)
+        after = x if pre else self.tape.room(x.rows, x.cols, "added")
         w = self.machine.weights(path)
         rounded = inner if isinstance(inner, Rounded) else self.tape.round(inner, self.kernels.shift_of(w.panels.bits))
         self.tape.linear(w.panels, rounded, after, bias=w.bias, residual=x)
@@ -298,7 +313,7 @@ class Method:
             return
         decoder = self.stack("decoder")
         names = [f"decoder.layers.{i}.cross_attn.{w}" for i in range(decoder["layers"]) for w in "kv"]
-        found = self.project(names, x, norm=final)
+        found = self.project(names, x, norm=final, once=False)
         for rows in found:
             self.outputs.append(self.heads(rows, n, decoder["kv_heads"], decoder["head"]))
 
@@ -339,7 +354,7 @@ class Method:
 
     def _cross(self, layer: str, x: Rows, n: int, i: int, stack: dict[str, Any], norm: str) -> Rows:
         found = self.project([f"{layer}.cross_attn.q"], x, norm=norm)
-        q = self.heads(found[0], n, stack["heads"], stack["head"], scale=self.scale(stack))
+        q = self.heads(found[0], n, stack["heads"], stack["head"], scale=self.scale(stack), key="q")
         source = self.shapes[self.number["source_mask"]][1]
         return self.attend(q, [Part(f"cross_k_{i}", f"cross_v_{i}", source)], ("source_mask", 4 * source, 0, 0), stack)
 

@@ -30,6 +30,7 @@ _TFLITE_RUNTIME: dict[str, tuple[Precision, ...]] = {
     op: tuple(p for p in kinds if p != "int8-dynamic")
     for op, kinds in _LITERT.items()
 }
+_NATIVE: dict[str, tuple[Precision, ...]] = {"linear": ("int8-dynamic", "int4-g32"), "embedding": ("fp32", "int8-weight-only")}
 _STATIC_FOLLOWS = {"activation", "elementwise", "pool", "reshape", "softmax", "matmul"}
 """Operators without weights that run in int8 when everything around them does."""
 
@@ -49,6 +50,8 @@ def table(runtime: str) -> dict[str, tuple[Precision, ...]]:
         if runtime == "executorch":
             return _EXECUTORCH
         return {op: ("fp32", "int8-static") if "int8-static" in kinds else ("fp32",) for op, kinds in _EXECUTORCH.items()}
+    if runtime == "native":
+        return _NATIVE
     return _TFLITE_RUNTIME if runtime == "tflite-runtime" else _LITERT if runtime.startswith("litert") else {}
 
 

@@ -213,14 +213,14 @@ class Product(Emitter):
             if self.zeros or self.bits != 8:
                 for i in range(tile):
                     total = s.load(sum0, 4 * i, I32)
-                    values[i] = [b.add(v, self.begin(z, total)) for v, z in zip(values[i], zeros, strict=True)]
+                    values[i] = [b.add(v, self.begin(z, total)) for v, z in zip(values[i], zeros)]  # noqa: B905 (Python 3.9)
             quads = [self.unpacked(p, g, prefetch=False) for p in panels]
             for k in range(QUADS):
                 for i in range(tile):
                     x = s.spread(s.load(q0, BLOCK * i + 4 * k, I32))
                     values[i] = [s.dot(v, quads[j][k], x, self.bits == 8) for j, v in enumerate(values[i])]
-            for row, new in zip(sums, values, strict=True):
-                for v, value in zip(row, new, strict=True):
+            for row, new in zip(sums, values):  # noqa: B905
+                for v, value in zip(row, new):  # noqa: B905
                     b.store(value, v)
         for j, p in enumerate(panels):
             scale = self.scale(p, None)
