@@ -368,7 +368,7 @@ def test_lengths_are_asked_for_and_checked(folders):
     with pytest.raises(InputError, match="64 tokens in and 65 out"):
         load_model(str(folders / "llama"), Sizes((64,), (65,)))
     with pytest.raises(InputError, match="programs of fixed lengths"):
-        load_model("example:normalizer", Sizes((8,)))
+        load_model("example:digits-cnn", Sizes((8,)))
     whisper = load_model(str(folders / "whisper"))
     assert whisper.methods["encode"].example_inputs[0].shape == (1, 8, FRAMES)
 

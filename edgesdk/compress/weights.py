@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from edgesdk.graph.types import Op
     from edgesdk.model import ModelSpec
 
+TOKENS = 8
+"""Calls that read one token tell so many times less than others."""
+
 
 def holders(spec: ModelSpec) -> dict[str, list[tuple[str, str, Any]]]:
     """Weight name → the modules that hold it, as (method, path, module); a parameter shared under several names is listed under the first.
@@ -184,6 +187,9 @@ class _Sums:
         self.absmax = most if self.absmax is None else self.absmax.maximum(most)
 
 
+TOKENS = 8
+
+
 def need_data(spec: ModelSpec) -> None:
     """Raises `InputError` where a model has no calibration data."""
     if spec.calibration is None:
@@ -193,7 +199,8 @@ def need_data(spec: ModelSpec) -> None:
 
 
 def stats_of(spec: ModelSpec, *, gradients: bool = False, most: int = 64, step: Step | None = None) -> dict[str, Stats]:
-    """Statistics of the inputs of every linear and convolution weight over at most `most` calibration samples a method.
+    """Statistics of the inputs of every linear and convolution weight over at most `most` calibration samples a method (`TOKENS` times as many
+    where a call reads one token).
 
     Raises `InputError` when the model has no calibration data (its example inputs alone would fit any weight to one case).
     """
@@ -217,7 +224,7 @@ def stats_of(spec: ModelSpec, *, gradients: bool = False, most: int = 64, step: 
         for i, (method, entry) in enumerate(spec.methods.items()):
             if step:
                 step(f"statistics of {method}", i / len(spec.methods))
-            for sample in samples(spec, method, most):
+            for sample in samples(spec, method, most * (TOKENS if entry.example_inputs[0].numel() == 1 else 1)):
                 entry.module(*sample)
     fisher = fisher_of(spec, most) if gradients else {}
     return {
