@@ -11,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgesdk.errors import MissingTool
+from edgesdk.kernels.cuda import rows as of_rows
+from edgesdk.kernels.cuda.attention import Cache, attend, attend_kernel, keep, keep_kernel, new_cache
 from edgesdk.kernels.cuda.compile import ARCHITECTURES, PTX, Kernel, compiled, fields, packed_args, version
 from edgesdk.kernels.cuda.emulated import Emulated, compiler
 from edgesdk.kernels.cuda.linear import Linear, prefill_kernel, product_kernel
 from edgesdk.kernels.cuda.machine import Machine, Memory
+from edgesdk.kernels.cuda.rows import embed_kernel, row_kernel
 from edgesdk.kernels.cuda.weights import STEP, Tiles, pack
 from edgesdk.kernels.panels import UnfitWeights
 from edgesdk.packed import Code, decode
@@ -43,7 +46,30 @@ PREFILLS = [
     prefill_kernel(2, False, 32, True, 4, False),
     prefill_kernel(4, True, 32, False, 4, False),
 ]
-ALL: list[Kernel] = [*PRODUCTS, *PREFILLS]
+ROWS = [
+    row_kernel("norm", "Norm", "float", "false"),
+    row_kernel("norm", "Norm", "u16", "true"),
+    row_kernel("halve", "Halve"),
+    row_kernel("argmax", "Argmax", "float"),
+    row_kernel("argmax", "Argmax", "u16"),
+    embed_kernel(4, False, 32, True, True),
+    embed_kernel(8, False, 0, False, False),
+    embed_kernel(3, False, 64, True, False),
+    embed_kernel(4, True, 32, False, False),
+]
+ATTENTION = [
+    attend_kernel(16, 64, 1),
+    attend_kernel(16, 128, 4),
+    attend_kernel(8, 64, 2),
+    attend_kernel(4, 64, 8),
+    attend_kernel(16, 40, 3),
+    keep_kernel(16, 40),
+    keep_kernel(16, 64),
+    keep_kernel(8, 64),
+    keep_kernel(4, 64),
+    keep_kernel(16, 128),
+]
+ALL: list[Kernel] = [*PRODUCTS, *PREFILLS, *ROWS, *ATTENTION]
 
 
 def have_compiler() -> bool:
@@ -238,3 +264,159 @@ def test_kernels_compile_for_every_architecture_and_keep_to_their_registers(kern
         assert built.code[:4] == b"\x7fELF"
         assert built.spilled_bytes == 0 and built.stack_bytes == 0, (arch, built.registers, built.spilled_bytes, built.stack_bytes)
     assert b".target sm_80" in compiled(kernel, PTX).code
+
+
+# ---- rows
+
+
+@pytest.mark.parametrize(("dtype", "layer"), [(np.float32, False), (np.float16, True)])
+def test_norms_are_those_of_float64(machine: Machine, dtype: Any, layer: bool) -> None:
+    rng = np.random.default_rng(0)
+    for m, cols in ((1, 7), (3, 600)):
+        x, add = (rng.standard_normal((m, cols)).astype(dtype) + dtype(3) for _ in range(2))
+        weight, bias = (rng.standard_normal(cols).astype(np.float32) for _ in range(2))
+        total, given = machine.put(x), {"bias": machine.put(bias)} if layer else {}
+        out = machine.empty((m, cols), np.float16)
+        machine.run([of_rows.norm(total, machine.put(weight), out, add=machine.put(add), total=total, **given)])
+        v = x.astype(np.float64) + add
+        centred = v - v.mean(1, keepdims=True) if layer else v
+        wanted = centred / np.sqrt((centred**2).mean(1, keepdims=True) + 1e-6) * weight + (bias if layer else 0)
+        assert far(machine.get(out), wanted) < 2 * TOLERANCE
+        assert far(machine.get(total), v) < TOLERANCE
+
+
+def test_float32_is_halved_without_overflow(machine: Machine) -> None:
+    x = np.random.default_rng(0).standard_normal((6, 300)).astype(np.float32)
+    x *= np.array([1e-37, 1e-9, 1, 1e5, 1e37, 0], np.float32)[:, None]
+    out, scale = machine.empty(x.shape, np.float16), machine.empty((6,), np.float32)
+    machine.run([of_rows.halve(machine.put(x), out, scale)])
+    back = machine.get(out).astype(np.float64) * machine.get(scale)[:, None].astype(np.float64)
+    assert np.abs(back - x).max(1) == pytest.approx(np.zeros(6), abs=0) or (np.abs(back - x).max(1)[:5] < 5e-4 * np.abs(x).max(1)[:5]).all()
+    assert not back[5].any()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_the_first_of_the_largest_is_found(machine: Machine, dtype: Any) -> None:
+    x = np.random.default_rng(0).integers(-9, 9, (5, 1000)).astype(dtype)
+    x[1] = -np.inf
+    x[2] = np.nan
+    x[3, :999] = np.nan
+    x[4, 700] = np.inf
+    out, count = machine.empty((5,), np.int32), machine.put(np.array([0, 1, 2, 3, 4], np.int32))
+    history = machine.put(np.full((5, 4), -1, np.int32))
+    machine.run([of_rows.argmax(machine.put(x), out, count, history)])
+    assert machine.get(out).tolist() == [int(x[0].argmax()), 0, 0, 999, 700]
+    assert machine.get(count).tolist() == [1, 2, 3, 4, 5]
+    assert machine.get(history).max(1).tolist() == [int(x[0].argmax()), 0, 0, 999, -1]
+
+
+@pytest.mark.parametrize(
+    ("code", "half_out"),
+    [(weights(1, 40, 200, 4, 32, True), True), (weights(1, 40, 77, 8, 0, False), False), (weights(1, 40, 200, 3, 64, True), False), (codebook(1, 40, 96, 32, True), False)],
+)  # fmt: skip
+def test_embeddings_are_rows_of_the_same_weights(machine: Machine, code: Code, half_out: bool) -> None:
+    ids = np.array([0, 39, 8, 23, -1, 40, 7], np.int32)
+    out = machine.empty((7, code.shape[1]), np.float16 if half_out else np.float32)
+    machine.run([of_rows.embed(Linear(machine, code), machine.put(ids), out)])
+    wanted = decode(code).astype(np.float64)[np.clip(ids, 0, 39)] * ((ids >= 0) & (ids < 40))[:, None]
+    assert far(machine.get(out), wanted) < TOLERANCE
+
+
+# ---- attention
+
+
+def kept(machine: Machine, cache: Cache) -> tuple[Any, Any]:
+    """What a cache holds, float64 [batch, kv_heads, capacity, dim]."""
+    out = []
+    for codes, scales in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)):
+        raw = machine.get(codes)
+        if scales is None:
+            out.append(raw.view(np.float16).astype(np.float64))
+            continue
+        ints = (
+            raw.astype(np.int64) - 128
+            if cache.bits == 8
+            else np.stack([raw & 15, raw >> 4], -1).reshape(*raw.shape[:-1], -1).astype(np.int64) - 8
+        )
+        out.append(ints * np.repeat(machine.get(scales).astype(np.float64), 32, -1)[..., : cache.dim])
+    return out[0], out[1]
+
+
+def turned(x: Any, cosines: Any, sines: Any) -> Any:
+    a, b = np.split(x, 2, -1)
+    return np.concatenate([a * cosines - b * sines, b * cosines + a * sines], -1)
+
+
+@pytest.mark.parametrize(("bits", "worst"), [(16, 1e-3), (8, 8e-3), (4, 0.12)])
+def test_keys_and_values_are_turned_and_kept(machine: Machine, bits: int, worst: float) -> None:
+    rng = np.random.default_rng(bits)
+    heads, kv_heads, dim, capacity, tokens = 4, 2, 64, 8, 3
+    cache = new_cache(machine, 2, kv_heads, capacity, dim, bits)
+    q, k, v = (rng.standard_normal((2 * tokens, n * dim)).astype(np.float16) for n in (heads, kv_heads, kv_heads))
+    angles = np.arange(20)[:, None] * 10.0 ** -np.arange(0, 4, 4 / (dim // 2))
+    cosines, sines = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    positions, q_out = np.array([6, 11], np.int32), machine.empty(q.shape, np.float16)
+    turns = (machine.put(cosines), machine.put(sines))
+    machine.run([keep(cache, machine.put(q), machine.put(k), machine.put(v), machine.put(positions), q_out, turns)])
+    at = positions[:, None] + np.arange(tokens)
+    split = [x.astype(np.float64).reshape(2, tokens, -1, dim) for x in (q, k, v)]
+    c, s = cosines[at][:, :, None], sines[at][:, :, None]
+    assert far(machine.get(q_out).reshape(split[0].shape), turned(split[0], c, s)) < 1e-3
+    for found, wanted in zip(kept(machine, cache), (turned(split[1], c, s), split[2]), strict=True):
+        for b in range(2):
+            assert far(found[b][:, at[b] % capacity], wanted[b].swapaxes(0, 1)) < worst
+        assert not found[0][:, [1, 2, 3, 4, 5]].any()
+
+
+def filled(machine: Machine, batch: int, kv_heads: int, capacity: int, dim: int, bits: int, seed: int) -> Cache:
+    """A cache of random keys and values in every slot."""
+    cache = new_cache(machine, batch, kv_heads, capacity, dim, bits)
+    rng = np.random.default_rng(seed)
+    for codes, scales in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)):
+        if scales is None:
+            machine.put(rng.standard_normal((*codes.shape[:3], dim)).astype(np.float16), codes)
+        else:
+            machine.put(rng.integers(0, 256, codes.shape).astype(np.uint8), codes)
+            machine.put((rng.random(scales.shape) / (1 << (bits - 1))).astype(np.float16), scales)
+    return cache
+
+
+def attention(machine: Machine, cache: Cache, q: Any, seen: Any) -> Any:
+    """float64 [rows, heads · dim]; `seen`: the positions that each row sees."""
+    k, v = kept(machine, cache)
+    rows, each = len(q), q.shape[1] // cache.dim // cache.kv_heads
+    parts = q.astype(np.float64).reshape(rows, cache.kv_heads, each, cache.dim)
+    out = np.zeros(parts.shape)
+    for r, positions in enumerate(seen):
+        slots = np.array(list(positions), np.int64) % cache.capacity
+        if len(slots):
+            b = r * cache.batch // rows
+            scores = np.einsum("hed,hsd->hes", parts[r], k[b][:, slots]) * cache.dim**-0.5
+            p = np.exp(scores - scores.max(-1, keepdims=True))
+            out[r] = np.einsum("hes,hsd->hed", p / p.sum(-1, keepdims=True), v[b][:, slots])
+    return out.reshape(rows, -1)
+
+
+SHAPES = [(16, 64, 1, 2), (16, 128, 4, 1), (8, 64, 2, 2), (4, 64, 8, 1), (16, 40, 3, 1)]
+
+
+@pytest.mark.parametrize(("bits", "dim", "each", "kv_heads"), SHAPES)
+def test_attention_is_that_of_float64(machine: Machine, bits: int, dim: int, each: int, kv_heads: int) -> None:
+    rng = np.random.default_rng(dim)
+    for capacity, lengths, window, tokens in ((70, [0, 69], 0, 1), (200, [180, 3], 0, 1), (40, [100, 17], 24, 3)):
+        cache = filled(machine, 2, kv_heads, capacity, dim, bits, capacity)
+        q = rng.standard_normal((2 * tokens, each * kv_heads * dim)).astype(np.float16)
+        out = machine.empty(q.shape, np.float16)
+        item = attend(machine, cache, machine.put(q), machine.put(np.array(lengths, np.int32)), out, window)
+        machine.run([item, item])
+        ends = [lengths[b] + 1 + i for b in range(2) for i in range(tokens)]
+        seen = [range(max(0, end - capacity, end - window if window else 0), end) for end in ends]
+        assert far(machine.get(out), attention(machine, cache, q, seen)) < 2 * TOLERANCE
+
+
+def test_cross_attention_sees_what_was_encoded(machine: Machine) -> None:
+    cache = filled(machine, 2, 2, 150, 64, 8, 0)
+    q = np.random.default_rng(0).standard_normal((4, 256)).astype(np.float16)
+    out = machine.empty(q.shape, np.float16)
+    machine.run([attend(machine, cache, machine.put(q), machine.put(np.array([150, 0], np.int32)), out, cross=True)])
+    assert far(machine.get(out), attention(machine, cache, q, [range(150), range(150), range(0), range(0)])) < 2 * TOLERANCE

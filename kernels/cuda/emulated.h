@@ -260,6 +260,9 @@ inline int from_lane_xor(int x, int bits) {
     u32 mine[1] = {u32(x)};
     return int(emulated::exchange<1>("shuffle", mine)[(emulated::state.now % 32) ^ bits][0]);
 }
+inline u32 bits_of(float x) { u32 y; std::memcpy(&y, &x, 4); return y; }
+inline float from_bits(u32 x) { float y; std::memcpy(&y, &x, 4); return y; }
+inline int nearest(float x) { return int(std::nearbyint(x)); }
 inline float reciprocal_root(float x) { return 1.0f / std::sqrt(x); }
 
 extern "C" const char* emulated_launch(void (*kernel)(const void*), const void* args, const int* grid, int threads, size_t shared_bytes, u32 seed) {

@@ -56,6 +56,8 @@ class Linear:
         given = {"codes": w.codes, "high": w.high, "scales": w.scales, "zeros": w.zeros, "tables": w.tables, "row_scale": w.row_scale}
         self.memory = {name: machine.put(array) if array.size else None for name, array in given.items()}
         self.memory["bias"] = None if bias is None else machine.put(np.asarray(bias, np.float32))
+        self.sizes = {"rows": w.rows, "cols": w.cols, "steps": w.steps, "groups": w.groups}
+        self.sizes |= {"group_shift": w.group.bit_length() - 1 if w.group else 0, "row_tables": int(len(w.tables) > 1)}
 
     def tiles_of(self, tokens: int) -> tuple[int, int]:
         """Tokens / 8 and rows / 16 of a block: more rows where x is read as much as the weights are."""
@@ -75,14 +77,15 @@ class Linear:
     def launches(
         self, x: Memory, out: Memory, residual: Memory | None = None, factor: Memory | None = None, x_scale: Memory | None = None
     ) -> list[Launch]:
-        """x float16 [M, stride ≥ cols, a multiple of 8]; out, residual and factor [M, rows], all float16 or all float32; x_scale float32 [M]."""
-        w, tokens = self.weights, x.shape[0]
-        values: dict[str, Any] = dict(self.memory)
-        values |= {
-            "rows": w.rows, "cols": w.cols, "steps": w.steps, "groups": w.groups, "x_stride": x.shape[1],
-            "out_stride": w.rows, "activation": self.activation, "row_tables": int(len(w.tables) > 1),
-            "group_shift": w.group.bit_length() - 1 if w.group else 0,
-        }  # fmt: skip
+        """x float16 [M, stride ≥ cols, a multiple of 8]; out, residual and factor [M, stride ≥ rows], all float16 or all float32; x_scale float32 [M]."""
+        tokens = x.shape[0]
+        values: dict[str, Any] = {
+            **self.memory,
+            **self.sizes,
+            "activation": self.activation,
+            "x_stride": x.shape[1],
+            "out_stride": out.shape[1],
+        }
         values |= {"x": x, "out": out, "residual": residual, "factor": factor, "x_scale": x_scale, "tokens": tokens}
         kernel = self.kernel(tokens, out.dtype == np.float16)
         return [self._few(kernel, values, tokens) if tokens <= FEW else self._many(kernel, values, tokens)]

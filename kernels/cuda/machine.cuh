@@ -65,6 +65,9 @@ ON_GPU void fence() { __threadfence(); }
 ON_GPU int count_up(int* p) { return atomicAdd(p, 1); }  // the count before
 ON_GPU float from_lane_xor(float x, int bits) { return __shfl_xor_sync(0xffffffffu, x, bits); }
 ON_GPU int from_lane_xor(int x, int bits) { return __shfl_xor_sync(0xffffffffu, x, bits); }
+ON_GPU u32 bits_of(float x) { return __float_as_uint(x); }
+ON_GPU float from_bits(u32 x) { return __uint_as_float(x); }
+ON_GPU int nearest(float x) { return __float2int_rn(x); }
 ON_GPU float reciprocal_root(float x) { return rsqrtf(x); }
 
 #endif
