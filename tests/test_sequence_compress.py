@@ -115,6 +115,11 @@ def test_what_training_and_leaving_refuse():
     with pytest.raises(InputError, match="not trained whole"):
         compress(spec, "depth:tune=3")
     assert len(Card.read(compress(spec, "depth").spec.files["sequence.json"]).caches) == 2
+    rounded = spec_of("encoder-decoder", layers=3, cache_bits=8)
+    assert chain_of(rounded) is None
+    left = compress(rounded, "depth:only=core.decoder").spec
+    assert sum(n.startswith("cross_") for n in left.methods["decode"].module.input_names) == 2 * 4
+    assert generate(run(left), Card.read(left.files["sequence.json"]), rounded.prompts[:1])[0].tokens
     guessing = spec_of("decoder-only", layers=3, several=(4,), exit=1)
     with pytest.raises(InputError, match="no further one can be left out"):
         compress(guessing, "depth:only=core.decoder")

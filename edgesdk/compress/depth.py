@@ -88,7 +88,7 @@ class Depth:
             if chain_of(whole) is None and any(e["path"] == "core.decoder" for e in edits):
                 raise InputError(
                     f"{spec.name}: tune = {config.tune}, but its answers are not trained whole",
-                    "windows and batches are not: leave tune out",
+                    "those of windows, batches and int8 caches are not: leave tune out",
                 )
             taught = TrainConfig(steps=config.tune, rate=config.rate)
             notes.append(trained(spec, taught, step, teacher=whole, name=self.name).note(self.name, config.tune))

@@ -47,7 +47,7 @@ def lost_of(spec: ModelSpec, path: str, gone: Sequence[int]) -> dict[str, Lost]:
     found = {}
     for name, entry in spec.methods.items():
         names: Any = entry.module.input_names
-        inputs = [at for at, n in enumerate(names) if (m := re.fullmatch(r"(?:self|cross)_[kv]_(\d+)", n)) and int(m[1]) in gone]
+        inputs = [at for at, n in enumerate(names) if (m := re.fullmatch(r"(?:self|cross)_\w+_(\d+)", n)) and int(m[1]) in gone]
         first = 0 if card.methods[name]["role"] == "encode" else 1  # behind the logits
         found[name] = Lost(tuple(inputs), tuple(sorted(first + 2 * i + x for i in gone for x in (0, 1))))
     return found

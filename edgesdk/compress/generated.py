@@ -215,7 +215,7 @@ class Chain:
 
 
 def chain_of(spec: ModelSpec) -> Chain | None:
-    """None for models that are no sequence models, for batches and windows, and where an answer begins with several tokens.
+    """None for models that are no sequence models, for batches, windows and int8 caches, and where an answer begins with several tokens.
 
     Of programs of several lengths the longest are taken: all have the same weights.
     """
@@ -229,7 +229,7 @@ def chain_of(spec: ModelSpec) -> Chain | None:
     first = "encode" if "encode" in roles else "prefill"
     if set(roles) != {first, "decode"} or any(m["batch"] > 1 for m in methods.values()):
         return None
-    if any(c.get("window") for c in card.caches) or (first == "encode" and len(card.start) != 1):
+    if card.cache_bits != 32 or any(c.get("window") for c in card.caches) or (first == "encode" and len(card.start) != 1):
         return None
     return Chain(card, roles[first], roles["decode"])
 
