@@ -63,7 +63,10 @@ class Lengths(Part):
         return len(self.values) == 1
 
     def __str__(self) -> str:
-        return str(self.values[0]) if self.is_point else f"{self.values[0]}–{self.largest} (mean {self.mean:.0f})"
+        if self.is_point:
+            return str(self.values[0])
+        few = ", ".join(map(str, self.values)) if len(self.values) <= 4 else f"{self.values[0]}–{self.largest}"
+        return f"{few} (mean {self.mean:.0f})"
 
 
 def quantile(pairs: Iterable[tuple[float, float]], q: float) -> float:

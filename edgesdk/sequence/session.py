@@ -30,7 +30,9 @@ def encode(programs: Programs, inputs: Sequence[Input], prefixes: Prefixes | Non
     if name is None:
         longest, unit = largest(methods, "source"), "frames of sound" if sound else "tokens"
         given, takes = (max(np.shape(x)[1] for x in inputs), 2 * longest) if sound else (max(lengths), longest)
-        raise SequenceError(f"the prompt has {given} {unit}", f"the model takes {takes} at most")
+        raise SequenceError(
+            f"the prompt has {given} {unit}", f"the model takes {takes} at most: give fewer, or build it with a longer --input-length"
+        )
     size, rows = int(methods[name]["source"]), len(inputs)
     if sound:
         source = np.zeros((rows, np.shape(inputs[0])[0], 2 * size), np.float32)
@@ -89,7 +91,10 @@ class Session:
         slots = largest(self.decodes, "cache") if name is None else int(self.decodes[name]["cache"])
         self.caches = Caches(self.programs.card, rows, slots)
         if name is None and self.caches.bounded:
-            raise SequenceError(f"the prompt has {longest} tokens", f"the model's largest cache holds {slots}")
+            raise SequenceError(
+                f"the prompt has {longest} tokens",
+                f"the model's largest cache holds {slots}: give fewer, or build it with a longer --input-length",
+            )
 
     def _place(self, order: Any) -> None:
         """Rows for the prompts `order`, filled up to whole batches; each batch's cross-attention inputs are laid out once."""
