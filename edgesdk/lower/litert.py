@@ -150,7 +150,6 @@ def _quantize(spec: ModelSpec, content: bytes, pairs: dict[_Operator, str]) -> b
 def _with_dequantized_caches(content: bytes) -> bytes:
     """The same flatbuffer with int8 inputs dequantized at a scale of 1 where they are cast to float32: LiteRT's XNNPACK delegate takes that in,
     a cast stays outside, where all caches would be float at once."""
-    import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
 
     model = schema.ModelT.InitFromObj(schema.Model.GetRootAsModel(content, 0))
@@ -168,9 +167,32 @@ def _with_dequantized_caches(content: bytes) -> bytes:
                 one = schema.QuantizationParametersT()
                 one.scale, one.zeroPoint = [1.0], [0]
                 graph.tensors[op.inputs[0]].quantization = one
-    builder = flatbuffers.Builder(len(content))
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
+    return _repacked(model, content)
+
+
+def _repacked(model: Any, content: bytes) -> bytes:
+    """A changed model, read from `content`, as a file: its constants stand behind the flatbuffer, at multiples of 16 bytes."""
+    import flatbuffers
+
+    def written() -> bytes:
+        builder = flatbuffers.Builder(1 << 16)
+        builder.Finish(model.Pack(builder), b"TFL3")
+        return bytes(builder.Output())
+
+    apart: list[tuple[Any, bytes]] = []
+    for buffer in model.buffers:
+        inside = b"" if buffer.data is None else bytes(bytearray(buffer.data))
+        data = content[buffer.offset : buffer.offset + buffer.size] if buffer.offset > 1 else inside
+        if len(data) >= 64 or buffer.offset > 1:
+            buffer.data, buffer.offset, buffer.size = None, 2, len(data)  # numbers of a fixed width: the length stays
+            apart.append((buffer, data))
+    at = -(-len(written()) // 16) * 16
+    parts: list[bytes] = []
+    for buffer, data in apart:
+        parts.append(data + bytes(-len(data) % 16))
+        buffer.offset, at = at, at + len(parts[-1])
+    head = written()
+    return b"".join((head, bytes(-len(head) % 16), *parts))
 
 
 def _ranges(spec: ModelSpec, tool: Any, source: Path) -> Any:
