@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgesdk.errors import MissingTool
+from edgesdk.errors import EdgeError, MissingTool
 from edgesdk.kernels.cuda import rows as of_rows
 from edgesdk.kernels.cuda.attention import Cache, attend, attend_kernel, keep, keep_kernel, new_cache
 from edgesdk.kernels.cuda.compile import ARCHITECTURES, PTX, Kernel, compiled, fields, packed_args, version
 from edgesdk.kernels.cuda.emulated import Emulated, compiler
+from edgesdk.kernels.cuda.launch import Gpu
 from edgesdk.kernels.cuda.linear import Linear, prefill_kernel, product_kernel
 from edgesdk.kernels.cuda.machine import Machine, Memory
 from edgesdk.kernels.cuda.rows import embed_kernel, row_kernel
@@ -91,11 +93,26 @@ def have_nvrtc() -> bool:
 needs_nvrtc = pytest.mark.skipif(not have_nvrtc(), reason="no NVRTC: pip install 'edgesdk[cuda]'")
 
 
-@pytest.fixture(params=[0, 1, 2])
+@lru_cache(maxsize=1)
+def gpu() -> Machine:
+    try:
+        return Gpu()
+    except EdgeError as error:
+        pytest.skip(error.what)
+
+
+@pytest.fixture(params=[0, 1, 2, pytest.param("gpu", marks=pytest.mark.gpu)])
 def machine(request: pytest.FixtureRequest) -> Machine:
+    if request.param == "gpu":
+        return gpu()
     if not have_compiler():
         pytest.skip("no C++ compiler to emulate with: install g++ or ziglang")
     return Emulated(ALL, request.param)
+
+
+def poisoned(machine: Machine, shape: Sequence[int], dtype: Any) -> Memory:
+    """Memory of NaNs, or of -1: what a kernel does not write is seen."""
+    return machine.put(np.full(shape, -1 if np.issubdtype(dtype, np.integer) else np.nan, dtype))
 
 
 def weights(seed: int, rows: int, cols: int, bits: int, group: int, zeros: bool) -> Code:
@@ -179,7 +196,7 @@ def run_linear(
     x = rng.standard_normal((m, cols)).astype(np.float16)
     bias = rng.standard_normal(rows).astype(np.float32) if extras else None
     layer = Linear(machine, code, bias, activation)
-    out = machine.empty((m, rows), dtype)
+    out = poisoned(machine, (m, rows), dtype)
     residual, factor = (rng.standard_normal((m, rows)).astype(dtype) for _ in range(2))
     x_scale = (rng.random(m) + 0.5).astype(np.float32)
     given = {"residual": residual, "factor": factor, "x_scale": x_scale} if extras else {}
@@ -247,6 +264,15 @@ def test_many_tokens_go_to_the_prefill_kernel(machine: Machine, code: Code, m: i
     assert far(*run_linear(machine, code, m, half_out)) < 2 * TOLERANCE
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("bits", "group", "zeros"), [(4, 32, True), (4, 128, False), (8, 0, False), (3, 64, True), (2, 64, True)])
+def test_large_layers_on_a_gpu(bits: int, group: int, zeros: bool, seed: int) -> None:
+    for rows, cols in ((4096, 4096), (1000, 11008)):
+        for m in (1, 8, 16, 64, 200):
+            assert far(*run_linear(gpu(), weights(seed, rows, cols, bits, group, zeros), m, half_out=seed == 1)) < 2 * TOLERANCE
+
+
 def test_the_struct_of_a_kernel_is_read_from_its_source() -> None:
     kernel = PRODUCTS[0]
     names = dict(fields(kernel.args))
@@ -276,7 +302,7 @@ def test_norms_are_those_of_float64(machine: Machine, dtype: Any, layer: bool) -
         x, add = (rng.standard_normal((m, cols)).astype(dtype) + dtype(3) for _ in range(2))
         weight, bias = (rng.standard_normal(cols).astype(np.float32) for _ in range(2))
         total, given = machine.put(x), {"bias": machine.put(bias)} if layer else {}
-        out = machine.empty((m, cols), np.float16)
+        out = poisoned(machine, (m, cols), np.float16)
         machine.run([of_rows.norm(total, machine.put(weight), out, add=machine.put(add), total=total, **given)])
         v = x.astype(np.float64) + add
         centred = v - v.mean(1, keepdims=True) if layer else v
@@ -288,7 +314,7 @@ def test_norms_are_those_of_float64(machine: Machine, dtype: Any, layer: bool) -
 def test_float32_is_halved_without_overflow(machine: Machine) -> None:
     x = np.random.default_rng(0).standard_normal((6, 300)).astype(np.float32)
     x *= np.array([1e-37, 1e-9, 1, 1e5, 1e37, 0], np.float32)[:, None]
-    out, scale = machine.empty(x.shape, np.float16), machine.empty((6,), np.float32)
+    out, scale = poisoned(machine, x.shape, np.float16), poisoned(machine, (6,), np.float32)
     machine.run([of_rows.halve(machine.put(x), out, scale)])
     back = machine.get(out).astype(np.float64) * machine.get(scale)[:, None].astype(np.float64)
     assert np.abs(back - x).max(1) == pytest.approx(np.zeros(6), abs=0) or (np.abs(back - x).max(1)[:5] < 5e-4 * np.abs(x).max(1)[:5]).all()
@@ -302,7 +328,7 @@ def test_the_first_of_the_largest_is_found(machine: Machine, dtype: Any) -> None
     x[2] = np.nan
     x[3, :999] = np.nan
     x[4, 700] = np.inf
-    out, count = machine.empty((5,), np.int32), machine.put(np.array([0, 1, 2, 3, 4], np.int32))
+    out, count = poisoned(machine, (5,), np.int32), machine.put(np.array([0, 1, 2, 3, 4], np.int32))
     history = machine.put(np.full((5, 4), -1, np.int32))
     machine.run([of_rows.argmax(machine.put(x), out, count, history)])
     assert machine.get(out).tolist() == [int(x[0].argmax()), 0, 0, 999, 700]
@@ -316,7 +342,7 @@ def test_the_first_of_the_largest_is_found(machine: Machine, dtype: Any) -> None
 )  # fmt: skip
 def test_embeddings_are_rows_of_the_same_weights(machine: Machine, code: Code, half_out: bool) -> None:
     ids = np.array([0, 39, 8, 23, -1, 40, 7], np.int32)
-    out = machine.empty((7, code.shape[1]), np.float16 if half_out else np.float32)
+    out = poisoned(machine, (7, code.shape[1]), np.float16 if half_out else np.float32)
     machine.run([of_rows.embed(Linear(machine, code), machine.put(ids), out)])
     wanted = decode(code).astype(np.float64)[np.clip(ids, 0, 39)] * ((ids >= 0) & (ids < 40))[:, None]
     assert far(machine.get(out), wanted) < TOLERANCE
@@ -355,7 +381,7 @@ def test_keys_and_values_are_turned_and_kept(machine: Machine, bits: int, worst:
     q, k, v = (rng.standard_normal((2 * tokens, n * dim)).astype(np.float16) for n in (heads, kv_heads, kv_heads))
     angles = np.arange(20)[:, None] * 10.0 ** -np.arange(0, 4, 4 / (dim // 2))
     cosines, sines = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
-    positions, q_out = np.array([6, 11], np.int32), machine.empty(q.shape, np.float16)
+    positions, q_out = np.array([6, 11], np.int32), poisoned(machine, q.shape, np.float16)
     turns = (machine.put(cosines), machine.put(sines))
     machine.run([keep(cache, machine.put(q), machine.put(k), machine.put(v), machine.put(positions), q_out, turns)])
     at = positions[:, None] + np.arange(tokens)
@@ -406,7 +432,7 @@ def test_attention_is_that_of_float64(machine: Machine, bits: int, dim: int, eac
     for capacity, lengths, window, tokens in ((70, [0, 69], 0, 1), (200, [180, 3], 0, 1), (40, [100, 17], 24, 3)):
         cache = filled(machine, 2, kv_heads, capacity, dim, bits, capacity)
         q = rng.standard_normal((2 * tokens, each * kv_heads * dim)).astype(np.float16)
-        out = machine.empty(q.shape, np.float16)
+        out = poisoned(machine, q.shape, np.float16)
         item = attend(machine, cache, machine.put(q), machine.put(np.array(lengths, np.int32)), out, window)
         machine.run([item, item])
         ends = [lengths[b] + 1 + i for b in range(2) for i in range(tokens)]
@@ -417,6 +443,6 @@ def test_attention_is_that_of_float64(machine: Machine, bits: int, dim: int, eac
 def test_cross_attention_sees_what_was_encoded(machine: Machine) -> None:
     cache = filled(machine, 2, 2, 150, 64, 8, 0)
     q = np.random.default_rng(0).standard_normal((4, 256)).astype(np.float16)
-    out = machine.empty(q.shape, np.float16)
+    out = poisoned(machine, q.shape, np.float16)
     machine.run([attend(machine, cache, machine.put(q), machine.put(np.array([150, 0], np.int32)), out, cross=True)])
     assert far(machine.get(out), attention(machine, cache, q, [range(150), range(150), range(0), range(0)])) < 2 * TOLERANCE

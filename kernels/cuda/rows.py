@@ -23,7 +23,7 @@ def _kind(memory: Memory) -> str:
 def row_kernel(name: str, struct: str, *parameters: str) -> Kernel:
     """A kernel of rows.cuh with its template parameters."""
     body = f"{name}<{', '.join(parameters)}>" if parameters else name
-    return Kernel("_".join((name, *parameters)), "rows.cuh", body, struct, THREADS)
+    return Kernel("_".join(("rows", name, *parameters)), "rows.cuh", body, struct, THREADS)
 
 
 def norm(
