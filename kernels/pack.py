@@ -54,6 +54,15 @@ def pack(code: Code, lanes: int, together: int = 1, half: bool = True) -> Panels
     )  # fmt: skip
 
 
+def kept_scales(scale: Any, half: bool) -> Any:
+    """Scales float32 [rows, groups] as panels keep them: in float16 beside the largest of the row."""
+    if not half:
+        return scale
+    row = np.abs(scale).max(1, keepdims=True)
+    row[row == 0] = 1
+    return (scale / row).astype(np.float16).astype(np.float32) * row
+
+
 def _padded(values: Any, size: int) -> Any:
     out = np.zeros(size, np.float32)
     out[: len(values)] = values

@@ -9,7 +9,7 @@ import numpy as np
 
 from edgesdk.errors import InputError
 from edgesdk.kernels.library import Library, library
-from edgesdk.kernels.pack import pack
+from edgesdk.kernels.pack import kept_scales, pack
 from edgesdk.kernels.panels import BLOCK, UnfitWeights
 from edgesdk.native.program import PARTS, write
 from edgesdk.packed import Code
@@ -46,8 +46,11 @@ def sequence_of(spec: ModelSpec) -> SequenceModel:
     return found  # type: ignore[no-any-return]
 
 
-def rounded(weight: Any, bits: int, group: int) -> Code:
-    """A float32 matrix [rows, cols] as a symmetric grid, a scale a `group` of columns (0: a row), so that its largest value is 2^(bits-1) - 1."""
+def rounded(weight: Any, bits: int, group: int, half: bool) -> Code:
+    """A float32 matrix [rows, cols] as a symmetric grid, a scale a `group` of columns (0: a row), so that its largest value is 2^(bits-1) - 1.
+
+    `half`: the kernels keep scales in float16, and these are such already.
+    """
     rows, cols = weight.shape
     size = cols if group == 0 or group >= cols else group
     if cols % size:
@@ -56,6 +59,7 @@ def rounded(weight: Any, bits: int, group: int) -> Code:
     middle = 1 << (bits - 1)
     scale = np.abs(parts).max(2) / np.float32(middle - 1)
     scale[scale == 0] = 1
+    scale = kept_scales(scale, half and bits != 8)
     q = np.clip(np.rint(parts / scale[..., None]) + middle, 0, 2 * middle - 1).astype(np.uint8)
     return Code("grid", (rows, cols), (bits, 0 if size == cols else group), (q.reshape(rows, -1)[:, :cols], scale, np.zeros(0, np.uint8)))
 
@@ -86,7 +90,7 @@ class _Lowering:
         precision = self._precision(path)
         if precision not in BITS:
             raise InputError(f"{path} is planned in {precision}, which the native target has not", f"known: {', '.join(sorted(set(BITS)))}")
-        return rounded(self.state[f"{path}.weight"], *BITS[precision])
+        return rounded(self.state[f"{path}.weight"], *BITS[precision], self.kernels.half)
 
     def add_panels(self, name: str, code: Code) -> None:
         p = pack(code, self.kernels.lanes, self.kernels.together, self.kernels.half)
@@ -139,7 +143,7 @@ class _Lowering:
         elif head is not None and self.panels["head"]["bits"] == 8 and np.array_equal(weight, 2 * self.state["head.weight"]):
             entry |= {"panels": "head", "factor": 2 * factor}
         else:
-            self.add_panels(path, self.code(path) if path in self.codes else rounded(weight, 8, 0))
+            self.add_panels(path, self.code(path) if path in self.codes else rounded(weight, 8, 0, self.kernels.half))
             entry["panels"] = path
         self.linears[path] = entry
 

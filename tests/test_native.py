@@ -1,0 +1,228 @@
+"""Sequence models on our own kernels: every layout and way of placing tokens, against PyTorch with the very same rounded weights and inputs."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from edgesdk.cli import main
+from edgesdk.errors import InputError
+from edgesdk.kernels.cpu import host_targets, target_of
+from edgesdk.kernels.reference import round_inputs
+from edgesdk.lower import build
+from edgesdk.model import Method, ModelSpec
+from edgesdk.native.lower import lower_native, rounded
+from edgesdk.native.machine import Machine
+from edgesdk.native.memory import memory_plan
+from edgesdk.native.program import Program, ProgramError
+from edgesdk.packed import decode
+from edgesdk.plan import plan
+from edgesdk.runner import RunnerError, open_program
+from edgesdk.sequence.config import SequenceConfig, Stack
+from edgesdk.sequence.export import sequence_spec
+from edgesdk.sequence.model import SequenceModel
+
+STACK = {"dim": 96, "heads": 4, "kv_heads": 2, "head": 24, "ffn": 128}
+TWO = Stack(layers=2, **STACK)
+ENCODER_DECODER: dict[str, Any] = {"layout": "encoder-decoder", "vocab": 61, "encoder": TWO, "decoder": TWO}
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "encoder-decoder": (ENCODER_DECODER, {"batch": 3, "several": (2,)}),
+    "widths-differ": ({**ENCODER_DECODER, "encoder": Stack(layers=2, **{**STACK, "dim": 64})}, {}),
+    "t5": ({**ENCODER_DECODER, "positions": "relative", "logit_scale": 0.1, "attention_scale": 1.0, "activation": "gelu_tanh"}, {"batch": 2}),
+    "bart": (
+        {
+            **ENCODER_DECODER, "positions": "learned", "position_offset": 2, "norm": "layer", "norm_place": "post", "final_norm": False, "embed_norm": True,
+            "qkv_bias": True, "out_bias": True, "ffn_bias": True, "gated": False, "activation": "gelu", "head_bias": True, "embed_scale": 3.0,
+        },
+        {},
+    ),
+    "marian": (
+        {**ENCODER_DECODER, "positions": "sinusoidal", "norm": "layer", "norm_place": "post", "final_norm": False, "gated": False, "activation": "relu"}, {},
+    ),
+    "llama": ({"layout": "decoder-only", "vocab": 61, "decoder": TWO}, {"several": (3,)}),
+    "qwen": (
+        {"layout": "decoder-only", "vocab": 61, "decoder": Stack(layers=2, windows=(5, 0), **STACK), "qk_norm": True, "tied": False},
+        {"several": (3,), "batch": 2},
+    ),
+    "cache-once": (
+        {"layout": "decoder-decoder", "vocab": 61, "decoder": Stack(layers=3, windows=(5, 0, 0), **STACK), "shared_from": 1, "tied": False}, {"batch": 2},
+    ),
+    "ctc": ({"layout": "encoder-ctc", "vocab": 61, "encoder": Stack(layers=2, windows=(3, 0), **STACK)}, {}),
+}  # fmt: skip
+FORMS = {"int8-dynamic": (8, 0), "int4-g32": (4, 32)}
+
+
+def spec_of(kind: str) -> ModelSpec:
+    config, sizes = KINDS[kind]
+    torch.manual_seed(1)
+    model = SequenceModel(SequenceConfig(**config)).eval()
+    for p in model.parameters():
+        if p.ndim == 1:
+            p.data += 0.3 * torch.randn_like(p)
+    start = (2,) if "decoder" in config else ()
+    return sequence_spec(model, name=kind, source_lengths=(8,), cache_lengths=(24,), start=start, eos=(1,), **sizes)
+
+
+def choice_of(spec: ModelSpec, precision: str) -> dict[tuple[str, str], str]:
+    """Every matrix in `precision`, tables in int8."""
+    found = {}
+    for method, m in spec.methods.items():
+        for path, module in m.module.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                found[method, path] = precision
+    return found
+
+
+def same_rounding(spec: ModelSpec, precision: str) -> dict[str, Any]:
+    """The methods' modules with weights and inputs of matrices rounded as native programs round them."""
+
+    def before(_: Any, inputs: tuple[Any, ...]) -> Any:
+        x = inputs[0]
+        q, scale, zero = round_inputs(x.reshape(-1, x.shape[-1]).numpy())
+        return (torch.from_numpy((scale[:, None] * (q - zero[:, None])).astype(np.float32)).reshape(x.shape),)
+
+    made = {}
+    for name, method in spec.methods.items():
+        module = copy.deepcopy(method.module)
+        for path, part in module.named_modules():
+            if isinstance(part, torch.nn.Linear):
+                part.weight.data = torch.from_numpy(decode(rounded(part.weight.detach().numpy(), *FORMS[precision], True)).copy())
+                part.register_forward_pre_hook(before)
+            elif isinstance(part, torch.nn.Embedding) and path.endswith("embed"):
+                part.weight.data = torch.from_numpy(decode(rounded(part.weight.detach().numpy(), 8, 0, True)).copy())
+        made[name] = module
+    return made
+
+
+def inputs_of(method: Method, role: str) -> list[np.ndarray]:
+    """Examples with padding, empty slots of the caches, and positions in the middle."""
+    arrays = [t.numpy().copy() for t in method.example_inputs]
+    for name, a in zip(method.module.input_names, arrays, strict=True):  # type: ignore[arg-type]
+        if name == "source_mask":
+            a[:, -3:] = -1e4
+        elif name == "mask" and role == "decode":
+            a[:, :, 15:24] = -1e4
+        elif name == "mask":
+            a[:, 6:] = -1e4
+        elif name == "positions" and role == "decode":
+            a -= 9
+        elif name == "last":
+            a[:] = 5
+    return arrays
+
+
+@pytest.mark.parametrize("precision", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_method_is_that_of_eager_with_the_same_rounding(kind: str, precision: str, tmp_path: Path) -> None:
+    spec = spec_of(kind)
+    path = tmp_path / "model.native"
+    path.write_bytes(lower_native(spec, f"native-{host_targets()[0]}", choice_of(spec, precision)))
+    machine, eager = Machine(str(path)), same_rounding(spec, precision)
+    assert machine.methods == tuple(sorted(spec.methods))
+    errors = []
+    for name, method in spec.methods.items():
+        role = machine.program.methods[name]["role"]
+        arrays = inputs_of(method, role)
+        with torch.no_grad():
+            outputs = eager[name](*(torch.from_numpy(a) for a in arrays))
+        wanted = [o.numpy() for o in (outputs if isinstance(outputs, tuple) else (outputs,))]
+        for _ in range(2):  # a second run finds what the first one left
+            got = machine.run(name, arrays)
+            assert [g.shape for g in got] == [w.shape for w in wanted]
+            for g, w in zip(got, wanted, strict=True):
+                seen = slice(0, 3) if kind == "ctc" else slice(None)
+                errors.append(np.sqrt(((g - w)[:, seen] ** 2).mean() / (w[:, seen] ** 2).mean()))
+    assert np.median(errors) < 1e-4 and max(errors) < 0.03, errors  # a value between two codes may go either way, and what follows with it
+
+
+@pytest.mark.parametrize("target", [t for t in host_targets()[1:] if t != "plain"])
+def test_other_instructions_give_the_same_answers(target: str, tmp_path: Path) -> None:
+    spec = spec_of("encoder-decoder")
+    found = []
+    for name in (host_targets()[0], target):
+        path = tmp_path / name
+        path.write_bytes(lower_native(spec, f"native-{name}", choice_of(spec, "int4-g32")))
+        found.append(Machine(str(path)).run("decode", inputs_of(spec.methods["decode"], "decode"))[0])
+    assert np.abs(found[0] - found[1]).max() < 0.02 * np.abs(found[0]).max()
+
+
+def test_threads_change_no_answer(tmp_path: Path) -> None:
+    spec = spec_of("llama")
+    path = tmp_path / "model.native"
+    path.write_bytes(lower_native(spec, f"native-{host_targets()[0]}", {}))
+    arrays = inputs_of(spec.methods["prefill"], "prefill")
+    one, two = (Machine(str(path), threads).run("prefill", arrays) for threads in (1, 2))
+    assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_a_tied_table_is_stored_once_and_memory_is_told(tmp_path: Path) -> None:
+    content = lower_native(spec_of("llama"), f"native-{host_targets()[0]}", {})
+    path = tmp_path / "model.native"
+    path.write_bytes(content)
+    program = Program(str(path))
+    assert program.linears["embed"]["panels"] == "head"
+    sizes = memory_plan(content)
+    assert sizes["program"] == len(content) and sizes["constants"] < len(content)
+    assert {"planned:prefill:0", "planned:decode:0"} <= set(sizes)
+
+
+def test_damaged_and_foreign_programs_are_refused(tmp_path: Path) -> None:
+    content = lower_native(spec_of("ctc"), f"native-{host_targets()[0]}", {})
+    path = tmp_path / "model.native"
+    for damaged in (b"", b"EDGENATV", content[:100], content[:-64], b"x" * 200, content[:16] + b"[" + content[17:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ProgramError):
+            Program(str(path))
+        with pytest.raises(RunnerError):
+            open_program(str(path), "native")
+
+
+def test_inputs_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    spec = spec_of("llama")
+    path = tmp_path / "model.native"
+    path.write_bytes(lower_native(spec, f"native-{host_targets()[0]}", {}))
+    runner = open_program(str(path), "native")
+    arrays = inputs_of(spec.methods["decode"], "decode")
+    with pytest.raises(RunnerError):
+        runner.run("decode", arrays[:-1])
+    with pytest.raises(RunnerError):
+        runner.run("nothing", arrays)
+    for token in (-1, 61):
+        with pytest.raises((RunnerError, ValueError), match="vocabulary"):
+            runner.run("decode", [np.full_like(arrays[0], token), *arrays[1:]])
+
+
+def test_a_model_outside_the_family_is_refused() -> None:
+    spec = ModelSpec(name="plain", digest="0", methods={"forward": Method(torch.nn.Linear(4, 4), (torch.zeros(1, 4),))})
+    with pytest.raises(InputError, match="no sequence model"):
+        lower_native(spec, "native-plain", {})
+    with pytest.raises(InputError, match="no kernels for"):
+        lower_native(spec_of("ctc"), "native-abacus", {})
+
+
+def test_profiles_instructions_name_a_target() -> None:
+    assert target_of(("neon", "fp16", "dotprod")) == "arm-dotprod"
+    assert target_of(("neon",)) == "arm-neon"
+    assert target_of(("avx2", "avx512", "avx512_vnni", "avx_vnni")) == "x86-avx512vnni"
+    assert target_of(("avx2",)) == "x86-avx2"
+    assert target_of(()) == "plain"
+
+
+def test_plan_build_and_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from sequence_small import encoder_decoder
+
+    ref = f"{Path(__file__).parent / 'sequence_small.py'}:encoder_decoder"
+    made = plan(ref, "host", runtime="native")
+    assert {u.precision for u in made.units if u.op == "linear"} <= {"int8-dynamic", "int4-g32"}
+    bundle = build(made, encoder_decoder(), tmp_path / "small.edge")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(bundle), "--prompt", "abc", "--json"])
+    assert ended.value.code == 0
+    assert json.loads(capsys.readouterr().out)["answers"]
