@@ -61,6 +61,7 @@ def _norm(rows: int, width: int) -> tuple[nn.Module, tuple[int, ...]]:
 WEIGHTED: dict[str, Make] = {
     "linear_a": partial(_linear, 1, 32, 32, 2), "linear_b": partial(_linear, 1, 256, 256, 4),
     "linear_c": partial(_linear, 1, 1024, 1024, 2), "linear_d": partial(_linear, 48, 96, 96, 4), "linear_e": partial(_linear, 64, 384, 384, 2),
+    "linear_f": partial(_linear, 256, 512, 1024),
     "conv_a": partial(_conv, 32, 3, 16, 3), "conv_b": partial(_conv, 16, 32, 48, 3, 2), "conv_c": partial(_conv, 8, 64, 96, 3, 2),
     "conv_d": partial(_conv, 20, 64, 64, 1, 3), "conv_e": partial(_conv, 6, 128, 160, 1, 3), "conv_f": partial(_conv, 8, 1, 32, 3),
     "depth_a": partial(_depthwise, 16, 32, 3), "depth_b": partial(_depthwise, 24, 64, 2), "depth_c": partial(_depthwise, 6, 160, 3),
@@ -75,7 +76,7 @@ PLAIN: dict[str, Make] = {
     "mean_a": partial(_op, lambda x: nn.functional.adaptive_avg_pool2d(x, 1), 1, 128, 6, 6),
     "mean_b": partial(_op, lambda x: nn.functional.adaptive_avg_pool2d(x, 1), 1, 32, 24, 24),
     "mat_a": partial(_op, lambda x: torch.matmul(x, x.transpose(-1, -2)), 4, 48, 24),
-    "mat_b": partial(_op, lambda x: torch.matmul(x, x.transpose(-1, -2)), 3, 192, 64),
+    "mat_b": partial(_op, lambda x: torch.matmul(x, x), 3, 160, 160), "mat_c": partial(_op, lambda x: torch.matmul(x, x), 1, 8, 8, times=2),
 }  # fmt: skip
 PASSED = {"pass_a": (24, 64), "pass_b": (8, 8192)}
 """Inputs and their elements."""

@@ -1,6 +1,7 @@
 """Does the cost model pick the layout that measures best here? Held-out cases: sizes and lengths that nothing was tuned on.
 
-    python tests/bench/layouts_pick.py --folder FOLDER [--runtime litert] [--out samples.json]
+    python tests/bench/layouts_pick.py --folder FOLDER [--runtime litert] [--sizes small,narrow,wide] [--out samples.json]
+    python tests/bench/layouts_pick.py --folder FOLDER --measured samples.json     # predicted anew, beside what was measured then
 
 For each size, every layout is lowered once (kept in the folder) with caches for the longest answer; each program is timed in fresh
 processes by turns (processor time, one thread), and an answer's time is that of its programs as often as they run. A case is a budget of parameters, a length read
@@ -27,12 +28,13 @@ from tests.bench.layout_programs import seconds_of
 CHILD = Path(__file__).with_name("layout_programs.py")
 SLOTS = 48
 BASES = {
+    "small": Stack(layers=3, dim=128, heads=4, kv_heads=2, head=32, ffn=512),
     "narrow": Stack(layers=4, dim=256, heads=4, kv_heads=2, head=64, ffn=1024),
     "wide": Stack(layers=4, dim=640, heads=8, kv_heads=4, head=64, ffn=1920),
 }
-VOCAB = {"narrow": 4000, "wide": 8000}
+VOCAB = {"small": 2000, "narrow": 4000, "wide": 8000}
 NAMES = ("decoder-only", "encoder-decoder 1/2", "encoder-decoder, one-layer decoder", "decoder-decoder")
-READ = {"narrow": (24, 96), "wide": (48,)}
+READ = {"small": (64,), "narrow": (24, 96), "wide": (48,)}
 WRITTEN = (2, 4, 8, 16, 32, 48)
 
 
@@ -109,16 +111,26 @@ def main() -> None:
     parser.add_argument("--names", default="|".join(NAMES), help=f"of {', '.join(LAYOUTS)}; | between")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=0.5)
+    parser.add_argument("--measured", type=Path, help="samples of an earlier run: nothing is lowered or timed")
+    parser.add_argument("--lower-only", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     where = places(load_device("host"), "int8", args.runtime, 1)[0]
     models = [Model(size, name, read, args) for size in args.sizes.split(",") for read in READ[size] for name in args.names.split("|")]
-    for model in models:
-        model.lower()
-    for _ in range(args.rounds):
+    if args.measured:
+        known = json.loads(args.measured.read_text())["rounds"]
+        models = [m for m in models if m.file.name in known]
         for model in models:
-            model.time()
+            model.rounds = known[model.file.name]
+    else:
+        for model in models:
+            model.lower()
+        for _ in range(0 if args.lower_only else args.rounds):
+            for model in models:
+                model.time()
+    if args.lower_only:
+        return
     found = cases(models, where)
     for c in found:
         shown = ", ".join(f"{n} {t['predicted_s'] * 1e3:.2f} | {t['measured_s'] * 1e3:.2f}" for n, t in c["layouts"].items())
