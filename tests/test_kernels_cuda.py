@@ -101,7 +101,7 @@ def gpu() -> Machine:
         pytest.skip(error.what)
 
 
-@pytest.fixture(params=[0, 1, 2, pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(params=[0, 2, 3, pytest.param("gpu", marks=pytest.mark.gpu)])
 def machine(request: pytest.FixtureRequest) -> Machine:
     if request.param == "gpu":
         return gpu()

@@ -1,6 +1,7 @@
-// machine.cuh for a CPU: the threads of a block are fibers that run one at a time, in an order drawn from a seed, and change at every barrier,
-// shuffle and matrix product. Device memory ends at a page that cannot be read; shared memory holds garbage when a block begins;
-// asynchronous copies happen as late as they may. What it finds: wrong indices, missing barriers, diverging warps. What it does not: speed.
+// machine.cuh for a CPU: the threads of a block are fibers that run one at a time and change at every barrier, shuffle and matrix product, all
+// in turn, or (a seed above 1) warp by warp in an order drawn from the seed, each as far as it comes. Asynchronous copies happen as late as they
+// may, with odd seeds as early as they may. Device memory ends at a page that cannot be read; shared memory holds garbage when a block begins.
+// What it finds: wrong indices, missing barriers and waits, diverging warps. What it does not: speed.
 #pragma once
 #define EMULATED 1
 #include <csetjmp>
@@ -59,6 +60,7 @@ struct State {
     long block_arrived = 0;
     int now = 0;
     u8* shared = nullptr;
+    bool early = false;  // asynchronous copies happen when they are asked for, not when they are waited for
     ucontext_t main;
     void (*kernel)(const void*) = nullptr;
     const void* args = nullptr;
@@ -117,23 +119,34 @@ inline const char* run_block(std::mt19937& random, size_t shared_bytes, bool shu
         makecontext(&f.context, start, 0);
         order[i] = i;
     }
-    long quiet = 0;
-    for (int left = count; left > 0;) {
-        if (shuffled) std::shuffle(order.begin(), order.end(), random);
-        long before = state.block_arrived;
-        for (Warp& w : state.warps) before += w.arrived;
-        int done = left;
-        for (int i : order) {
-            if (state.fibers[i].done) continue;
-            state.now = i;
-            state.thread = {i, 0, 0};
-            swapcontext(&state.main, &state.fibers[i].context);
-            if (state.fault) return state.fault;
-            left -= state.fibers[i].done;
+    std::vector<int> turns(state.warps.size());
+    for (size_t w = 0; w < turns.size(); w++) turns[w] = int(w);
+    int left = count;
+    auto progress = [&] {
+        long sum = state.block_arrived - left;
+        for (Warp& w : state.warps) sum += w.arrived;
+        return sum;
+    };
+    for (int quiet = 0; left > 0;) {
+        if (shuffled) std::shuffle(turns.begin(), turns.end(), random);
+        const long before = progress();
+        for (int w : turns) {
+            const auto first = order.begin() + w * 32, last = order.begin() + std::min(count, w * 32 + 32);
+            for (long at = -1 - count; at != progress();) {  // a warp runs as far as it comes, or, in order, one step
+                at = shuffled ? progress() : at;
+                if (shuffled) std::shuffle(first, last, random);
+                for (auto i = first; i != last; i++) {
+                    if (state.fibers[*i].done) continue;
+                    state.now = *i;
+                    state.thread = {*i, 0, 0};
+                    swapcontext(&state.main, &state.fibers[*i].context);
+                    if (state.fault) return state.fault;
+                    left -= state.fibers[*i].done;
+                }
+                if (!shuffled) break;
+            }
         }
-        long after = state.block_arrived;
-        for (Warp& w : state.warps) after += w.arrived;
-        quiet = before == after && done == left ? quiet + 1 : 0;
+        quiet = before == progress() ? quiet + 1 : 0;
         if (quiet > 2) return "threads wait for others that never come";
     }
     return nullptr;
@@ -142,7 +155,7 @@ inline const char* run_block(std::mt19937& random, size_t shared_bytes, bool shu
 // Null, or what went wrong.
 inline const char* launch(void (*kernel)(const void*), const void* args, const int* grid, int threads, size_t shared_bytes, u32 seed) {
     std::mt19937 random(seed);
-    state.kernel = kernel; state.args = args; state.fault = nullptr;
+    state.kernel = kernel; state.args = args; state.fault = nullptr; state.early = seed % 2;
     state.size = {threads, 1, 1};
     state.grid = {grid[0], grid[1], grid[2]};
     state.fibers.resize(threads);
@@ -225,9 +238,17 @@ template <class T> inline T load(const T* p) { return *p; }
 inline float load_fresh(const float* p) { return *p; }
 template <class T> inline T* shared(int byte) { return reinterpret_cast<T*>(emulated::state.shared + byte); }
 
+namespace emulated {
+inline void copy(const Copy& c) {
+    std::memset(c.to, 0, 16);
+    std::memcpy(c.to, c.from, c.bytes);
+}
+}  // namespace emulated
 inline void copy_async(void* to, const void* from, int bytes) {
     auto& f = emulated::state.fibers[emulated::state.now];
-    f.copies.push_back({to, from, bytes, f.groups});
+    emulated::Copy c{to, from, bytes, f.groups};
+    if (emulated::state.early) emulated::copy(c);
+    else f.copies.push_back(c);
 }
 inline void copies_commit() { emulated::state.fibers[emulated::state.now].groups++; }
 template <int LEFT> inline void copies_wait() {
@@ -235,8 +256,7 @@ template <int LEFT> inline void copies_wait() {
     std::vector<emulated::Copy> later;
     for (auto& c : f.copies) {
         if (c.group >= f.groups - LEFT) { later.push_back(c); continue; }
-        std::memset(c.to, 0, 16);
-        std::memcpy(c.to, c.from, c.bytes);
+        emulated::copy(c);
     }
     f.copies = later;
 }

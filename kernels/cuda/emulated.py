@@ -56,7 +56,8 @@ def library(kernels: Sequence[Kernel]) -> Any:
 
 
 class Emulated:
-    """A `Machine` on this CPU. `seed`: 0 runs threads in order, 1 blocks from the last to the first, others in an order drawn from it."""
+    """A `Machine` on this CPU. `seed`: 0 and 1 run threads in turn, others warp by warp in an order drawn from it; odd ones run blocks from the last
+    to the first and copy early."""
 
     def __init__(self, kernels: Sequence[Kernel], seed: int = 0, units: int = 4) -> None:
         self.name, self.units, self.seed = "emulated", units, seed
