@@ -213,6 +213,7 @@ inline double part(u32 x, int at) { return half_value(u16(x >> at)); }
 inline u32 half2_fma(u32 a, u32 b, u32 c) { using namespace emulated; return both([&](int s) { return part(a, s) * part(b, s) + part(c, s); }); }
 inline u32 half2_sub(u32 a, u32 b) { using namespace emulated; return both([&](int s) { return part(a, s) - part(b, s); }); }
 inline u32 half2_mul(u32 a, u32 b) { using namespace emulated; return both([&](int s) { return part(a, s) * part(b, s); }); }
+inline u32 and_or(u32 a, u32 mask, u32 also) { return (a & mask) | also; }
 inline u32 to_half2(float low, float high) { return emulated::to_half(low) | u32(emulated::to_half(high)) << 16; }
 inline u16 to_half(float x) { return emulated::to_half(x); }
 inline float from_half(u16 h) { return float(emulated::half_value(h)); }

@@ -18,26 +18,47 @@ template <int BITS, int EIGHTS, bool TABLE> struct Slice {
 // Neighbouring rows of x keep their chunks in different halves of 128 bytes, so that eight lanes never ask one bank for two things.
 ON_GPU int swizzled(int token, int chunk) { return chunk ^ (token & 1) * 4; }
 
-template <int BITS, int EIGHTS, bool TABLE> ON_GPU void copy_slice(const Product& p, int slice, int at, int first_tile, int tiles, int first_token) {
+// The chunks of 16 bytes that a thread copies of every slice: the same places, one slice further along.
+template <int BITS, int EIGHTS, bool TABLE> struct Copies {
     using S = Slice<BITS, EIGHTS, TABLE>;
-    for (int i = threadIdx.x; i < 8 * S::steps * 32; i += 256) {
-        long long tile = min(first_tile + i / (S::steps * 32), tiles - 1);
-        long long step = tile * p.steps + slice * S::steps + i / 32 % S::steps;
-        copy_async(shared<u8>(at + S::codes_at + i * 16), static_cast<const u8*>(p.codes) + (step * 32 + i % 32) * 16, 16);
-    }
-    if constexpr (BITS == 3)
-        for (int i = threadIdx.x; i < 8 * S::steps * 16; i += 256) {
-            long long tile = min(first_tile + i / (S::steps * 16), tiles - 1);
-            long long step = tile * p.steps + slice * S::steps + i / 16 % S::steps;
-            copy_async(shared<u8>(at + S::high_at + i * 16), static_cast<const u8*>(p.high) + step * 256 + i % 16 * 16, 16);
+    static constexpr int threads = 256, across = threads / S::chunks;  // tokens that the threads take at a time
+    static constexpr int turns = S::tokens / across;
+    const u8* codes[S::steps];
+    const u8* high;
+    const u16* x[turns];
+    bool token[turns];
+
+    ON_GPU Copies(const Product& p, int first_tile, int tiles, int first_token) {
+        const int i = threadIdx.x;
+#pragma unroll
+        for (int s = 0; s < S::steps; s++) {  // a tile's steps lie one behind the other, here and there
+            const int chunk = s * threads + i;
+            const long long tile = min(first_tile + chunk / (S::steps * 32), tiles - 1);
+            codes[s] = static_cast<const u8*>(p.codes) + (tile * p.steps * 32 + chunk % (S::steps * 32)) * 16;
         }
-    for (int i = threadIdx.x; i < S::tokens * S::chunks; i += 256) {
-        int token = i / S::chunks, chunk = i % S::chunks, col = slice * S::columns + chunk * 8;
-        int left = first_token + token < p.tokens ? max(0, min(8, p.cols - col)) : 0;
-        const u16* from = left ? p.x + static_cast<long long>(first_token + token) * p.x_stride + col : p.x;
-        copy_async(shared<u8>(at + S::x_at + (token * S::chunks + swizzled(token, chunk)) * 16), from, left * 2);
+        high = static_cast<const u8*>(p.high) + (static_cast<long long>(min(first_tile + i / 16, tiles - 1)) * p.steps * 16 + i % 16) * 16;
+#pragma unroll
+        for (int n = 0; n < turns; n++) {
+            const int row = first_token + n * across + i / S::chunks;
+            token[n] = row < p.tokens;
+            x[n] = p.x + static_cast<long long>(token[n] ? row : 0) * p.x_stride + i % S::chunks * 8;
+        }
     }
-}
+    ON_GPU void start(const Product& p, int slice, int at) const {
+        const int i = threadIdx.x, chunk = i % S::chunks;
+#pragma unroll
+        for (int s = 0; s < S::steps; s++) copy_async(shared<u8>(at + S::codes_at + (s * threads + i) * 16), codes[s] + slice * S::steps * 512, 16);
+        if constexpr (BITS == 3)
+            if (i < 128) copy_async(shared<u8>(at + S::high_at + i * 16), high + slice * 256, 16);
+        const int left = max(0, min(8, p.cols - slice * S::columns - chunk * 8)) * 2;
+#pragma unroll
+        for (int n = 0; n < turns; n++) {
+            const int row = n * across + i / S::chunks, bytes = token[n] ? left : 0;
+            const u16* from = x[n] + (bytes ? slice * S::columns : 0);
+            copy_async(shared<u8>(at + S::x_at + (row * S::chunks + swizzled(row, chunk)) * 16), bytes ? from : p.x, bytes);
+        }
+    }
+};
 
 // Scales and zeros of a slice, on their way while the slice before is computed.
 template <int BITS, int FLUSH, bool ZEROS, int BLOCKS> struct Groups {
@@ -48,9 +69,9 @@ template <int BITS, int FLUSH, bool ZEROS, int BLOCKS> struct Groups {
         for (int r = 0; r < 2; r++)
 #pragma unroll
             for (int b = 0; b < BLOCKS; b++) {
-                long long tile = min(first_tile + r, tiles - 1);
-                int group = FLUSH == 0 ? 0 : min((slice * BLOCKS + b) * 32 >> p.group_shift, p.groups - 1);
-                long long at = (tile * p.groups + group) * 8 + g;
+                const long long tile = min(first_tile + r, tiles - 1);
+                const int group = FLUSH == 0 ? 0 : (slice * BLOCKS + b) * 32 >> p.group_shift;
+                const long long at = (tile * p.groups + group) * 8 + g;
                 if (FLUSH) scales[r][b] = p.scales[at];
                 if (ZEROS) zeros[r][b] = p.zeros[at];
             }
@@ -70,13 +91,14 @@ template <int BITS, bool TABLE, int FLUSH, bool ZEROS, int EIGHTS, class OUT> ON
             tables[i] = p.tables[p.row_tables ? min(first_tile * 16 + i / 16, tiles * 16 - 1) * 16 + i % 16 : i % 16];
     float sums[2][EIGHTS][4] = {};
     Groups<BITS, FLUSH, ZEROS, S::blocks> now, next;
-    copy_slice<BITS, EIGHTS, TABLE>(p, 0, 0, first_tile, tiles, first_token);
+    const Copies<BITS, EIGHTS, TABLE> copies(p, first_tile, tiles, first_token);
+    copies.start(p, 0, 0);
     copies_commit();
     now.load(p, 0, first_tile + rows_of, tiles, g);
     for (int slice = 0; slice < slices; slice++) {
         const int at = slice % 2 * S::bytes;
         if (slice + 1 < slices) {
-            copy_slice<BITS, EIGHTS, TABLE>(p, slice + 1, S::bytes - at, first_tile, tiles, first_token);
+            copies.start(p, slice + 1, S::bytes - at);
             next.load(p, slice + 1, first_tile + rows_of, tiles, g);
         }
         copies_commit();

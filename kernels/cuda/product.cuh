@@ -63,17 +63,39 @@ template <class OUT> ON_GPU void finish(const Product& p, int row, int token, fl
     write(static_cast<OUT*>(p.out) + at, v);
 }
 
-// Eight columns of a row of x from `col`, 0 beyond the last.
-ON_GPU Words4 load_x(const Product& p, int token, int col) {
-    Words4 w = {{0, 0, 0, 0}};
-    if (token >= p.tokens || col >= p.cols) return w;
-    const u16* at = p.x + static_cast<long long>(token) * p.x_stride + col;
-    if (col + 8 <= p.cols) return *reinterpret_cast<const Words4*>(at);
+// Of eight columns of x only the first `left` count: what stands behind the last column must not matter.
+ON_GPU Words4 first_of(Words4 w, int left) {
 #pragma unroll
-    for (int i = 0; i < 7; i++)
-        if (i < p.cols - col) w.v[i / 2] |= static_cast<u32>(at[i]) << (i % 2 * 16);
+    for (int i = 0; i < 4; i++) w.v[i] &= left >= 2 * i + 2 ? 0xffffffffu : left == 2 * i + 1 ? 0x0000ffffu : 0u;
     return w;
 }
+
+// Where a lane reads from: its tiles' codes, scales and zeros, and its columns of x.
+template <int EIGHTS, int TILES> struct Sources {
+    const Words4* codes[TILES];
+    const Words2* high[TILES];
+    const u32* scales[TILES];
+    const u16* zeros[TILES];
+    const u16* x[EIGHTS];
+    bool token[EIGHTS];  // whether there is one
+
+    ON_GPU Sources(const Product& p, int first_tile, int lane) {
+        const int tiles = (p.rows + 15) / 16;
+#pragma unroll
+        for (int r = 0; r < TILES; r++) {
+            const long long tile = min(first_tile + r, tiles - 1);  // the rows of a tile too many are not written
+            codes[r] = static_cast<const Words4*>(p.codes) + tile * p.steps * 32 + lane;
+            high[r] = static_cast<const Words2*>(p.high) + tile * p.steps * 32 + lane;
+            scales[r] = p.scales + tile * p.groups * 8 + lane / 4;
+            zeros[r] = p.zeros + tile * p.groups * 8 + lane / 4;
+        }
+#pragma unroll
+        for (int e = 0; e < EIGHTS; e++) {
+            token[e] = e * 8 + lane / 4 < p.tokens;
+            x[e] = p.x + static_cast<long long>(token[e] ? e * 8 + lane / 4 : 0) * p.x_stride + lane % 4 * 8;
+        }
+    }
+};
 
 // What a warp needs for one step, on its way from memory while the step before is computed.
 template <int BITS, int FLUSH, bool ZEROS, int EIGHTS, int TILES> struct Step {
@@ -84,25 +106,67 @@ template <int BITS, int FLUSH, bool ZEROS, int EIGHTS, int TILES> struct Step {
     u16 zeros[TILES][groups];
     Words4 x[F::blocks][EIGHTS];
 
-    ON_GPU void load(const Product& p, int first_tile, int tiles, int step, int lane) {
+    // TAIL: a step that goes beyond the last column.
+    template <bool TAIL> ON_GPU void load(const Product& p, const Sources<EIGHTS, TILES>& from, int step, int lane) {
 #pragma unroll
         for (int r = 0; r < TILES; r++) {
-            long long tile = min(first_tile + r, tiles - 1);  // the rows of a tile too many are not written
-            codes[r] = load_codes<BITS>(p.codes, p.high, tile * p.steps + step, lane);
+            codes[r].low = load_once16(from.codes[r] + step * 32);
+            if constexpr (BITS == 3) codes[r].high = load_once8(from.high[r] + step * 32);
 #pragma unroll
             for (int i = 0; i < groups; i++) {
-                int group = FLUSH == 0 ? 0 : min((step * F::step + i * FLUSH) >> p.group_shift, p.groups - 1);
-                long long at = (tile * p.groups + group) * 8 + lane / 4;
-                if (FLUSH) scales[r][i] = p.scales[at];
-                if (ZEROS) zeros[r][i] = p.zeros[at];
+                const int group = FLUSH == 0 ? 0 : FLUSH < F::step ? step * groups + i : step * F::step >> p.group_shift;
+                if (FLUSH) scales[r][i] = from.scales[r][group * 8];
+                if (ZEROS) zeros[r][i] = from.zeros[r][group * 8];
             }
         }
+        const int left = TAIL ? p.cols - step * F::step - lane % 4 * 8 : 0;  // columns from the lane's first one on
 #pragma unroll
         for (int b = 0; b < F::blocks; b++)
 #pragma unroll
-            for (int e = 0; e < EIGHTS; e++) x[b][e] = load_x(p, e * 8 + lane / 4, step * F::step + b * 32 + lane % 4 * 8);
+            for (int e = 0; e < EIGHTS; e++) {
+                x[b][e] = {{0, 0, 0, 0}};
+                if (from.token[e] && (!TAIL || left > b * 32)) x[b][e] = *reinterpret_cast<const Words4*>(from.x[e] + step * F::step + b * 32);
+                if (TAIL) x[b][e] = first_of(x[b][e], left - b * 32);
+            }
     }
 };
+
+// The products of a step, added to `sums` [TILES, EIGHTS, 4], and with scales to `total`.
+template <int BITS, bool TABLE, int FLUSH, bool ZEROS, int EIGHTS, int TILES, class SUMS>
+ON_GPU void multiply(const Step<BITS, FLUSH, ZEROS, EIGHTS, TILES>& now, const u16* tables, int g, SUMS& sums, SUMS& total) {
+    using F = Form<BITS>;
+#pragma unroll
+    for (int b = 0; b < F::blocks; b++) {
+        const int i = FLUSH == 0 || FLUSH >= F::step ? 0 : b * 32 / (FLUSH ? FLUSH : 1);  // group within the step
+        const bool flush = FLUSH != 0 && ((b + 1) * 32 % (FLUSH ? FLUSH : 1) == 0 || b + 1 == F::blocks);
+#pragma unroll
+        for (int r = 0; r < TILES; r++) {
+            u32 zero[2];
+#pragma unroll
+            for (int h = 0; h < 2; h++) zero[h] = twice_1024(ZEROS ? now.zeros[r][i] >> 8 * h & 255 : 1 << (BITS - 1));
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                u32 a[4];
+#pragma unroll
+                for (int q = 0; q < 4; q++) {
+                    if constexpr (TABLE) a[q] = looked_up(now.codes[r], (2 * b + j) * 4 + q, tables + (16 * r + g + 8 * (q % 2)) * 16);
+                    else a[q] = centred(now.codes[r], (2 * b + j) * 4 + q, zero[q % 2]);
+                }
+#pragma unroll
+                for (int e = 0; e < EIGHTS; e++) mma(sums[r][e], a, now.x[b][e].v[2 * j], now.x[b][e].v[2 * j + 1]);
+            }
+            if (!flush) continue;
+            const float scale[2] = {from_half(now.scales[r][i] & 0xffff), from_half(now.scales[r][i] >> 16)};
+#pragma unroll
+            for (int e = 0; e < EIGHTS; e++)
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    total[r][e][k] += scale[k / 2] * sums[r][e][k];
+                    sums[r][e][k] = 0.0f;
+                }
+        }
+    }
+}
 
 // BITS of a code; TABLE: codes are looked up; FLUSH: columns after which a scale is applied (0: none but that of the row);
 // ZEROS: groups have zeros of their own; EIGHTS: tokens / 8; OUT: u16 (halves) or float.
@@ -111,6 +175,7 @@ template <int BITS, bool TABLE, int FLUSH, bool ZEROS, int EIGHTS, int TILES, cl
     constexpr int WARPS = 8, ROWS = 16 * TILES, TOKENS = 8 * EIGHTS;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int tiles = (p.rows + 15) / 16, first_tile = blockIdx.x * TILES;
+    const Sources<EIGHTS, TILES> sources(p, first_tile, lane);
     const int from = static_cast<int>(static_cast<long long>(p.steps) * blockIdx.y / gridDim.y);
     const int to = static_cast<int>(static_cast<long long>(p.steps) * (blockIdx.y + 1) / gridDim.y);
     u16* tables = shared<u16>(0);  // [ROWS, 16]
@@ -123,42 +188,18 @@ template <int BITS, bool TABLE, int FLUSH, bool ZEROS, int EIGHTS, int TILES, cl
     float sums[TILES][EIGHTS][4] = {};  // since the last scale
     using S = Step<BITS, FLUSH, ZEROS, EIGHTS, TILES>;
     S now, next;
-    if (from + warp < to) now.load(p, first_tile, tiles, from + warp, lane);
-    for (int step = from + warp; step < to; step += WARPS) {
-        if (step + WARPS < to) next.load(p, first_tile, tiles, step + WARPS, lane);
-#pragma unroll
-        for (int b = 0; b < F::blocks; b++) {
-            const int i = FLUSH == 0 || FLUSH >= F::step ? 0 : b * 32 / (FLUSH ? FLUSH : 1);  // group within the step
-            const bool flush = FLUSH != 0 && ((b + 1) * 32 % (FLUSH ? FLUSH : 1) == 0 || b + 1 == F::blocks);
-#pragma unroll
-            for (int r = 0; r < TILES; r++) {
-                u32 zero[2];
-#pragma unroll
-                for (int h = 0; h < 2; h++) zero[h] = twice_1024(ZEROS ? now.zeros[r][i] >> 8 * h & 255 : 1 << (BITS - 1));
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    u32 a[4];
-#pragma unroll
-                    for (int q = 0; q < 4; q++) {
-                        if constexpr (TABLE) a[q] = looked_up(now.codes[r], (2 * b + j) * 4 + q, tables + (16 * r + g + 8 * (q % 2)) * 16);
-                        else a[q] = centred(now.codes[r], (2 * b + j) * 4 + q, zero[q % 2]);
-                    }
-#pragma unroll
-                    for (int e = 0; e < EIGHTS; e++) mma(sums[r][e], a, now.x[b][e].v[2 * j], now.x[b][e].v[2 * j + 1]);
-                }
-                if (flush) {
-                    const float scale[2] = {from_half(now.scales[r][i] & 0xffff), from_half(now.scales[r][i] >> 16)};
-#pragma unroll
-                    for (int e = 0; e < EIGHTS; e++)
-#pragma unroll
-                        for (int k = 0; k < 4; k++) {
-                            total[r][e][k] += scale[k / 2] * sums[r][e][k];
-                            sums[r][e][k] = 0.0f;
-                        }
-                }
-            }
-        }
+    const int whole = min(to, p.cols / F::step);
+    int step = from + warp;
+    if (step < whole) now.template load<false>(p, sources, step, lane);
+#pragma unroll 2
+    for (; step < whole; step += WARPS) {
+        if (step + WARPS < whole) next.template load<false>(p, sources, step + WARPS, lane);
+        multiply<BITS, TABLE>(now, tables, g, sums, total);
         now = next;
+    }
+    for (; step < to; step += WARPS) {
+        now.template load<true>(p, sources, step, lane);
+        multiply<BITS, TABLE>(now, tables, g, sums, total);
     }
     // The warps' sums become one.
     float* mine = shared<float>(TABLE ? ROWS * 32 : 0);  // [WARPS, TOKENS, ROWS]

@@ -19,35 +19,29 @@ template <int BITS> struct Codes {
     Words2 high;  // of 3-bit codes
 };
 
-// The codes of one lane, step `at` (counted over all tiles).
-template <int BITS> ON_GPU Codes<BITS> load_codes(const void* low, const void* high, long long at, int lane) {
-    Codes<BITS> c;
-    c.low = load_once16(static_cast<const Words4*>(low) + at * 32 + lane);
-    if constexpr (BITS == 3) c.high = load_once8(static_cast<const Words2*>(high) + at * 32 + lane);
-    return c;
-}
-
-// Pair `pair` as two whole numbers, in the low and the high 16 bits, and `up` bits too far left.
-template <int BITS> ON_GPU u32 pair_bits(const Codes<BITS>& c, int pair, int& up) {
+// Pair `pair` as two whole numbers, in the low and the high 16 bits, `up` bits too far left, beside the bits of `also`.
+template <int BITS> ON_GPU u32 pair_bits(const Codes<BITS>& c, int pair, u32 also, int& up) {
     using F = Form<BITS>;
-    u32 word = c.low.v[pair / F::per_word];
-    int bit = F::plane * (pair % F::per_word);
+    const u32 word = c.low.v[pair / F::per_word];
+    const int bit = F::plane * (pair % F::per_word);
     if constexpr (BITS == 3) {
-        up = 0;
-        return ((word >> bit) & 0x00030003u) | ((c.high.v[pair / 16] >> (pair % 16)) & 0x00010001u) << 2;
+        up = bit & 7;  // 0, 2, 4, 6: room for the third bit above
+        const int place = pair % 16, to = up + 2;  // the high bit, from here to there
+        const u32 high = place > to ? c.high.v[pair / 16] >> (place - to) : c.high.v[pair / 16] << (to - place);
+        return and_or(high, 0x00010001u << to, and_or(word >> (bit & 8), 0x00030003u << up, also));
     }
     up = bit & 7;
-    return (word >> (bit & 8)) & (((1u << F::plane) - 1) * 0x00010001u << up);
+    return and_or(word >> (bit & 8), ((1u << F::plane) - 1) * 0x00010001u << up, also);
 }
 
 // Pair `pair` minus its zero, two halves, exact. `zero`: 1024 + the zero, twice. A code in the last bits of a half whose exponent is that of
 // 1024 reads as 1024 + code; `up` bits further left it reads as 1024 + 2^up · code, and one multiply-add brings it back.
 template <int BITS> ON_GPU u32 centred(const Codes<BITS>& c, int pair, u32 zero) {
     int up;
-    u32 number = pair_bits(c, pair, up) | 0x64006400u;
+    const u32 number = pair_bits(c, pair, 0x64006400u, up);
     if (up == 0) return half2_sub(number, zero);
-    u32 factor = up == 2 ? 0x34003400u : up == 4 ? 0x2c002c00u : 0x24002400u;  // 2^-up
-    u32 base = up == 2 ? 0x62006200u : up == 4 ? 0x63806380u : 0x63e063e0u;    // 1024 - 1024 · 2^-up
+    const u32 factor = up == 2 ? 0x34003400u : up == 4 ? 0x2c002c00u : 0x24002400u;  // 2^-up
+    const u32 base = up == 2 ? 0x62006200u : up == 4 ? 0x63806380u : 0x63e063e0u;    // 1024 - 1024 · 2^-up
     return half2_fma(number, factor, half2_sub(base, zero));
 }
 
@@ -57,7 +51,7 @@ ON_GPU u32 twice_1024(u32 code) { return 0x64006400u | code | code << 16; }
 // Pair `pair` looked up in `table` [16] halves.
 template <int BITS> ON_GPU u32 looked_up(const Codes<BITS>& c, int pair, const u16* table) {
     int up;
-    u32 number = pair_bits(c, pair, up) >> up;
+    const u32 number = pair_bits(c, pair, 0u, up) >> up;
     return table[number & 15] | u32(table[number >> 16]) << 16;
 }
 
