@@ -8,7 +8,7 @@ from edgesdk.device import DeviceProfile
 from edgesdk.efficiency import Efficiency, OpRate
 from edgesdk.errors import InputError, MissingTool
 from edgesdk.graph.types import MethodGraph, TensorInfo, Unit
-from edgesdk.plan.cost import call_seconds, fused, kind_of, level_of, method_costs, padding, total, unit_cost
+from edgesdk.plan.cost import call_seconds, fused, kind_of, level_of, method_costs, padding, stream_seconds, total, unit_cost
 
 
 def device() -> DeviceProfile:
@@ -78,6 +78,17 @@ def test_the_working_set_decides_the_level() -> None:
     unit = linear(width=256)
     alone, among = (unit_cost(unit, "fp32", device(), "litert", 1, law(share=1.0), working_set=n).seconds for n in (None, 10**8))
     assert among > alone
+
+
+def test_weights_that_nearly_fill_a_cache_come_partly_from_beyond() -> None:
+    board, levels = device(), {"L1": 8e10, "L2": 4e10, "memory": 4e9}
+    measured = law(origin="calibrated").model_copy(update={"bandwidth_bytes_per_s": levels})
+    sizes = [1e4, 2e5, 2.6e5, 3.5e5, 4.5e5, 524288, 6e5, 1e7]
+    times = [stream_seconds(1e6, n, board, measured, board.units[0], 1) for n in sizes]
+    assert times == sorted(times), "a larger working set is never faster"
+    assert times[1] == 1e6 / 4e10 < times[3] < times[4] < times[5] == times[6] == pytest.approx(1e6 / 4e9)
+    guessed = law().model_copy(update={"bandwidth_bytes_per_s": levels})
+    assert stream_seconds(1e6, 4.5e5, board, guessed, board.units[0], 1) == 1e6 / 4e10, "only where half of a cache was measured"
 
 
 def test_threads_speed_up_compute_and_not_beyond_the_cores() -> None:

@@ -95,6 +95,24 @@ def bandwidth(level: str, device: DeviceProfile, efficiency: Efficiency, compute
     return (known or one * _CACHE_OVER_MEMORY.get(level, 2.0)) * threads
 
 
+def stream_seconds(
+    size: float, working_set: float, device: DeviceProfile, efficiency: Efficiency, compute: ComputeUnit, threads: int
+) -> float:
+    """Seconds to read `size` bytes of weights, of a method that touches `working_set` bytes a call.
+
+    A calibration reads arrays of half of each cache; between half and the whole of one, more and more comes from the next level: others use
+    it, too, and what is read round and round does not stay in a cache that it nearly fills.
+    """
+    level = level_of(working_set, compute)
+    near = size / bandwidth(level, device, efficiency, compute, threads)
+    cache = next((c for c in sorted(compute.caches, key=lambda c: c.level) if working_set <= c.size_bytes), None)
+    if efficiency.origin != "calibrated" or cache is None:
+        return near
+    past = max(0.0, 2.0 * working_set / cache.size_bytes - 1.0)
+    far = size / bandwidth(level_of(cache.size_bytes + 1.0, compute), device, efficiency, compute, threads)
+    return near + past * max(0.0, far - near)
+
+
 def peak(unit: Unit, precision: str, compute: ComputeUnit, threads: int) -> float:
     """Operations a second at full use of `threads` cores (all of a GPU or NPU)."""
     rates = compute.peak_ops_per_s
@@ -118,9 +136,10 @@ def unit_cost(
     if unit.op == "reshape" and not unit.in_elements + unit.out_elements:
         return UnitCost(0.0, 0.0, 0.0, "overhead", 0.0)
     work, weights, acts = operations(unit) * padding(unit, efficiency), weight_traffic(unit, precision), activation_traffic(unit, precision)
-    level = level_of(working_set if working_set is not None else weights + acts, compute)
-    near = level_of(acts, compute)
-    streaming = sum(n / bandwidth(at, device, efficiency, compute, threads) for n, at in ((weights, level), (acts, near)))
+    touched = working_set if working_set is not None else weights + acts
+    level, near = level_of(touched, compute), level_of(acts, compute)
+    streaming = stream_seconds(weights, touched, device, efficiency, compute, threads)
+    streaming += acts / bandwidth(near, device, efficiency, compute, threads)
     computing = work / _rate(row, unit, precision, compute, threads, efficiency)
     overhead = row.overhead_s + row.per_output_s * unit.out_elements if row else 1e-6
     log_sd = row.log_sd if row else 1.0
