@@ -15,6 +15,7 @@ from edgesdk.errors import EdgeError, MissingTool
 from edgesdk.kernels.cuda import rows as of_rows
 from edgesdk.kernels.cuda.attention import Cache, attend, attend_kernel, keep, keep_kernel, new_cache
 from edgesdk.kernels.cuda.compile import ARCHITECTURES, PTX, Kernel, compiled, fields, packed_args, version
+from edgesdk.kernels.cuda.decode import Layer, decode_step
 from edgesdk.kernels.cuda.emulated import Emulated, compiler
 from edgesdk.kernels.cuda.launch import Gpu
 from edgesdk.kernels.cuda.linear import Linear, prefill_kernel, product_kernel
@@ -29,6 +30,7 @@ TOLERANCE = 1e-3
 
 PRODUCTS = [
     product_kernel(4, False, 32, False, 1, 1, True),
+    product_kernel(4, False, 32, False, 1, 1, False),
     product_kernel(4, False, 32, True, 1, 1, False),
     product_kernel(4, False, 32, True, 2, 2, False),
     product_kernel(4, False, 128, False, 1, 2, False),
@@ -54,6 +56,7 @@ ROWS = [
     row_kernel("halve", "Halve"),
     row_kernel("argmax", "Argmax", "float"),
     row_kernel("argmax", "Argmax", "u16"),
+    embed_kernel(4, False, 32, False, False),
     embed_kernel(4, False, 32, True, True),
     embed_kernel(8, False, 0, False, False),
     embed_kernel(3, False, 64, True, False),
@@ -445,3 +448,71 @@ def test_cross_attention_sees_what_was_encoded(machine: Machine) -> None:
     out = poisoned(machine, q.shape, np.float16)
     machine.run([attend(machine, cache, machine.put(q), machine.put(np.array([150, 0], np.int32)), out, cross=True)])
     assert far(machine.get(out), attention(machine, cache, q, [range(150), range(150), range(0), range(0)])) < 2 * TOLERANCE
+
+
+# ---- a whole step
+
+
+DIM, HEADS, KV_HEADS, HEAD, FEED, WORDS, LAYERS = 64, 2, 1, 64, 96, 40, 2
+
+
+def model() -> tuple[list[dict[str, Code]], Code]:
+    shapes = {
+        "qkv": ((HEADS + 2 * KV_HEADS) * HEAD, DIM),
+        "out": (DIM, HEADS * HEAD),
+        "gate": (FEED, DIM),
+        "up": (FEED, DIM),
+        "down": (DIM, FEED),
+    }
+    layers = [{n: weights(10 * i + j, *shape, 4, 32, False) for j, (n, shape) in enumerate(shapes.items())} for i in range(LAYERS)]
+    return layers, weights(99, WORDS, DIM, 4, 32, False)
+
+
+def tokens_of_float64(turns: tuple[Any, Any], first: int, steps: int) -> tuple[list[int], Any]:
+    """Tokens, and the logits of the last step, without rounding but that of the weights."""
+    codes, head_code = model()
+    layers, head = [{n: decode(c).astype(np.float64) for n, c in w.items()} for w in codes], decode(head_code).astype(np.float64)
+    keys: list[list[Any]] = [[] for _ in layers]
+    values: list[list[Any]] = [[] for _ in layers]
+    out, token, logits = [], first, np.zeros(0)
+    for position in range(steps):
+        x = head[token]
+        for i, w in enumerate(layers):
+            normed = x / np.sqrt((x * x).mean() + 1e-6)
+            qkv = (w["qkv"] @ normed).reshape(-1, HEAD)
+            qk = turned(qkv[: HEADS + KV_HEADS], turns[0][position], turns[1][position])
+            keys[i].append(qk[HEADS])
+            values[i].append(qkv[-1])
+            scores = qk[:HEADS] @ np.array(keys[i]).T * HEAD**-0.5
+            p = np.exp(scores - scores.max(1, keepdims=True))
+            x = x + w["out"] @ (p / p.sum(1, keepdims=True) @ np.array(values[i])).ravel()
+            normed = x / np.sqrt((x * x).mean() + 1e-6)
+            gate = w["gate"] @ normed
+            x = x + w["down"] @ (gate / (1 + np.exp(-gate)) * (w["up"] @ normed))
+        logits = head @ (x / np.sqrt((x * x).mean() + 1e-6))
+        token = int(logits.argmax())
+        out.append(token)
+    return out, logits
+
+
+def test_a_decode_loop_gives_the_tokens_of_float64(machine: Machine) -> None:
+    codes, head = model()
+    ones = machine.put(np.ones(DIM, np.float32))
+    layers = [
+        Layer(
+            **{n: Linear(machine, c, activation="silu" if n == "gate" else "none") for n, c in w.items()},
+            attention_norm=ones, feed_norm=ones, cache=new_cache(machine, 1, KV_HEADS, 16, HEAD, 8),
+        )
+        for w in codes
+    ]  # fmt: skip
+    angles = np.arange(16)[:, None] * 10.0 ** -np.linspace(0, 4, HEAD // 2)
+    turns = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    launches, state = decode_step(machine, layers, Linear(machine, head), ones, 1, (machine.put(turns[0]), machine.put(turns[1])), 16)
+    machine.put(np.array([7], np.int32), state.token)
+    step = machine.graph(launches)
+    for _ in range(5):
+        step()
+    tokens, logits = tokens_of_float64(turns, 7, 5)
+    assert machine.get(state.history)[0, :5].tolist() == tokens
+    assert machine.get(state.position).tolist() == [5]
+    assert far(machine.get(state.logits)[0], logits) < 0.02

@@ -24,6 +24,10 @@ class Memory:
     def nbytes(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64)) * int(np.dtype(self.dtype).itemsize)
 
+    def columns(self, first: int) -> Memory:
+        """The same rows from column `first` on; they keep their stride."""
+        return Memory(self.address + first * int(np.dtype(self.dtype).itemsize), self.shape, self.dtype, self)
+
 
 @dataclass(frozen=True)
 class Launch:
