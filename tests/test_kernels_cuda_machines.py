@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -191,8 +192,8 @@ class FakeDriver:
         return 0, 2.0
 
 
-def fake(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> FakeDriver:
-    driver = FakeDriver([PRODUCT, ARGMAX], **fields)
+def fake(monkeypatch: pytest.MonkeyPatch, kernels: Sequence[Kernel] = (PRODUCT, ARGMAX), **fields: Any) -> FakeDriver:
+    driver = FakeDriver(list(kernels), **fields)
     monkeypatch.setattr(launching, "_driver", lambda: driver)
     monkeypatch.setattr(launching, "compiled", lambda kernel, arch: Compiled(f"{kernel.name} {arch}".encode(), None, None, None))
     monkeypatch.setattr(launching, "supported", lambda: ["sm_90"])
@@ -268,3 +269,34 @@ def test_architectures_that_the_compiler_does_not_know_are_refused() -> None:
 def test_a_struct_that_is_not_there_is_refused() -> None:
     with pytest.raises(InputError, match="no struct Nothing"):
         compiling.fields("Nothing")
+
+
+def test_the_benchmark_runs_and_its_table_has_a_row_for_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.bench import kernels_cuda as bench
+    from tests.test_kernels_cuda import ALL
+
+    fake(monkeypatch, ALL)
+    gpu = Gpu()
+    code = bench.weights(0, 40, 96, 4, 32)
+    sizes = bench.Sizes(layers=1, dim=64, heads=2, kv_heads=1, head=64, feed=96, words=40, positions=16)
+    found: dict[str, Any] = {
+        "gpu": gpu.name, "nvrtc": "-", "copy": bench.copy_rate(gpu, 2, 1 << 12), "torch": {"40 x 96": {"float16": {1: [1.0]}}},
+        "products": [{"shape": "40 x 96", "form": "int4 g32", "times": bench.product(gpu, code, [1], 2, 1 << 13)}],
+        "decode": {"tiny": bench.decode_loop(gpu, 4, 32, 8, sizes, 3, 1)},
+    }  # fmt: skip
+    text = bench.table(found)
+    assert "| 40 x 96 | int4 g32 | 1 |" in text and "| tiny |" in text
+    assert found["products"][0]["times"][0]["error"] < 2e-3
+
+
+def test_the_benchmark_says_where_there_is_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Any
+) -> None:
+    import sys
+
+    from tests.bench import kernels_cuda as bench
+
+    fake(monkeypatch, status=100)
+    monkeypatch.setattr(sys, "argv", ["bench", "--out", str(tmp_path)])
+    assert bench.main() == 3
+    assert "there is no NVIDIA driver here" in capsys.readouterr().err
