@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgesdk.errors import InputError
+from edgesdk.kernels.cpu import TARGETS, host_targets
 from edgesdk.kernels.library import Library, library
 from edgesdk.kernels.pack import kept_scales, pack
 from edgesdk.kernels.panels import BLOCK, UnfitWeights
@@ -27,7 +28,8 @@ _TOGETHER = (("q", "k", "v"), ("gate", "up"))
 
 
 def target_of(runtime: str) -> str:
-    return runtime.removeprefix(PREFIX)
+    """The kernels' target that a runtime's name ends in; of plain "native" this machine's best."""
+    return host_targets()[0] if runtime == "native" else runtime.removeprefix(PREFIX)
 
 
 def sequence_of(spec: ModelSpec) -> SequenceModel:
@@ -208,7 +210,6 @@ def lower_native(
     spec: ModelSpec, runtime: str, choice: Mapping[tuple[str, str], str], say: Callable[[str], None] = lambda text: None
 ) -> bytes:
     """The program. `runtime`: "native-" and a target of `kernels.cpu`. Raises `InputError`."""
-    from edgesdk.kernels.cpu import TARGETS
     from edgesdk.sequence.card import NAME, Card
     from edgesdk.sequence.positions import buckets
 
