@@ -91,17 +91,19 @@ def rounded(kernel: str, x: Any, shift: int = 0) -> Case:
     return case
 
 
-def program(names: Sequence[str], extra: Sequence[Path] = (), by: Any = None) -> Path:
-    """The static harness with these kernels."""
+def program(
+    names: Sequence[str], extra: Sequence[Path] = (), by: Any = None, sources: Sequence[Path] = (), flags: Sequence[str] = ()
+) -> Path:
+    """The static harness with these kernels, those of more object files and more sources."""
     text = "".join(f"NAME({n})\n" for n in names)
     listed = cache_dir("kernels") / f"names-{hashlib.sha256(text.encode()).hexdigest()[:16]}.h"
     listed.write_text(text)
     source = listed.with_suffix(".c")
     source.write_text(f'#define NAMES_FILE "{listed}"\n{HARNESS.read_text()}')
-    return build.program([source], extra, by)
+    return build.program([source, *sources], extra, by, flags)
 
 
-def run(harness: Path, names: Sequence[str], cases: Sequence[Case], cpu: str, folder: Path) -> None:
+def run(harness: Path, names: Sequence[str], cases: Sequence[Case], cpu: str, folder: Path, by: Sequence[str] = ()) -> None:
     """Runs the cases on an emulated core; their buffers then hold what the kernels left. Raises where a kernel trapped."""
     place = {n: i for i, n in enumerate(names)}
     parts = [_words([len(cases)])]
@@ -115,9 +117,8 @@ def run(harness: Path, names: Sequence[str], cases: Sequence[Case], cpu: str, fo
             parts.append(_words([place[kernel], table, (count[0] << 32 | count[1]) if isinstance(count, tuple) else count, least]))
     given, answers = folder / "cases", folder / "answers"
     given.write_bytes(b"".join(parts))
-    qemu = emulator()
-    assert qemu is not None
-    done = subprocess.run([qemu, "-cpu", cpu, str(harness), str(given), str(answers)], capture_output=True, text=True, timeout=300)
+    qemu = by or (emulator() or "",)
+    done = subprocess.run([*qemu, "-cpu", cpu, str(harness), str(given), str(answers)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{cpu}: {done.stderr or done.returncode}"
     content, at = np.fromfile(answers, np.uint8), 0
     for case in cases:

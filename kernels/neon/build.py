@@ -101,13 +101,15 @@ def library(by: Compiler | None = None) -> Path:
     return _kept(by, "libedgekernels.so", [*map(str, parts), "-shared", "-pthread", "-Wl,-soname,libedgekernels.so", "-s"], parts)
 
 
-def program(sources: Sequence[Path], extra: Sequence[Path] = (), by: Compiler | None = None) -> Path:
+def program(sources: Sequence[Path], extra: Sequence[Path] = (), by: Compiler | None = None, flags: Sequence[str] = ()) -> Path:
     """A static program of these C files with all kernels in it, and of more object files: what emulators run."""
     by = by or compiler()
     if by.kind == "zig":  # glibc is only linked dynamically there; musl has no such limit
         by = Compiler("zig", tuple(w.replace(f"gnu.{GLIBC}", "musl") for w in by.command), by.version)
     parts = (*objects(by, shared=False), *extra)
-    return _kept(by, "program", [*map(str, sources), *map(str, parts), "-O2", "-std=c11", "-static", "-pthread", "-lm"], (*sources, *parts))
+    return _kept(
+        by, "program", [*map(str, sources), *map(str, parts), "-O2", "-std=c11", "-static", "-pthread", "-lm", *flags], (*sources, *parts)
+    )
 
 
 def _object(by: Compiler, name: str, flags: Sequence[str]) -> Path:

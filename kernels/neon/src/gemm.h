@@ -13,30 +13,39 @@ typedef struct { sums s[WIDE]; } cell;
 
 INLINE void arrange(int8x16_t w[QUADS]) { (void)w; }
 
-INLINE void gemm_rows(const int8x16_t w[WIDE][QUADS], const float32x4_t scale[WIDE], const int32x4_t zero[WIDE], int64_t q, int64_t q_sums,
-                      int64_t rows, cell *room, int bits, int per_block, int zeros) {
-  for (int64_t m = 0; m < rows; m++) {
-    inputs x = inputs_at(q + BLOCK * m);
+// `count` rows from row m on.
+INLINE void gemm_some(const int8x16_t w[WIDE][QUADS], const float32x4_t scale[WIDE], const int32x4_t zero[WIDE], int64_t q, int64_t q_sums,
+                      int64_t m, int count, cell *room, int bits, int per_block, int zeros, int fit) {
+  inputs x[ABREAST];
+  UNROLL for (int r = 0; r < count; r++) x[r] = inputs_at(q + BLOCK * (m + r));
+  UNROLL for (int r = 0; r < count; r++) {
     UNROLL for (int i = 0; i < WIDE; i++) {
       if (per_block) {
         int32x4_t start = vdupq_n_s32(0);
-        if (bits == 8 && zeros) start = vmulq_n_s32(zero[i], -*AT(int32_t, q_sums, 4 * m));
-        float *to = (float *)&room[m].s[i];
-        vst1q_f32(to, vfmaq_f32(vld1q_f32(to), vcvtq_f32_s32(block_sums(start, w[i], x, bits)), scale[i]));
+        if (bits == 8 && zeros) start = vmulq_n_s32(zero[i], -*AT(int32_t, q_sums, 4 * (m + r)));
+        float *to = (float *)&room[m + r].s[i];
+        vst1q_f32(to, vfmaq_f32(vld1q_f32(to), vcvtq_f32_s32(block_sums(start, w[i], x[r], bits, fit)), scale[i]));
       } else {
-        room[m].s[i] = dots(room[m].s[i], w[i], x, bits);
+        room[m + r].s[i] = dots(room[m + r].s[i], w[i], x[r], bits, fit);
       }
     }
   }
 }
 
-INLINE float32x4_t gemm_value(const cell *room, int64_t m, int i, int64_t blocks, int bits, int per_block, int32x4_t less) {
+INLINE void gemm_rows(const int8x16_t w[WIDE][QUADS], const float32x4_t scale[WIDE], const int32x4_t zero[WIDE], int64_t q, int64_t q_sums,
+                      int64_t rows, cell *room, int bits, int per_block, int zeros, int fit) {
+  int64_t m = 0;
+  for (; m + ABREAST <= rows; m += ABREAST) gemm_some(w, scale, zero, q, q_sums, m, ABREAST, room, bits, per_block, zeros, fit);
+  for (; m < rows; m++) gemm_some(w, scale, zero, q, q_sums, m, 1, room, bits, per_block, zeros, fit);
+}
+
+INLINE float32x4_t gemm_value(const cell *room, int64_t m, int i, int64_t blocks, int bits, int per_block, int32x4_t less, int fit) {
   if (per_block) return vld1q_f32((const float *)&room[m].s[i]);
-  return vcvtq_f32_s32(vsubq_s32(row_sums(room[m].s[i], blocks, bits), less));
+  return vcvtq_f32_s32(vsubq_s32(row_sums(room[m].s[i], blocks, bits, fit), less));
 }
 #endif
 
-INLINE void gemm(const int64_t *a, int64_t first, int64_t last, int bits, int per_block, int zeros) {
+INLINE void gemm_parts(const int64_t *a, int64_t first, int64_t last, int bits, int per_block, int zeros, int fit) {
   const int64_t blocks = a[BLOCKS], rows = a[M];
   const int whole_zeros = zeros && bits == 8;  // these are taken off the sums; those of fewer bits off the codes
   cell room[CELLS(CHUNK)];
@@ -60,7 +69,7 @@ INLINE void gemm(const int64_t *a, int64_t first, int64_t last, int bits, int pe
           arrange(w[i]);
         }
         int64_t place = g * rows + start;
-        gemm_rows(w, scale, zero, a[Q] + BLOCK * place, a[Q_SUMS] + 4 * place, count, room, bits, per_block, zeros);
+        gemm_rows(w, scale, zero, a[Q] + BLOCK * place, a[Q_SUMS] + 4 * place, count, room, bits, per_block, zeros, fit);
       }
       for (int64_t m = 0; m < count; m++) {
         int32_t sum = 0;
@@ -69,11 +78,16 @@ INLINE void gemm(const int64_t *a, int64_t first, int64_t last, int bits, int pe
         UNROLL for (int i = 0; i < WIDE; i++) {
           int64_t p = group * WIDE + i;
           int32x4_t less = whole_zeros && !per_block ? vmulq_n_s32(zero_at(a[ZEROS] + p * a[ZERO_BYTES], 0), sum) : vdupq_n_s32(0);
-          float32x4_t value = gemm_value(room, m, i, blocks, bits, per_block, less);
+          float32x4_t value = gemm_value(room, m, i, blocks, bits, per_block, less, fit);
           write_out(a, p, start + m, per_block ? value : vmulq_f32(value, scale_at(a[SCALES] + p * a[SCALE_BYTES], 0, bits)));
         }
       }
     }
   }
+}
+
+INLINE void gemm(const int64_t *a, int64_t first, int64_t last, int bits, int per_block, int zeros) {
+  if (bits != 8 || pairs_fit(a[Q], BLOCK * a[BLOCKS] * a[M])) gemm_parts(a, first, last, bits, per_block, zeros, 1);
+  else gemm_parts(a, first, last, bits, per_block, zeros, 0);
 }
 #endif

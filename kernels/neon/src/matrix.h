@@ -21,7 +21,8 @@ INLINE int8x16_t lows(int8x16_t a, int8x16_t b) { return vreinterpretq_s8_s64(vz
 INLINE int8x16_t highs(int8x16_t a, int8x16_t b) { return vreinterpretq_s8_s64(vzip2q_s64(vreinterpretq_s64_s8(a), vreinterpretq_s64_s8(b))); }
 
 INLINE void gemm_rows(const int8x16_t w[WIDE][QUADS], const float32x4_t scale[WIDE], const int32x4_t zero[WIDE], int64_t q, int64_t q_sums,
-                      int64_t rows, cell *room, int bits, int per_block, int zeros) {
+                      int64_t rows, cell *room, int bits, int per_block, int zeros, int fit) {
+  (void)fit;
   for (int64_t m = 0; m < rows; m += 2, room++) {
     int64_t second = m + 1 < rows ? m + 1 : m;
     inputs a = inputs_at(q + BLOCK * m), b = inputs_at(q + BLOCK * second);
@@ -46,8 +47,8 @@ INLINE void gemm_rows(const int8x16_t w[WIDE][QUADS], const float32x4_t scale[WI
   }
 }
 
-INLINE float32x4_t gemm_value(const cell *room, int64_t m, int i, int64_t blocks, int bits, int per_block, int32x4_t less) {
-  (void)blocks, (void)bits;
+INLINE float32x4_t gemm_value(const cell *room, int64_t m, int i, int64_t blocks, int bits, int per_block, int32x4_t less, int fit) {
+  (void)blocks, (void)bits, (void)fit;
   if (per_block) {
     const float *s = (const float *)room[m / 2].s[i] + m % 2 * 2;
     return vcombine_f32(vld1_f32(s), vld1_f32(s + 4));
