@@ -10,7 +10,9 @@ from edgesdk.cli.common import Json, console, emit_json, progress
 
 
 def adapt(
-    model: Annotated[str, typer.Argument(help="A sequence model: a .edgeseq file, or a Hugging Face folder or id.")],
+    model: Annotated[
+        str, typer.Argument(help="A sequence model: a .edgeseq file, an example:NAME of one, or a Hugging Face folder or id.")
+    ],
     encoder_layers: Annotated[int | None, typer.Option("--encoder-layers", min=1, help="Layers of the encoder. Default: all.")] = None,
     decoder_layers: Annotated[int | None, typer.Option("--decoder-layers", min=1, help="Layers of the decoder. Default: all.")] = None,
     cross: Annotated[

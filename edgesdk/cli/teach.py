@@ -10,7 +10,9 @@ from edgesdk.cli.common import Json, console, emit_json, progress
 
 
 def teach(
-    model: Annotated[str, typer.Argument(help="A sequence model: a .edgeseq file, or a Hugging Face folder or id.")],
+    model: Annotated[
+        str, typer.Argument(help="A sequence model: a .edgeseq file, an example:NAME of one, or a Hugging Face folder or id.")
+    ],
     pairs: Annotated[str, typer.Option("--pairs", help='Lines of {"source": …, "target": …}, each text or a list of token ids (.jsonl).')],
     out: Annotated[str, typer.Option(help="Write the trained model here (.edgeseq).")],
     teacher: Annotated[
