@@ -239,7 +239,7 @@ def test_amounts_as_people_write_them() -> None:
 def test_plan_hands_its_budgets_on_and_has_one_of_energy(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def refuse(ref: str, recipe: str, **_: object) -> ModelSpec:
+    def refuse(ref: str, recipe: str, *_: object) -> ModelSpec:
         asked.append(recipe)
         raise DoesNotFit("not today", "")
 

@@ -208,7 +208,7 @@ def test_ranking_blocks_beats_chance_and_too_many_are_refused() -> None:
         for found in left.values():
             assert found is not None
             trial = copy_of(spec)
-            apply_edits(trial, found.edits)
+            apply_edits(trial, [found.edit])
             errors.append(float((outputs(trial)[0] - wanted).square().mean()))
         chance += sum(errors) / len(errors)
         ours += float((outputs(compress(spec, "depth").spec)[0] - wanted).square().mean())
