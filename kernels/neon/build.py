@@ -94,10 +94,10 @@ def objects(by: Compiler | None = None, shared: bool = True) -> tuple[Path, ...]
     return (*made, _object(by, "run.c", [*old, *by.flags("arm-neon")]))
 
 
-def library(by: Compiler | None = None) -> Path:
-    """libedgekernels.so for the device."""
+def library(by: Compiler | None = None, extra: Sequence[Path] = ()) -> Path:
+    """libedgekernels.so for the device, with more object files in it."""
     by = by or compiler()
-    parts = objects(by)
+    parts = (*objects(by), *extra)
     return _kept(by, "libedgekernels.so", [*map(str, parts), "-shared", "-pthread", "-Wl,-soname,libedgekernels.so", "-s"], parts)
 
 

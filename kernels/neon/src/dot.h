@@ -6,7 +6,7 @@
 typedef struct { int8x16_t low, high; } inputs;  // 32 columns of one row
 typedef int32x4_t sums;                          // of one panel, from the first column on
 
-enum { FETCHES = 0, SIDE = 4, ABREAST = 2 };
+enum { FETCHES = 0, SIDE = 4, ABREAST = 4 };
 
 INLINE int pairs_fit(int64_t q, int64_t bytes) { (void)q, (void)bytes; return 1; }
 INLINE inputs inputs_at(int64_t q) { return (inputs){vld1q_s8(AT(int8_t, q, 0)), vld1q_s8(AT(int8_t, q, 16))}; }

@@ -38,13 +38,21 @@ INLINE int8x16_t zero_bytes_at(int64_t address, int64_t block) {
   return vqtbl1q_s8(bytes, vld1q_u8(places));
 }
 
-// y = q_scale * (row_scale * value - q_zero * sums) + bias + residual, four rows of weights of panel p, row m of the inputs.
-INLINE void write_out(const int64_t *a, int64_t p, int64_t m, float32x4_t value) {
-  int64_t at = 16 * p, place = m * a[STRIDE] + at;
-  float32x4_t zero = vmulq_n_f32(vld1q_f32(AT(float, a[SUMS], at)), *AT(float, a[Q_ZERO], 4 * m));
-  float32x4_t y = vmulq_n_f32(vsubq_f32(vmulq_f32(value, vld1q_f32(AT(float, a[ROW_SCALE], at))), zero), *AT(float, a[Q_SCALE], 4 * m));
-  if (a[BIAS]) y = vaddq_f32(y, vld1q_f32(AT(float, a[BIAS], at)));
-  if (a[RESIDUAL]) y = vaddq_f32(y, vld1q_f32(AT(float, a[RESIDUAL], place)));
-  vst1q_f32((float *)(a[OUT] + place), y);
+// What a panel's sums become: y = q_scale * (row_scale * value - q_zero * sums) + bias + residual.
+typedef struct { float32x4_t row_scale, sums, bias; const float *q_scale, *q_zero; int64_t out, residual, stride; } output;
+
+INLINE output output_at(const int64_t *a, int64_t p) {
+  int64_t at = 16 * p;
+  float32x4_t bias = a[BIAS] ? vld1q_f32(AT(float, a[BIAS], at)) : vdupq_n_f32(0);
+  return (output){vld1q_f32(AT(float, a[ROW_SCALE], at)), vld1q_f32(AT(float, a[SUMS], at)), bias, AT(float, a[Q_SCALE], 0),
+                  AT(float, a[Q_ZERO], 0), a[OUT] + at, a[RESIDUAL] ? a[RESIDUAL] + at : 0, a[STRIDE]};
+}
+
+// Row m of the inputs.
+INLINE void write_out(output o, int64_t m, float32x4_t value) {
+  float32x4_t y = vsubq_f32(vmulq_f32(value, o.row_scale), vmulq_n_f32(o.sums, o.q_zero[m]));
+  y = vaddq_f32(vmulq_n_f32(y, o.q_scale[m]), o.bias);
+  if (o.residual) y = vaddq_f32(y, vld1q_f32(AT(float, o.residual, m * o.stride)));
+  vst1q_f32((float *)(o.out + m * o.stride), y);
 }
 #endif

@@ -35,7 +35,8 @@ INLINE void gemm_some(const int8x16_t w[WIDE][QUADS], const float32x4_t scale[WI
 INLINE void gemm_rows(const int8x16_t w[WIDE][QUADS], const float32x4_t scale[WIDE], const int32x4_t zero[WIDE], int64_t q, int64_t q_sums,
                       int64_t rows, cell *room, int bits, int per_block, int zeros, int fit) {
   int64_t m = 0;
-  for (; m + ABREAST <= rows; m += ABREAST) gemm_some(w, scale, zero, q, q_sums, m, ABREAST, room, bits, per_block, zeros, fit);
+  const int step = per_block && ABREAST > 2 ? 2 : ABREAST;  // registers for two rows' floats
+  for (; m + step <= rows; m += step) gemm_some(w, scale, zero, q, q_sums, m, step, room, bits, per_block, zeros, fit);
   for (; m < rows; m++) gemm_some(w, scale, zero, q, q_sums, m, 1, room, bits, per_block, zeros, fit);
 }
 
@@ -71,15 +72,16 @@ INLINE void gemm_parts(const int64_t *a, int64_t first, int64_t last, int bits, 
         int64_t place = g * rows + start;
         gemm_rows(w, scale, zero, a[Q] + BLOCK * place, a[Q_SUMS] + 4 * place, count, room, bits, per_block, zeros, fit);
       }
-      for (int64_t m = 0; m < count; m++) {
-        int32_t sum = 0;
-        if (whole_zeros && !per_block)
-          for (int64_t g = 0; g < blocks; g++) sum += *AT(int32_t, a[Q_SUMS], 4 * (g * rows + start + m));
-        UNROLL for (int i = 0; i < WIDE; i++) {
-          int64_t p = group * WIDE + i;
-          int32x4_t less = whole_zeros && !per_block ? vmulq_n_s32(zero_at(a[ZEROS] + p * a[ZERO_BYTES], 0), sum) : vdupq_n_s32(0);
-          float32x4_t value = gemm_value(room, m, i, blocks, bits, per_block, less, fit);
-          write_out(a, p, start + m, per_block ? value : vmulq_f32(value, scale_at(a[SCALES] + p * a[SCALE_BYTES], 0, bits)));
+      UNROLL for (int i = 0; i < WIDE; i++) {
+        int64_t p = group * WIDE + i;
+        output to = output_at(a, p);
+        if (!per_block) to.row_scale = vmulq_f32(to.row_scale, scale_at(a[SCALES] + p * a[SCALE_BYTES], 0, bits));
+        int32x4_t zero = whole_zeros && !per_block ? zero_at(a[ZEROS] + p * a[ZERO_BYTES], 0) : vdupq_n_s32(0);
+        for (int64_t m = 0; m < count; m++) {
+          int32_t sum = 0;
+          if (whole_zeros && !per_block)
+            for (int64_t g = 0; g < blocks; g++) sum += *AT(int32_t, a[Q_SUMS], 4 * (g * rows + start + m));
+          write_out(to, start + m, gemm_value(room, m, i, blocks, bits, per_block, vmulq_n_s32(zero, sum), fit));
         }
       }
     }

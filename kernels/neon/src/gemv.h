@@ -51,7 +51,7 @@ INLINE void gemv_panels(const int64_t *a, int64_t p, int many, int bits, int per
       int32x4_t ints = vmlsq_n_s32(row_sums(total[i], blocks, bits, fit), middle, sum);
       whole[i] = vmulq_f32(vcvtq_f32_s32(ints), scale_at(scales[i], 0, bits));
     }
-    write_out(a, p + i, 0, whole[i]);
+    write_out(output_at(a, p + i), 0, whole[i]);
   }
 }
 

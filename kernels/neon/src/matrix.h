@@ -20,31 +20,36 @@ INLINE void arrange(int8x16_t w[QUADS]) {
 INLINE int8x16_t lows(int8x16_t a, int8x16_t b) { return vreinterpretq_s8_s64(vzip1q_s64(vreinterpretq_s64_s8(a), vreinterpretq_s64_s8(b))); }
 INLINE int8x16_t highs(int8x16_t a, int8x16_t b) { return vreinterpretq_s8_s64(vzip2q_s64(vreinterpretq_s64_s8(a), vreinterpretq_s64_s8(b))); }
 
-INLINE void gemm_rows(const int8x16_t w[WIDE][QUADS], const float32x4_t scale[WIDE], const int32x4_t zero[WIDE], int64_t q, int64_t q_sums,
-                      int64_t rows, cell *room, int bits, int per_block, int zeros, int fit) {
-  (void)fit;
-  for (int64_t m = 0; m < rows; m += 2, room++) {
-    int64_t second = m + 1 < rows ? m + 1 : m;
-    inputs a = inputs_at(q + BLOCK * m), b = inputs_at(q + BLOCK * second);
-    int8x16_t x[4] = {lows(a.low, b.low), highs(a.low, b.low), lows(a.high, b.high), highs(a.high, b.high)};
-    UNROLL for (int i = 0; i < WIDE; i++) {
-      UNROLL for (int r = 0; r < 2; r++) {
-        int32x4_t total = per_block ? vdupq_n_s32(0) : room->s[i][r];
-        if (per_block && zeros && bits == 8) {
-          int32x2_t z = r ? vget_high_s32(zero[i]) : vget_low_s32(zero[i]);
-          total = vcombine_s32(vmul_n_s32(z, -*AT(int32_t, q_sums, 4 * m)), vmul_n_s32(z, -*AT(int32_t, q_sums, 4 * second)));
-        }
-        UNROLL for (int k = 0; k < 4; k++) total = vmmlaq_s32(total, x[k], w[i][2 * k + r]);
-        if (per_block) {
-          float32x2_t half = r ? vget_high_f32(scale[i]) : vget_low_f32(scale[i]);
-          float *to = (float *)&room->s[i][r];
-          vst1q_f32(to, vfmaq_f32(vld1q_f32(to), vcvtq_f32_s32(total), vcombine_f32(half, half)));
-        } else {
-          room->s[i][r] = total;
-        }
+// Rows m and `second`, which is the same for the last of an odd number.
+INLINE void gemm_pair(const int8x16_t w[WIDE][QUADS], const float32x4_t scale[WIDE], const int32x4_t zero[WIDE], int64_t q, int64_t q_sums,
+                      int64_t m, int64_t second, cell *room, int bits, int per_block, int zeros) {
+  inputs a = inputs_at(q + BLOCK * m), b = inputs_at(q + BLOCK * second);
+  int8x16_t x[4] = {lows(a.low, b.low), highs(a.low, b.low), lows(a.high, b.high), highs(a.high, b.high)};
+  UNROLL for (int i = 0; i < WIDE; i++) {
+    UNROLL for (int r = 0; r < 2; r++) {
+      int32x4_t total = per_block ? vdupq_n_s32(0) : room->s[i][r];
+      if (per_block && zeros && bits == 8) {
+        int32x2_t z = r ? vget_high_s32(zero[i]) : vget_low_s32(zero[i]);
+        total = vcombine_s32(vmul_n_s32(z, -*AT(int32_t, q_sums, 4 * m)), vmul_n_s32(z, -*AT(int32_t, q_sums, 4 * second)));
+      }
+      UNROLL for (int k = 0; k < 4; k++) total = vmmlaq_s32(total, x[k], w[i][2 * k + r]);
+      if (per_block) {
+        float32x2_t half = r ? vget_high_f32(scale[i]) : vget_low_f32(scale[i]);
+        float *to = (float *)&room->s[i][r];
+        vst1q_f32(to, vfmaq_f32(vld1q_f32(to), vcvtq_f32_s32(total), vcombine_f32(half, half)));
+      } else {
+        room->s[i][r] = total;
       }
     }
   }
+}
+
+INLINE void gemm_rows(const int8x16_t w[WIDE][QUADS], const float32x4_t scale[WIDE], const int32x4_t zero[WIDE], int64_t q, int64_t q_sums,
+                      int64_t rows, cell *room, int bits, int per_block, int zeros, int fit) {
+  (void)fit;
+  int64_t m = 0;
+  for (; m + 2 <= rows; m += 2, room++) gemm_pair(w, scale, zero, q, q_sums, m, m + 1, room, bits, per_block, zeros);
+  if (m < rows) gemm_pair(w, scale, zero, q, q_sums, m, m, room, bits, per_block, zeros);
 }
 
 INLINE float32x4_t gemm_value(const cell *room, int64_t m, int i, int64_t blocks, int bits, int per_block, int32x4_t less, int fit) {
