@@ -28,13 +28,13 @@ from tests.bench.layout_programs import seconds_of
 CHILD = Path(__file__).with_name("layout_programs.py")
 SLOTS = 48
 BASES = {
-    "small": Stack(layers=3, dim=128, heads=4, kv_heads=2, head=32, ffn=512),
+    "small": Stack(layers=6, dim=128, heads=4, kv_heads=2, head=32, ffn=512),
     "narrow": Stack(layers=4, dim=256, heads=4, kv_heads=2, head=64, ffn=1024),
     "wide": Stack(layers=4, dim=640, heads=8, kv_heads=4, head=64, ffn=1920),
 }
 VOCAB = {"small": 2000, "narrow": 4000, "wide": 8000}
 NAMES = ("decoder-only", "encoder-decoder 1/2", "encoder-decoder, one-layer decoder", "decoder-decoder")
-READ = {"small": (64,), "narrow": (24, 96), "wide": (48,)}
+READ = {"small": (16, 64), "narrow": (24, 96), "wide": (48,)}
 WRITTEN = (2, 4, 8, 16, 32, 48)
 
 
