@@ -101,8 +101,12 @@ class TestPrograms:
         assert encode(config, 4, 16).macs == 4 * encode(config, 1, 16).macs
 
 
-@pytest.mark.parametrize("layout", ["encoder-decoder", "decoder-only", "encoder-ctc", "decoder-decoder", "windowed"])
-def test_costs_equal_the_traced_programs(layout: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "bits"),
+    [(n, 32) for n in ("encoder-decoder", "decoder-only", "encoder-ctc", "decoder-decoder", "windowed")]
+    + [("encoder-decoder", 8), ("windowed", 8)],
+)
+def test_costs_equal_the_traced_programs(layout: str, bits: int) -> None:
     from edgesdk.graph import trace
     from edgesdk.sequence.export import sequence_spec
     from edgesdk.sequence.model import SequenceModel
@@ -111,8 +115,10 @@ def test_costs_equal_the_traced_programs(layout: str) -> None:
     if layout == "windowed" and config.decoder:
         config = config.model_copy(update={"decoder": config.decoder.model_copy(update={"windows": (0, 8, 8)})})
     slots = 10 if config.encoder else 30
-    spec = sequence_spec(SequenceModel(config), name="twin", source_lengths=(20,), cache_lengths=(slots,), batch=2, start=(0,))
-    mine = {p.graph.name: p.graph for p in programs(config, 2, 20, 10, 5)}
+    spec = sequence_spec(
+        SequenceModel(config), name="twin", source_lengths=(20,), cache_lengths=(slots,), batch=2, start=(0,), cache_bits=bits
+    )
+    mine = {p.graph.name: p.graph for p in programs(config, 2, 20, 10, 5, cache_bits=bits)}
     graph = trace(spec)
     assert set(mine) == {m.name for m in graph.methods}
     for real in graph.methods:
@@ -126,6 +132,10 @@ def test_costs_equal_the_traced_programs(layout: str) -> None:
         moved = [sum(u.in_elements + u.out_elements for u in g.units) for g in (own, real)]
         assert moved[0] == pytest.approx(moved[1], rel=0.15)
         assert own.peak_activation_bytes == pytest.approx(real.peak_activation_bytes, rel=0.35)
+        assert [(t.name, t.shape, t.dtype) for t in own.inputs if "_k" in t.name or "_v" in t.name] == [
+            (t.name, t.shape, t.dtype) for t in real.inputs if "_k" in t.name or "_v" in t.name
+        ]
+        assert [u.in_elements for u in own.units if u.op == "quantize"] == [u.in_elements for u in real.units if u.op == "quantize"]
         assert Counter(t.shape for t in own.inputs) == Counter(t.shape for t in real.inputs)
         assert Counter(t.shape for t in own.outputs) == Counter(t.shape for t in real.outputs)
 

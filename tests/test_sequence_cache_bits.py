@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_sequence_model import (
     LAYOUTS,
     TIGHT,
+    config,
     filling,
     lowered,
     quantized_alike,
@@ -19,14 +21,23 @@ from test_sequence_model import (
     stepped,
 )
 
+from edgesdk.cli import main
 from edgesdk.errors import InputError
 from edgesdk.graph.torch_trace import trace_method
+from edgesdk.intake import load_model
 from edgesdk.lower.check import relative_error
+from edgesdk.plan import plan
+from edgesdk.plan.lengths import Lengths
+from edgesdk.plan.types import Budget, Plan, Workload
 from edgesdk.sequence.caches import Caches, codes
 from edgesdk.sequence.card import NAME, Card
 from edgesdk.sequence.choose import Settings
 from edgesdk.sequence.generate import generate
+from edgesdk.sequence.hub import Checkpoint, Specials
+from edgesdk.sequence.model import SequenceModel
 from edgesdk.sequence.prefixes import Prefixes
+from edgesdk.sequence.saved import Saved, save
+from edgesdk.sequence.search import search
 from edgesdk.sequence.sizes import Sizes
 
 CACHED = [n for n, c in LAYOUTS.items() if c.decoder]
@@ -154,3 +165,47 @@ def test_what_cannot_be():
                 "cache_bits": 6,
             }
         )
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "small.edgeseq"
+    torch.manual_seed(0)
+    model = SequenceModel(config("decoder-only", max_positions=4096)).eval()
+    return str(save(path, Saved(Checkpoint(model, model.config, Specials((1,), (2,), 0), {"kind": "none"}, {}))))
+
+
+def test_memory_forces_int8_caches(saved_model):
+    """Asked for nothing, the planner takes them where float ones do not fit; `build` then makes the same programs."""
+    lengths = {"input_length": 16, "output_length": 3000}
+    needed = {bits: plan(saved_model, "pi5", workload=Workload(**lengths, cache_bits=bits)).memory for bits in (32, 8)}
+    assert needed[8].cache_bytes / needed[32].cache_bytes == pytest.approx((16 + 4) / 64, rel=0.01)
+    between = Budget(memory_bytes=(needed[8].peak_bytes + needed[32].peak_bytes) // 2)
+    found = plan(saved_model, "pi5", budget=between, workload=Workload(**lengths))
+    assert found.fits and found.workload.cache_bits == 8 and any("as memory forces" in r for r in found.reasons)
+    assert not plan(saved_model, "pi5", budget=between, workload=Workload(**lengths, cache_bits=32)).fits
+    wide = plan(saved_model, "pi5", workload=Workload(**lengths))
+    assert wide.workload.cache_bits is None
+    assert Card.read(load_model(saved_model, found.workload.sizes).files[NAME]).cache_bits == 8
+
+
+def test_the_command_line_takes_cache_bits(saved_model, tmp_path):
+    out = tmp_path / "p.json"
+    with pytest.raises(SystemExit) as done:
+        main(["plan", "--model", saved_model, "--device", "pi5", "--cache-bits", "8", "--out", str(out)])
+    assert done.value.code == 0 and Plan.load(out).workload.cache_bits == 8
+    for model, bits in ((saved_model, "5"), ("example:digits-cnn", "8")):
+        with pytest.raises(SystemExit) as done:
+            main(["plan", "--model", model, "--cache-bits", bits])
+        assert done.value.code == 2
+
+
+def test_layouts_count_int8_caches():
+    lengths = {"input_length": Lengths.of([(512, 1.0)]), "output_length": Lengths.of([(64, 1.0)])}
+    rows = [search("pi5", parameters=20_000_000, vocab=4000, cache_bits=bits, **lengths).rows for bits in (32, 8)]
+    by = [{r.layout: r.cost for r in found} for found in rows]
+    for name, cost in by[0].items():
+        if cost and cost.self_cache_bytes:
+            assert by[1][name].self_cache_bytes / cost.self_cache_bytes == (64 + 4) / 256
+            assert by[1][name].cross_cache_bytes <= cost.cross_cache_bytes * (64 + 4) / 256
+    assert by[1]["decoder-only"].memory.peak_bytes < by[0]["decoder-only"].memory.peak_bytes

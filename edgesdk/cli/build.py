@@ -10,6 +10,7 @@ import typer
 from edgesdk.cli.common import Json, console, emit_json, progress
 from edgesdk.cli.plan import (
     Buckets,
+    CacheBits,
     Device,
     Draft,
     Energy,
@@ -24,6 +25,7 @@ from edgesdk.cli.plan import (
     Storage,
     Threads,
     read_budget,
+    read_cache_bits,
     read_lengths,
     shown_sizes,
 )
@@ -51,6 +53,7 @@ def build(
     output_length: OutputLength = None,
     buckets: Buckets = None,
     draft: Draft = None,
+    cache_bits: CacheBits = None,
     out: Annotated[str | None, typer.Option(help="The bundle to write. Default: MODEL-DEVICE.edge.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -70,7 +73,7 @@ def build(
         else:
             budget = read_budget(memory, latency, storage, quality_drop, energy)
             read, written = read_lengths(input_length, output_length, buckets)
-            workload = Workload(input_length=read, output_length=written, draft=draft)
+            workload = Workload(input_length=read, output_length=written, draft=draft, cache_bits=read_cache_bits(cache_bits))
             plan = make_plan(
                 model or DEFAULT_MODEL, device, budget=budget, workload=workload, runtime=runtime, threads=threads, layout=layout, step=step
             )

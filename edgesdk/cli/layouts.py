@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgesdk.cli.common import Json, console, emit_json, progress, say
-from edgesdk.cli.plan import Buckets, read_lengths
+from edgesdk.cli.plan import Buckets, CacheBits, read_cache_bits, read_lengths
 
 if TYPE_CHECKING:
     from edgesdk.layouts import LayoutTable
@@ -32,6 +32,7 @@ def layouts(
     batch: Annotated[int, typer.Option(min=1, help="Texts answered at once.")] = 1,
     memory: Annotated[str | None, typer.Option(help="All a model may take, its runtime included: 1GB.")] = None,
     weights: Annotated[str, typer.Option(help="What matrices are held in: fp32, int8 or int4.")] = "int8",
+    cache_bits: CacheBits = None,
     dim: Annotated[int | None, typer.Option(min=64, help="Width. Default: in proportion to the parameters.")] = None,
     vocab: Annotated[int, typer.Option(min=2, help="Entries of the vocabulary.")] = 32128,
     config: Annotated[
@@ -55,13 +56,16 @@ def layouts(
     from edgesdk.plan.types import Budget, Workload
     from edgesdk.units import parse_bytes, parse_rate, parse_seconds
 
-    limit = parse_bytes(memory) if memory else None
+    limit, bits = parse_bytes(memory) if memory else None, read_cache_bits(cache_bits)
     if model is not None:
         read, written = read_lengths(input_length, output_length, buckets)
         _refuse_with_model(parameters=parameters, dim=dim, config=config, plot=plot, place=place or None, helper=helper)
         say(f"planning every layout of {model} for {device}")
         table = compare(
-            model, device, budget=Budget(memory_bytes=limit), workload=Workload(batch=batch, input_length=read, output_length=written)
+            model,
+            device,
+            budget=Budget(memory_bytes=limit),
+            workload=Workload(batch=batch, input_length=read, output_length=written, cache_bits=bits),
         )
         _trained(table) if not as_json else emit_json(table)
         return
@@ -74,7 +78,7 @@ def layouts(
     with progress("layouts") as step:
         answer = search(
             device, parameters=_count(parameters) if parameters else None, memory=limit, base=base_of(config) if config else None, dim=dim, vocab=vocab,
-            input_length=texts, output_length=answers, batch=batch, weights=_weights(weights), runtime=runtime, threads=threads, step=step,
+            input_length=texts, output_length=answers, batch=batch, weights=_weights(weights), runtime=runtime, threads=threads, cache_bits=bits or 32, step=step,
         )  # fmt: skip
     if place or helper:
         link = Link(bytes_per_s=parse_rate(link_rate), latency_s=parse_seconds(link_latency), bits=link_bits) if helper else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -63,6 +63,13 @@ Draft = Annotated[
         "--draft", min=2, help="Let a further program of a sequence model check so many tokens at once, and guess where that pays."
     ),
 ]
+CacheBits = Annotated[
+    int | None,
+    typer.Option(
+        "--cache-bits",
+        help="Hold the caches of a sequence model in float32 (32) or int8 (8). Default: 32, and 8 where memory forces it or it is predicted to pay.",
+    ),
+]
 Layout = Annotated[str | None, typer.Option("--layout", help="Only this layout of a sequence model. Default: all are weighed.")]
 
 InputLength = Annotated[
@@ -92,6 +99,15 @@ def read_lengths(input_length: str | None, output_length: str | None, buckets: s
     return read, parse_lengths(output_length, "--output-length") if output_length else None
 
 
+def read_cache_bits(bits: int | None) -> Literal[32, 8] | None:
+    """What there is of `--cache-bits`. Raises `InputError`."""
+    from edgesdk.sequence.sizes import Sizes
+
+    if bits is not None:
+        Sizes(cache_bits=bits)
+    return bits  # type: ignore[return-value]
+
+
 def plan(
     model: Model = None,
     device: Device = "host",
@@ -108,6 +124,7 @@ def plan(
     output_length: OutputLength = None,
     buckets: Buckets = None,
     draft: Draft = None,
+    cache_bits: CacheBits = None,
     sustained: Annotated[
         bool, typer.Option("--sustained", help="Plan with the clocks the device holds for long, where its profile has them.")
     ] = False,
@@ -126,7 +143,9 @@ def plan(
         say(f"no --model: planning the built-in {DEFAULT_MODEL}")
     budget = read_budget(memory, latency, storage, quality_drop, energy)
     read, written = read_lengths(input_length, output_length, buckets)
-    workload = Workload(batch=batch, input_length=read, output_length=written, sustained=sustained, draft=draft)
+    workload = Workload(
+        batch=batch, input_length=read, output_length=written, sustained=sustained, draft=draft, cache_bits=read_cache_bits(cache_bits)
+    )
     with progress("plan") as step:
         answer = make(
             model or DEFAULT_MODEL,

@@ -134,8 +134,8 @@ def _unit(node: Any, weights: dict[str, str]) -> Unit | None:
     )
     if kind == "linear" and not params:
         kind = "matmul"
-    if base in ("to", "_to_copy") and tensors and str(_value(tensors[0]).dtype) == "torch.int8":
-        kind = "quantize"  # the codes of a cache become numbers
+    if _from_codes(node):
+        kind = "quantize"
     name = _path(node) if kind in ("linear", "conv1d", "conv2d", "embedding", "norm", "recurrent") and params else node.name
     fields: dict[str, Any] = {"in_elements": sum(_elements(a) for a in tensors), "out_elements": out}
     if kind == "reshape":
@@ -166,8 +166,14 @@ def _unit(node: Any, weights: dict[str, str]) -> Unit | None:
     return Unit(name=name or node.name, op=kind, **fields)
 
 
+def _from_codes(node: Any) -> bool:
+    """Whether the int8 codes of a cache become numbers."""
+    given = node.all_input_nodes[:1]
+    return _base(node) in ("to", "_to_copy") and bool(given) and str(getattr(_value(given[0]), "dtype", "")) == "torch.int8"
+
+
 def _root(node: Any) -> Any:
-    while node.op == "call_function" and _base(node) in _ALIASES and node.all_input_nodes:
+    while node.op == "call_function" and _base(node) in _ALIASES and node.all_input_nodes and not _from_codes(node):
         node = node.all_input_nodes[0]
     return node
 

@@ -173,7 +173,9 @@ def lower_executorch(
             say(f"exporting {name}")
             ready = _static(module, spec, name, static) if static else module
             exported = torch.export.export(ready, fresh(spec.methods[name].example_inputs), strict=False)
-            programs[name] = _with_dequantized_caches(_with_strides(exported))
+            programs[name] = _with_strides(exported)
+            if delegate == "xnnpack":
+                programs[name] = _with_dequantized_caches(programs[name])
         say("lowering to .pte")
         config = EdgeCompileConfig(_check_ir_validity=False)
         lowered = to_edge_transform_and_lower(programs, partitioner=partitioner or partitioners(delegate), compile_config=config)

@@ -70,6 +70,8 @@ def weight_traffic(unit: Unit, precision: str) -> float:
 
 def activation_traffic(unit: Unit, precision: str) -> float:
     """Bytes of activations a call reads and writes."""
+    if unit.op == "quantize" and precision == "fp32":  # one end is int8, the other float
+        return float(unit.in_elements + 4 * unit.out_elements)
     size = 1 if precision == "int8-static" or (precision == "as-is" and unit.act_bytes == 1) else 4
     return float(size * (unit.in_elements + unit.out_elements))
 
@@ -187,7 +189,11 @@ def call_seconds(method: MethodGraph, precision: str, efficiency: Efficiency) ->
         return efficiency.call_overhead_s
     tensors = len(method.inputs) + len(method.outputs)
     moved = method.outputs if kept_outside(method, efficiency.runtime) else (*method.inputs, *method.outputs)
-    return row.overhead_s + row.per_tensor_s * tensors + row.per_output_s * sum(t.elements for t in moved)
+    held = (*method.cache_inputs, *method.cross_cache_inputs)
+    elements = sum(
+        t.elements / 4 if t.dtype == "int8" and t.name in held else t.elements for t in moved
+    )  # codes go as they are, a byte each
+    return row.overhead_s + row.per_tensor_s * tensors + row.per_output_s * elements
 
 
 def method_costs(
@@ -221,7 +227,8 @@ def method_costs(
             known[alike] = unit_cost(u, precision, device, runtime, threads, efficiency, working_set=size)
         costs[u.name] = known[alike]
     whole = {precision_of(u) for u in method.units if u.weight_elements} or {precision_of(u) for u in method.units}
-    int8 = whole == {"int8-static"} or any(t.dtype in ("int8", "uint8") for t in method.inputs)
+    caches = (*method.cache_inputs, *method.cross_cache_inputs)
+    int8 = whole == {"int8-static"} or any(t.dtype in ("int8", "uint8") and t.name not in caches for t in method.inputs)
     return costs, call_seconds(method, "int8-static" if int8 else "fp32", efficiency)
 
 

@@ -20,12 +20,17 @@ class Workload(Part):
     output_length: PositiveInt | Lengths | None = None  # tokens of one answer of a sequence model; None: the model's own `unroll`
     sustained: bool = False
     draft: Annotated[int, Field(ge=2)] | None = None  # tokens that a further program of a sequence model checks at once
+    cache_bits: Literal[32, 8] | None = (
+        None  # of a sequence model's caches; None: 32, and 8 where memory forces it or it is predicted to pay
+    )
 
     @property
     def sizes(self) -> Sizes:
         """As `load_model` takes them: what programs must hold. Caches of several lengths are made only where they are named."""
         read, written = self.read, self.written
-        return Sizes(read.sizes if read else (), (written.buckets or (written.largest,)) if written else (), self.draft)
+        return Sizes(
+            read.sizes if read else (), (written.buckets or (written.largest,)) if written else (), self.draft, self.cache_bits or 32
+        )
 
     @property
     def read(self) -> Lengths | None:

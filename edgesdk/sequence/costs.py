@@ -42,6 +42,7 @@ class Tape:
     alike: bool = False  # equal layers are written once
     layers: int = 1  # those that are being written
     alive: int = 0  # most elements alive between two operators
+    cache_bits: int = 32
 
     def add(self, name: str, op: Op, into: int, out: int, **fields: Any) -> None:
         n = self.taken[name] = self.taken.get(name, 0) + 1
@@ -93,23 +94,32 @@ class Tape:
         if places:
             self.rotate(stack.kv_heads, stack.head)
 
-    def queries(self, name: str, stack: Stack, parts: tuple[int, ...], places: bool) -> None:
-        """Attention over `parts`, each so many slots, which stay where they are."""
+    def queries(self, name: str, stack: Stack, parts: tuple[int, ...], places: bool, cached: bool) -> None:
+        """Attention over `parts`, each so many slots, which stay where they are. `cached`: the first of them is a cache."""
         wide, seen = stack.heads * stack.head, sum(parts)
         self.linear(f"{name}.q", stack.dim, wide, self.config.qkv_bias)
         if places:
             self.rotate(stack.heads, stack.head)
         self.plain("elementwise", (self.call.rows * wide, self.call.rows * wide))
         groups, rows = self.call.batch * stack.kv_heads, self.call.tokens * (stack.heads // stack.kv_heads)
-        for slots in parts:
+        codes = groups * stack.head * parts[0] if cached and self.cache_bits != 32 else 0  # of keys, and again of values
+        scaled = groups * rows * parts[0]
+        for i, slots in enumerate(parts):
+            if codes and not i:
+                self.plain("quantize", (codes, codes))
             self.matmul(groups, rows, stack.head, slots)
+            if codes and not i:
+                self.plain("elementwise", (scaled + groups * slots, scaled))
         scores = groups * rows * seen
-        self.alive = max(self.alive, 2 * self.call.rows * stack.dim + 2 * scores)
+        self.alive = max(self.alive, 2 * self.call.rows * stack.dim + 2 * scores + codes)
         if len(parts) > 1:
             self.plain("elementwise", (scores, scores))
         self.plain("elementwise", (scores + self.call.rows * seen, scores))
         self.plain("softmax", (scores, scores))
-        for slots in parts:
+        for i, slots in enumerate(parts):
+            if codes and not i:
+                self.plain("elementwise", (scaled + groups * slots, scaled))
+                self.plain("quantize", (codes, codes))
             self.matmul(groups, rows, slots, stack.head)
         out = self.call.rows * wide
         self.plain("elementwise", *[(2 * out, out)] * (len(parts) - 1))
@@ -163,17 +173,17 @@ def _runs(tape: Tape, kinds: list[tuple[int, ...]]) -> Iterator[int]:
     tape.layers = 1
 
 
-def _layer(tape: Tape, name: str, stack: Stack, self_parts: tuple[int, ...], reads: bool, source: int) -> None:
+def _layer(tape: Tape, name: str, stack: Stack, self_parts: tuple[int, ...], reads: bool, source: int, cached: bool = False) -> None:
     """Self-attention over `self_parts`, cross-attention where there is a source, feed-forward. `reads`: keys and values are given."""
     rope = tape.config.positions == "rope"
     tape.norm(f"{name}.self_norm", stack.dim)
     if not reads:
         tape.keys_values(f"{name}.self_attn", stack, stack.dim, rope)
-    tape.queries(f"{name}.self_attn", stack, self_parts, rope)
+    tape.queries(f"{name}.self_attn", stack, self_parts, rope, cached)
     tape.add_to(stack.dim)
     if source:
         tape.norm(f"{name}.cross_norm", stack.dim)
-        tape.queries(f"{name}.cross_attn", stack, (source,), False)
+        tape.queries(f"{name}.cross_attn", stack, (source,), False, True)
         tape.add_to(stack.dim)
     tape.norm(f"{name}.ffn_norm", stack.dim)
     tape.feed_forward(f"{name}.ffn", stack)
@@ -185,7 +195,15 @@ def _info(name: str, *shape: int, dtype: str = "float32") -> TensorInfo:
 
 
 def _pairs(kind: str, count: int, *shape: int) -> list[TensorInfo]:
-    return [_info(f"{kind}_{part}_{i}", *shape) for i in range(count) for part in ("k", "v")]
+    return [t for i in range(count) for t in _held(kind, i, *shape)]
+
+
+def _held(kind: str, i: int, *shape: int, bits: int = 32) -> list[TensorInfo]:
+    """One cache as inputs: keys and values, or their codes and scales."""
+    if bits == 32:
+        return [_info(f"{kind}_{part}_{i}", *shape) for part in ("k", "v")]
+    codes = [_info(f"{kind}_{part}_{i}", *shape, dtype="int8") for part in ("k", "v")]
+    return [*codes, *(_info(f"{kind}_{part}_scale_{i}", *shape[:3]) for part in ("k", "v"))]
 
 
 def _method(name: str, tape: Tape, inputs: list[TensorInfo], outputs: list[TensorInfo], calls: int = 1) -> Program:
@@ -234,7 +252,7 @@ def _decoder(tape: Tape, stack: Stack, slots: int, source: int, last: bool = Fal
             tape.call = replace(tape.call, tokens=1) if last else tape.call
             tape.layers = layers
         parts = (spans[i], made) if slots else (made,)
-        _layer(tape, f"decoder.layers.{i}", stack.of(i), parts, reading[i], source)
+        _layer(tape, f"decoder.layers.{i}", stack.of(i), parts, reading[i], source, bool(slots))
     if config.final_norm:
         tape.norm("decoder.final_norm", stack.dim, rows=tape.call.batch if last else None)
 
@@ -263,12 +281,12 @@ def prefill(config: SequenceConfig, batch: int, tokens: int, *, alike: bool = Fa
 
 
 def decode(
-    config: SequenceConfig, batch: int, slots: int, source: int = 0, *, tokens: int = 1, calls: int = 1, alike: bool = False
-) -> Program:
-    """`tokens` more tokens, over caches of `slots` and the encoder's `source`."""
+    config: SequenceConfig, batch: int, slots: int, source: int = 0, *, tokens: int = 1, calls: int = 1, alike: bool = False, cache_bits: int = 32
+) -> Program:  # fmt: skip
+    """`tokens` more tokens, over caches of `slots` and the encoder's `source`, held in `cache_bits`."""
     stack = config.decoder
     assert stack is not None
-    tape = Tape(config, Call(batch, tokens, slots, source), alike=alike)
+    tape = Tape(config, Call(batch, tokens, slots, source), alike=alike, cache_bits=cache_bits)
     _decoder(tape, stack, slots, source)
     tape.head(stack.dim, tape.call.rows)
     inputs = [
@@ -280,14 +298,16 @@ def decode(
         inputs.append(_info("window_mask", batch, tokens, window + tokens))
     if source:
         inputs.append(_info("source_mask", batch, source))
-        inputs += _pairs("cross", stack.layers, batch, stack.kv_heads, source, stack.head)
+        inputs += [t for i in range(stack.layers) for t in _held("cross", i, batch, stack.kv_heads, source, stack.head, bits=cache_bits)]
     held = cache_slots(config, slots)
-    inputs += [_info(f"self_{part}_{i}", batch, stack.kv_heads, n, stack.head) for i, n in enumerate(held) for part in ("k", "v")]
+    inputs += [t for i, n in enumerate(held) for t in _held("self", i, batch, stack.kv_heads, n, stack.head, bits=cache_bits)]
     outputs = [_info("logits", batch, tokens, config.vocab), *_pairs("new", len(held), batch, stack.kv_heads, tokens, stack.head)]
     return _method("decode", tape, inputs, outputs, calls)
 
 
-def programs(config: SequenceConfig, batch: int, source: int, slots: int, output: int, *, alike: bool = False) -> tuple[Program, ...]:
+def programs(
+    config: SequenceConfig, batch: int, source: int, slots: int, output: int, *, alike: bool = False, cache_bits: int = 32
+) -> tuple[Program, ...]:  # fmt: skip
     """What answers `output` tokens to a bucket of `source`; `slots` are what the answer's caches hold at most.
 
     Programs are in the order they run, `unroll` is how often; the first token is there when each has run once, where there is an encoder,
@@ -296,5 +316,9 @@ def programs(config: SequenceConfig, batch: int, source: int, slots: int, output
     if config.decoder is None:
         return (encode(config, batch, source, alike=alike),)
     if config.encoder is not None:
-        return encode(config, batch, source, alike=alike), decode(config, batch, slots, source, calls=output, alike=alike)
-    return prefill(config, batch, source, alike=alike), decode(config, batch, source + slots, calls=max(output - 1, 0), alike=alike)
+        return encode(config, batch, source, alike=alike), decode(
+            config, batch, slots, source, calls=output, alike=alike, cache_bits=cache_bits
+        )  # fmt: skip
+    return prefill(config, batch, source, alike=alike), decode(
+        config, batch, source + slots, calls=max(output - 1, 0), alike=alike, cache_bits=cache_bits
+    )  # fmt: skip

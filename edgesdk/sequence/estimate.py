@@ -36,6 +36,7 @@ class Where:
     threads: int
     weights: Weights
     efficiency: Efficiency
+    cache_bits: int = 32
 
     @cached_property
     def compute(self) -> ComputeUnit:
@@ -54,7 +55,9 @@ class Where:
         return wanted if unit.weight_elements and wanted in allowed else "fp32"
 
 
-def places(device: DeviceProfile, weights: Weights, runtime: str | None, threads: int | None) -> list[Where]:
+def places(
+    device: DeviceProfile, weights: Weights, runtime: str | None, threads: int | None, cache_bits: int = 32
+) -> list[Where]:  # fmt: skip
     """The runtimes of `device` that edgesdk lowers for and that hold `weights`, or the one asked for.
 
     Raises `UnknownName` for a runtime the device lacks and `InputError` where none holds these weights, or for too many threads.
@@ -74,7 +77,7 @@ def places(device: DeviceProfile, weights: Weights, runtime: str | None, threads
         n = threads or target.default_threads
         if n > compute.cores:
             raise InputError(f"--threads {n}: {device.name}'s {compute.name} has {compute.cores} cores", "ask for fewer threads")
-        found.append(Where(device, name, n, weights, efficiency_for(device, compute, name, n)))
+        found.append(Where(device, name, n, weights, efficiency_for(device, compute, name, n), cache_bits))
     if not found:
         raise InputError(
             f"{device.name} has no runtime that runs {weights} weights", f"its runtimes: {', '.join(here)}; try --weights int8"
@@ -132,7 +135,7 @@ def memory_of(config: SequenceConfig, where: Where, batch: int, sources: list[in
     from edgesdk.graph.memory import memory_answer, packed_again, weight_bytes
     from edgesdk.plan.setting import RUNTIME_BYTES
 
-    made = [p for s in sources for p in programs(config, batch, s, slots, 1, alike=True)]
+    made = [p for s in sources for p in programs(config, batch, s, slots, 1, alike=True, cache_bits=where.cache_bits)]
     graph = ModelGraph.model_construct(
         name=config.layout, source="torch", model_digest=config.digest(), layout=config.layout, methods=tuple(p.graph for p in made), not_counted=()
     )  # fmt: skip
@@ -168,7 +171,7 @@ class Parts:
 
 def parts_of(config: SequenceConfig, where: Where, batch: int, source: int, slots: int) -> Parts:
     """The programs for a source of `source` tokens and answers of `slots`."""
-    made = {p.graph.name: p for p in programs(config, batch, source, slots, 2, alike=True)}
+    made = {p.graph.name: p for p in programs(config, batch, source, slots, 2, alike=True, cache_bits=where.cache_bits)}
     seconds = {name: program_estimate(p, where) for name, p in made.items()}
     first = [n for n in made if n != "decode" or config.encoder is not None]  # behind an encoder, decode gives the first token, too
     return Parts(
@@ -194,7 +197,7 @@ def cost(config: SequenceConfig, where: Where, source: Lengths, output: Lengths,
     made = [(parts_of(config, where, batch, bucket, slots), share) for bucket, share in shares.items()]
     answers = [(p.answer(n), share * part) for p, share in made for n, part in zip(output.values, output.shares, strict=True)]
     whole, memory = added(answers), memory_of(config, where, batch, list(shares), slots)
-    held, power, tokens = _caches(config, batch, max(shares), slots), _power(where.device), batch * output.mean
+    held, power, tokens = _caches(config, batch, max(shares), slots, where.cache_bits), _power(where.device), batch * output.mean
     return SequenceCost(
         first_token=spread([(p.opening, share) for p, share in made]), answer=spread(answers),
         per_token=added([(p.decode, share) for p, share in made if p.decode]) if config.decoder else None,
@@ -218,12 +221,12 @@ def _refuse(config: SequenceConfig, shortest: int, written: int, bucket: int) ->
         )
 
 
-def _caches(config: SequenceConfig, batch: int, source: int, slots: int) -> tuple[int, int]:
-    """Bytes of the caches of one session: self-attention and cross-attention, float32."""
+def _caches(config: SequenceConfig, batch: int, source: int, slots: int, bits: int) -> tuple[int, int]:
+    """Bytes of the caches of one session: self-attention and cross-attention, float32 or int8 with a scale a token and head."""
     stack = config.decoder
     if stack is None:
         return 0, 0
-    pair = 2 * 4 * batch * stack.kv_heads * stack.head
+    pair = 2 * batch * stack.kv_heads * (4 * stack.head if bits == 32 else stack.head + 4)
     held = cache_slots(config, slots if config.encoder is not None else source + slots)
     return pair * sum(held), pair * source * stack.layers if config.encoder is not None else 0
 

@@ -113,6 +113,7 @@ def placements(
     written: int,
     *,
     weights: Weights = "int8",
+    cache_bits: int = 32,
     batch: int = 1,
     threads: int | None = None,
     helper: DeviceProfile | None = None,
@@ -129,7 +130,7 @@ def placements(
         raise InputError("a helper goes with a link", "give both: --helper DEVICE --link-rate 100Mbit --link-latency 5ms")
     here = [_Side(w, False) for w in [*places(device, weights, None, threads), *_accelerators(device, weights)]]
     away = [_Side(w, True) for w in [*places(helper, weights, None, None), *_accelerators(helper, weights)]] if helper else []
-    made = {p.graph.name: p for p in programs(config, batch, read, written, written, alike=True)}
+    made = {p.graph.name: p for p in programs(config, batch, read, written, written, alike=True, cache_bits=cache_bits)}
     pairs = [(e, d) for d in here for e in [*here, *away] if e.away or e == d or e.where.compute != d.where.compute]
     rows = [_row(config, made, e, d, read, written, batch, link) for e, d in pairs]
     rows.sort(key=lambda r: r.answer.value)

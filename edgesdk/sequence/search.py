@@ -75,6 +75,7 @@ class LayoutSearch(Noun):
 
     device: str
     weights: Weights
+    cache_bits: int = 32
     threads: PositiveInt
     batch: PositiveInt
     input_length: Lengths
@@ -97,7 +98,7 @@ class LayoutSearch(Noun):
 def search(
     device: str, *, parameters: int | None = None, memory: int | None = None, base: SequenceConfig | None = None, dim: int | None = None,
     vocab: int = 32128, input_length: Lengths, output_length: Lengths, batch: int = 1, weights: Weights = "int8",
-    runtime: str | None = None, threads: int | None = None, step: Step | None = None,
+    runtime: str | None = None, threads: int | None = None, cache_bits: int = 32, step: Step | None = None,
 ) -> LayoutSearch:  # fmt: skip
     """Cost every layout on `device`; the fastest that fits comes first.
 
@@ -108,7 +109,7 @@ def search(
     from edgesdk.devices import load_device
 
     profile, step = load_device(device), step or (lambda text, share: None)
-    where = places(profile, weights, runtime, threads)
+    where = places(profile, weights, runtime, threads, cache_bits)
     limit = memory or profile.usable_bytes
     if base is not None and base.sound is not None:
         raise InputError("--config: a model of sound", "give a configuration that reads tokens")
@@ -127,7 +128,7 @@ def search(
     rows.sort(key=lambda r: (r.cost is None, not r.fits, r.cost.answer.mean.value if r.cost else 0.0))
     table = Curves(tuple(r for r in rows if r.cost is not None), where, task, step)
     return LayoutSearch(
-        device=profile.name, weights=weights, threads=where[0].threads, batch=batch, input_length=input_length, output_length=output_length,
+        device=profile.name, weights=weights, cache_bits=cache_bits, threads=where[0].threads, batch=batch, input_length=input_length, output_length=output_length,
         parameters=parameters, memory_bytes=limit, power_mode=profile.default_power_mode, rows=tuple(rows), lengths=table.lengths,
         curves=table.curves(), crossovers=table.crossovers(), notes=_notes(where, rows) + tuple(f"left out: {name} ({error.what})" for name, error in left_out),
     )  # fmt: skip
@@ -275,7 +276,8 @@ def placed(answer: LayoutSearch, helper: str | None = None, link: Link | None = 
     read, written = max(1, round(answer.input_length.mean)), max(1, round(answer.output_length.mean))
     tables = [
         placements(
-            r.config, device, read, written, weights=answer.weights, batch=answer.batch, threads=answer.threads, helper=other, link=link, name=r.layout
+            r.config, device, read, written, weights=answer.weights, batch=answer.batch, threads=answer.threads, helper=other, link=link, name=r.layout,
+            cache_bits=answer.cache_bits,
         )
         for r in answer.rows
         if r.config.layout == "encoder-decoder" and r.cost is not None
