@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgesdk.errors import EdgeError, MissingTool
+from edgesdk.errors import EdgeError, InputError, MissingTool
 from edgesdk.kernels.cuda import rows as of_rows
 from edgesdk.kernels.cuda.attention import Cache, attend, attend_kernel, keep, keep_kernel, new_cache
-from edgesdk.kernels.cuda.compile import ARCHITECTURES, PTX, Kernel, compiled, fields, packed_args, version
+from edgesdk.kernels.cuda.compile import ARCHITECTURES, PTX, Kernel, compiled, cubins, fields, packed_args, version
 from edgesdk.kernels.cuda.decode import Layer, decode_step
 from edgesdk.kernels.cuda.emulated import Emulated, compiler
 from edgesdk.kernels.cuda.launch import Gpu
@@ -204,7 +204,7 @@ def run_linear(
     given = {"residual": residual, "factor": factor, "x_scale": x_scale} if extras else {}
     memories: dict[str, Memory] = {n: machine.put(a) for n, a in given.items()}
     x_memory = machine.put(rows_of_eight(x))
-    launches = layer.launches(x_memory, out, **memories)
+    launches = [layer.launch(x_memory, out, **memories)]
     machine.run(launches)
     wanted = x.astype(np.float64) @ decode(code).astype(np.float64).T
     if extras:
@@ -238,8 +238,23 @@ def test_codebooks_are_looked_up(machine: Machine, row_tables: bool) -> None:
 
 def test_sums_shared_by_blocks_come_together(machine: Machine) -> None:
     layer = Linear(machine, weights(0, 16, 4096, 8, 0, False))
-    assert layer.launches(machine.empty((1, 4096), np.float16), machine.empty((1, 16), np.float32))[0].grid[1] > 1
+    assert layer.launch(machine.empty((1, 4096), np.float16), machine.empty((1, 16), np.float32)).grid[1] > 1
     assert far(*run_linear(machine, weights(0, 16, 4096, 8, 0, False), 1)) < TOLERANCE
+
+
+def test_memory_of_the_wrong_shape_or_type_is_refused(machine: Machine) -> None:
+    layer = Linear(machine, weights(0, 20, 60, 4, 32, False))
+    x, out = machine.empty((3, 64), np.float16), machine.empty((3, 20), np.float32)
+    for wrong in (machine.empty((3, 64), np.float32), machine.empty((3, 60), np.float16), machine.empty((3, 56), np.float16), x.columns(1)):
+        with pytest.raises(InputError, match="x is"):
+            layer.launch(wrong, out)
+    for wrong in (machine.empty((3, 20), np.int32), machine.empty((2, 20), np.float32), machine.empty((3, 19), np.float32)):
+        with pytest.raises(InputError, match="out is"):
+            layer.launch(x, wrong)
+    with pytest.raises(InputError, match="residual"):
+        layer.launch(x, out, residual=machine.empty((3, 20), np.float16))
+    with pytest.raises(InputError, match="x_scale"):
+        layer.launch(x, out, x_scale=machine.empty((2,), np.float32))
 
 
 def test_bias_activation_factor_and_residual_come_behind_the_product(machine: Machine) -> None:
@@ -292,6 +307,39 @@ def test_kernels_compile_for_every_architecture_and_keep_to_their_registers(kern
         assert built.code[:4] == b"\x7fELF"
         assert built.spilled_bytes == 0 and built.stack_bytes == 0, (arch, built.registers, built.spilled_bytes, built.stack_bytes)
     assert b".target sm_80" in compiled(kernel, PTX).code
+
+
+@needs_nvrtc
+def test_machine_code_for_a_device_without_a_compiler_goes_by_name() -> None:
+    made = cubins(ROWS[:2], "sm_87")
+    assert list(made) == [k.name for k in ROWS[:2]] and all(c[:4] == b"\x7fELF" for c in made.values())
+
+
+def every_form() -> list[Kernel]:
+    """All forms of weights, for each way that tokens are taken."""
+    forms = [
+        (bits, False, group, zeros)
+        for bits in STEP
+        for group in (0, 32, 64, 128)
+        for zeros in (False, True)
+        if not (bits == 8 and group > 32)
+    ]
+    forms += [(4, True, group, False) for group in (0, 32, 64)]
+    ways = ((1, 1), (1, 2), (2, 2))
+    few = [product_kernel(*form, *way, False) for form in forms for way in ways]
+    wide = [
+        prefill_kernel(*form, eights, True) for form in forms for eights in (4, 8) if eights == 4 or (form[0] in (4, 8) and not form[1])
+    ]
+    return list(dict.fromkeys(few + wide))
+
+
+@needs_nvrtc
+@pytest.mark.wide
+@pytest.mark.parametrize("kernel", every_form(), ids=lambda k: k.name)
+def test_every_form_keeps_to_its_registers(kernel: Kernel) -> None:
+    for arch in ARCHITECTURES:
+        built = compiled(kernel, arch)
+        assert built.spilled_bytes == 0 and built.stack_bytes == 0, (arch, built.registers, built.spilled_bytes, built.stack_bytes)
 
 
 # ---- rows

@@ -218,7 +218,7 @@ def test_a_gpu_is_driven_from_weights_to_the_next_token(monkeypatch: pytest.Monk
     layer, w = layer_of(gpu)
     x = np.random.default_rng(1).standard_normal((1, 64)).astype(np.float16)
     x_memory, y, token = gpu.put(x), gpu.empty((1, 20), np.float32), gpu.empty((1,), np.int32)
-    launches = [*layer.launches(x_memory, y), argmax(y, token)]
+    launches = [layer.launch(x_memory, y), argmax(y, token)]
     gpu.run(launches)
     assert np.abs(gpu.get(y) - x.astype(np.float64) @ w.T).max() < 0.02
     assert driver.loaded == [f"{k.name} sm_90".encode() for k in (PRODUCT, ARGMAX)]
@@ -235,7 +235,7 @@ def test_what_was_compiled_before_is_used_and_other_gpus_get_ptx(monkeypatch: py
     gpu = Gpu(cubins={ARGMAX.name: b"made before"})
     layer, _ = layer_of(gpu)
     y = gpu.empty((1, 20), np.float32)
-    gpu.run([*layer.launches(gpu.put(np.zeros((1, 64), np.float16)), y), argmax(y, gpu.empty((1,), np.int32))])
+    gpu.run([layer.launch(gpu.put(np.zeros((1, 64), np.float16)), y), argmax(y, gpu.empty((1,), np.int32))])
     assert driver.loaded == [f"{PRODUCT.name} compute_80".encode(), b"made before"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -106,6 +106,11 @@ def compiled(kernel: Kernel, arch: str) -> Compiled:
     said = log.read_text(errors="replace")
     facts = (re.findall(pattern, said) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill", r"(\d+) bytes stack frame"))
     return Compiled(path.read_bytes(), *(sum(map(int, found)) if found else None for found in facts))
+
+
+def cubins(kernels: Iterable[Kernel], arch: str) -> dict[str, bytes]:
+    """Name → machine code, to be sent to a device without a compiler (`launch.Gpu(cubins=…)`). Raises as `compiled` does."""
+    return {k.name: compiled(k, arch).code for k in kernels}
 
 
 def _compile(kernel: Kernel, arch: str) -> tuple[bytes, bytes]:

@@ -70,7 +70,7 @@ def decode_step(
         launches += _layer(machine, layer, x, normed, state, turns, eps)
     launches += [
         rows.norm(x, final_norm, normed, eps=eps),
-        *head.launches(normed, state.logits),
+        head.launch(normed, state.logits),
         rows.argmax(state.logits, state.token, state.position, state.history),
     ]
     return launches, state
@@ -90,12 +90,12 @@ def _layer(machine: Machine, layer: Layer, x: Memory, normed: Memory, state: Sta
         )
     return [
         rows.norm(x, layer.attention_norm, normed, eps=eps),
-        *layer.qkv.launches(normed, qkv),
+        layer.qkv.launch(normed, qkv),
         attention.keep(cache, qkv, k, v, state.position, q, turns),
         attention.attend(machine, cache, q, state.position, seen),
-        *layer.out.launches(seen, x, residual=x),
+        layer.out.launch(seen, x, residual=x),
         rows.norm(x, layer.feed_norm, normed, eps=eps),
-        *layer.up.launches(normed, raised),
-        *layer.gate.launches(normed, gated, factor=raised),
-        *layer.down.launches(gated, x, residual=x),
+        layer.up.launch(normed, raised),
+        layer.gate.launch(normed, gated, factor=raised),
+        layer.down.launch(gated, x, residual=x),
     ]

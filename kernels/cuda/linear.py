@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from edgesdk.errors import select_by_name
+from edgesdk.errors import InputError, select_by_name
 from edgesdk.packed import Code
 
 from .compile import Kernel
@@ -74,21 +74,35 @@ class Linear:
         """Tokens / 16 of a block of the prefill kernel: what two slices leave of 48 KiB."""
         return 8 if tokens > 64 and self.weights.bits in (4, 8) and not self.weights.tables.size else 4
 
-    def launches(
+    def launch(
         self, x: Memory, out: Memory, residual: Memory | None = None, factor: Memory | None = None, x_scale: Memory | None = None
-    ) -> list[Launch]:
-        """x float16 [M, stride ≥ cols, a multiple of 8]; out, residual and factor [M, stride ≥ rows], all float16 or all float32; x_scale float32 [M]."""
+    ) -> Launch:
+        """x float16 [M, stride ≥ cols, a multiple of 8]; out, residual and factor [M, stride ≥ rows], all float16 or all float32; x_scale float32 [M].
+
+        Raises `InputError` for memory of another shape or type.
+        """
         tokens = x.shape[0]
-        values: dict[str, Any] = {
-            **self.memory,
-            **self.sizes,
-            "activation": self.activation,
-            "x_stride": x.shape[1],
-            "out_stride": out.shape[1],
-        }
-        values |= {"x": x, "out": out, "residual": residual, "factor": factor, "x_scale": x_scale, "tokens": tokens}
+        self._fit(x, out, [m for m in (residual, factor) if m is not None], x_scale)
+        strides = {"x_stride": x.shape[1], "out_stride": out.shape[1]}
+        given = {"x": x, "out": out, "residual": residual, "factor": factor, "x_scale": x_scale}
+        values = {**self.memory, **self.sizes, **strides, **given, "tokens": tokens, "activation": self.activation}
         kernel = self.kernel(tokens, out.dtype == np.float16)
-        return [self._few(kernel, values, tokens) if tokens <= FEW else self._many(kernel, values, tokens)]
+        return self._few(kernel, values, tokens) if tokens <= FEW else self._many(kernel, values, tokens)
+
+    def _fit(self, x: Memory, out: Memory, extras: list[Memory], x_scale: Memory | None) -> None:
+        w, (tokens, stride) = self.weights, x.shape
+        if x.dtype != np.float16 or stride < w.cols or stride % 8 or x.address % 16:
+            raise InputError(
+                f"x is {x.dtype} {list(x.shape)} at {x.address % 16} beyond 16 bytes",
+                f"float16 [tokens, {-(-w.cols // 8) * 8}] at whole 16 bytes",
+            )
+        if out.dtype not in (np.float16, np.float32) or out.shape[0] != tokens or out.shape[1] < w.rows:
+            raise InputError(f"out is {out.dtype} {list(out.shape)}", f"float16 or float32 [{tokens}, {w.rows}] or wider")
+        for extra in extras:
+            if (extra.dtype, extra.shape) != (out.dtype, out.shape):
+                raise InputError(f"a residual or factor is {extra.dtype} {list(extra.shape)}", f"as out is: {out.dtype} {list(out.shape)}")
+        if x_scale is not None and (x_scale.dtype != np.float32 or x_scale.shape != (tokens,)):
+            raise InputError(f"x_scale is {x_scale.dtype} {list(x_scale.shape)}", f"float32 [{tokens}]")
 
     def _many(self, kernel: Kernel, values: dict[str, Any], tokens: int) -> Launch:
         w, eights = self.weights, self.eights_of(tokens)

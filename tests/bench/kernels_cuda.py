@@ -90,7 +90,7 @@ def checked(layer: Linear, gpu: Gpu, code: Code, tokens: int) -> float:
     """The largest error of a product, of its largest output. Raises `CheckFailed`."""
     x = np.random.default_rng(tokens).standard_normal((tokens, code.shape[1])).astype(np.float16)
     out = gpu.put(np.full((tokens, code.shape[0]), np.nan, np.float16))
-    gpu.run(layer.launches(gpu.put(x), out))
+    gpu.run([layer.launch(gpu.put(x), out)])
     wanted = x.astype(np.float64) @ decode(code).astype(np.float64).T
     far = float(np.abs(gpu.get(out) - wanted).max() / np.abs(wanted).max())
     if not far < 4e-3:
@@ -108,7 +108,7 @@ def product(gpu: Gpu, code: Code, tokens: Sequence[int], repeats: int, copied: i
     for m in tokens:
         far = checked(layer, gpu, code, m)
         x, out = gpu.put(np.ones((m, code.shape[1]), np.float16)), gpu.empty((m, code.shape[0]), np.float16)
-        work = gpu.graph([item for one in layers for item in one.launches(x, out)])
+        work = gpu.graph([one.launch(x, out) for one in layers])
         seconds = [s / len(layers) for s in timed(gpu, work, repeats)]
         read = layer.weights.nbytes + x.nbytes + out.nbytes
         found.append({"tokens": m, "error": far, "seconds": seconds, "bytes_per_s": read / statistics.median(seconds)})
