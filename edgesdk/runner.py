@@ -211,7 +211,7 @@ class NativeRunner:
         machine = importlib.import_module("edgesdk.native.machine")
         self._machine = machine.Machine(path, threads)
         self.methods: tuple[str, ...] = self._machine.methods
-        self.version = f"{installed().get('native', 'unknown')} ({self._machine.program.target})"
+        self.version = str(self._machine.program.header.get("version", "unknown"))
 
     def inputs(self, method: str) -> list[tuple[tuple[int, ...], str]]:
         if method not in self.methods:

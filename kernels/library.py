@@ -8,9 +8,13 @@ heads_64, heads_turned_64, attend_64, …         for heads of 64 floats
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+from .cpu import host_targets
 
 LINEAR_ARGS = (
     "codes", "scales", "zeros", "row_scale", "sums", "q", "q_sums", "q_scale", "q_zero",
@@ -81,8 +85,17 @@ class Library(Protocol):
         """Steps int64 [n, 4]: a kernel's address, its args' address, how many parts, how many parts a thread is worth."""
 
 
-def library(target: str) -> Library:
-    """The kernels of a target that this CPU runs. Raises `ImportError` where what makes or holds them is not installed."""
+def library(target: str, path: str = "") -> Library:
+    """The kernels of a target: those in the shared library at `path` where it is there, else compiled here.
+
+    Raises `ImportError` where they cannot be loaded, what compiles them is not installed, or this CPU has not the target's instructions.
+    """
+    if target not in host_targets():
+        raise ImportError(f"kernels for {target}; this CPU runs {', '.join(host_targets())}")
+    if path and os.path.exists(path):
+        from .neon.load import Neon
+
+        return Neon(Path(path), target)
     from .numba.library import Compiled
 
     return Compiled(target)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -191,3 +192,16 @@ def test_a_sequence_model_answers_on_the_board(board, tmp_path):
     assert cut.stopped in ("cancelled", "max-tokens") and cut.tokens
     report = profile(bundle, board.url, runs=3, warmup=1)
     assert {"first of 14 tokens", "each later token"} <= {m.method for m in report.methods} and report.trust.verdict == "emulated"
+
+
+def test_a_native_program_answers_on_the_board(board, tmp_path):
+    """Our own kernels for its core, in a library that came with the bundle: nothing is compiled there, and no runtime is installed."""
+    ref = f"{Path(__file__).parent / 'sequence_small.py'}:encoder_decoder"
+    bundle = build(plan(ref, "raspberry-pi-5", runtime="native"), load_model(ref), tmp_path / "model.edge")
+    here = build(plan(ref, "host", runtime="native"), load_model(ref), tmp_path / "here.edge")
+    prompts = ["hello you", "a", "longer prompt"]
+    answer = run(bundle, board.url, prompt=prompts)
+    twin = run(here, LocalTransport(tmp_path / "root"), prompt=prompts)
+    assert [r.tokens for r in answer.results] == [r.tokens for r in twin.results]
+    report = profile(bundle, board.url, runs=3, warmup=1)
+    assert report.trust.verdict == "emulated" and {"encode"} <= {m.method for m in report.methods}

@@ -20,7 +20,7 @@ START_S = 60.0
 POLL_S = 0.05
 ARCHIVE = "agent.zip"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-_HOST_ONLY = ("linear.py", "pack.py", "reference.py")
+_HOST_ONLY = ("build.py", "linear.py", "pack.py", "reference.py")
 """Of the kernels, what packs weights and checks."""
 _MAIN = b"from agent.agent import main\n\nmain()\n"
 
@@ -50,7 +50,7 @@ def _kernels() -> dict[str, bytes]:
     top = files("edgesdk")
     found = {"edgesdk/__init__.py": b"", "edgesdk/cache.py": (top / "cache.py").read_bytes()}
     found |= {f"edgesdk/{name}": content for name, content in _part("native", "machine").items()}
-    for folder in ("kernels", "kernels/numba"):
+    for folder in ("kernels", "kernels/numba", "kernels/neon"):
         place = files("edgesdk.kernels")
         for part in folder.split("/")[1:]:
             place = place / part

@@ -40,7 +40,7 @@ MODULES = {
     "executorch": ("executorch.runtime",),
     "litert": ("ai_edge_litert.interpreter", "tflite_runtime.interpreter"),
     "tflite-runtime": ("tflite_runtime.interpreter", "ai_edge_litert.interpreter"),
-    "native": ("numba",),
+    "native": ("numba", "ctypes"),  # ctypes, where the bundle has the kernels as a library
 }
 PACKAGES = {"litert": "ai-edge-litert", "native": "numba"}
 

@@ -88,7 +88,8 @@ def _lower(spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str], sa
 def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = None) -> Path:
     """Lower, check, evaluate and write the bundle. Raises `CheckFailed` when the program is wrong; then nothing is written.
 
-    A program for a runtime that this host cannot run (a GPU's, an NPU's) is packed unchecked, and its manifest's `host_check` is empty.
+    A program for a runtime that this host cannot run (a GPU's, an NPU's) is packed unchecked, and its manifest's `host_check` is empty. One of
+    our own kernels for another CPU is checked as its twin with the same weights for this one.
     """
     from edgesdk import __version__
     from edgesdk.bundles import write_bundle
@@ -102,7 +103,7 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
     choice = choice_of(plan)
     program = lower(spec, _lowered_as(plan), choice, lambda text: step(text, 0.1))
     name, stored, sizes = _stored(plan.runtime, program, spec)
-    members: dict[str, bytes] = {name: stored, "plan.json": plan.to_json().encode(), **_files(plan, spec)}
+    members: dict[str, bytes] = {name: stored, "plan.json": plan.to_json().encode(), **_files(plan, spec), **_kernels(plan, program)}
     fields: dict[str, Any] = {
         "host_check": {},
         "golden": (),
@@ -110,10 +111,10 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
         "runtime_version": "not run on this host",
         "methods": tuple(plan.method_latency),
     }
-    if _runs_here(plan):
+    if plan.runtime in ("executorch", "litert", "tflite-runtime", "native"):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, name)
-            path.write_bytes(stored)
+            path.write_bytes(stored if _runs_here(plan) else lower(spec, plan.runtime, choice))
             with silent():
                 runner = open_program(str(path), plan.runtime, plan.threads)
                 inputs = golden_inputs(spec)
@@ -144,9 +145,19 @@ def _lowered_as(plan: Plan) -> str:
     return f"native-{target_of(device.unit(next(r.unit for r in device.runtimes if r.name == 'native')).isa)}"
 
 
+def _kernels(plan: Plan, program: bytes) -> dict[str, bytes]:
+    """The library that a native program's device runs it with, where that is no machine that compiles kernels itself."""
+    if plan.runtime != "native" or not _lowered_as(plan).startswith("native-arm"):
+        return {}
+    from edgesdk.native.shared import LIBRARY, shared_library
+
+    return {LIBRARY: shared_library(program)}
+
+
 def _runs_here(plan: Plan) -> bool:
+    """Whether this host's CPU has the instructions that a program is for."""
     if plan.runtime != "native":
-        return plan.runtime in ("executorch", "litert", "tflite-runtime")
+        return True
     from edgesdk.kernels.cpu import host_targets
 
     return _lowered_as(plan).removeprefix("native-") in host_targets()

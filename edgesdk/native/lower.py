@@ -9,7 +9,8 @@ import numpy as np
 
 from edgesdk.errors import InputError
 from edgesdk.kernels.cpu import TARGETS, host_targets
-from edgesdk.kernels.library import Library, library
+from edgesdk.kernels.library import Library
+from edgesdk.kernels.numba.library import Compiled
 from edgesdk.kernels.pack import kept_scales, pack
 from edgesdk.kernels.panels import BLOCK, UnfitWeights
 from edgesdk.native.program import PARTS, write
@@ -210,6 +211,7 @@ def lower_native(
     spec: ModelSpec, runtime: str, choice: Mapping[tuple[str, str], str], say: Callable[[str], None] = lambda text: None
 ) -> bytes:
     """The program. `runtime`: "native-" and a target of `kernels.cpu`. Raises `InputError`."""
+    from edgesdk import __version__
     from edgesdk.sequence.card import NAME, Card
     from edgesdk.sequence.positions import buckets
 
@@ -217,7 +219,7 @@ def lower_native(
     if target not in TARGETS:
         raise InputError(f"there are no kernels for '{target}'", f"known: {', '.join(TARGETS)}")
     say("packing weights")
-    work = _Lowering(spec, choice, library(target))
+    work = _Lowering(spec, choice, Compiled(target))
     work.add_matrices()
     work.add_rest()
     card = Card.read(spec.files[NAME])
@@ -228,7 +230,15 @@ def lower_native(
         methods[name] = {**card.methods[name], "inputs": inputs}
     config = work.config.model_dump(mode="json")
     turns = {side: frequencies for side in ("encoder", "decoder") if (frequencies := _turns(work.config, side))}
-    header = {"target": target, "config": config, "methods": methods, "linears": work.linears, "panels": work.panels, "turns": turns}
+    header = {
+        "version": __version__,
+        "target": target,
+        "config": config,
+        "methods": methods,
+        "linears": work.linears,
+        "panels": work.panels,
+        "turns": turns,
+    }
     if work.config.positions == "relative":
         header["buckets"] = {side: buckets(work.config, side == "encoder") for side in ("encoder", "decoder")}
     return write(header, work.arrays)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgesdk.kernels.library import Library, args_of, bits_of
+from edgesdk.kernels.library import Library, args_of, bits_of, library
 from edgesdk.kernels.panels import Panels
 from edgesdk.kernels.tape import Rounded, Rows, Tape, panel_sizes
 
 from .masks import Masks
 from .program import PARTS, Program
+
+LIBRARY = "libedgekernels.so"
+"""Beside a program, for a device that compiles nothing."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +35,8 @@ class Machine:
     """`run(method, arrays)` as a runtime's runner has it. Raises `ProgramError` for a damaged file and `KeyError` for an unknown method."""
 
     def __init__(self, path: str, threads: int = 1, kernels: Library | None = None) -> None:
-        from edgesdk.kernels.library import library
-
         self.program, self.threads = Program(path), threads
-        self.kernels = kernels or library(self.program.target)
+        self.kernels = kernels or library(self.program.target, str(Path(path).with_name(LIBRARY)))
         self.methods = tuple(sorted(self.program.methods))
         self._open: dict[str, Method] = {}
         self._panels: dict[str, Panels] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -41,19 +41,25 @@ def machine_for(target: str, cpu: str = "") -> Any:
     )
 
 
-def object_code(module: ir.Module, target: str, cpu: str = "") -> bytes:
-    """The object file (ELF) of a module."""
+def object_code(module: ir.Module, target: str, cpu: str = "", names: Mapping[str, str] | None = None) -> bytes:
+    """The object file (ELF) of a module. `names`: the functions that are wanted, and what they are called in it; the others are left out."""
     from edgesdk.cache import cache_dir
 
     machine = machine_for(target, cpu)
     module.triple, module.data_layout = machine.triple, str(machine.target_data)
     text = str(module)
-    key = hashlib.sha256("\n".join((text, target, cpu, FEATURES.get(target, ""), llvmlite_version)).encode()).hexdigest()[:40]
+    key = hashlib.sha256("\n".join((text, target, cpu, FEATURES.get(target, ""), llvmlite_version, str(names))).encode()).hexdigest()[:40]
     path = cache_dir("kernels") / f"{key}.o"
     if path.exists():
         return path.read_bytes()
     parsed = llvm.parse_assembly(text)
     parsed.verify()
+    if names is not None:
+        for function in parsed.functions:
+            if function.name in names:
+                function.name = names[function.name]
+            elif not function.is_declaration:
+                function.linkage = "internal"
     options = llvm.create_pipeline_tuning_options(speed_level=3)
     options.loop_unrolling = False  # loops are unrolled where they are written; more of it only spills registers
     llvm.create_pass_builder(machine, options).getModulePassManager().run(parsed, llvm.create_pass_builder(machine, options))

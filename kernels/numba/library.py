@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
+
+from llvmlite import ir
 
 from edgesdk.kernels.library import ROUNDINGS
 
@@ -16,21 +19,51 @@ from .steps import run
 from .tables import embed_module, tables_module
 
 
-@lru_cache(maxsize=512)
-def _functions(target: str, family: str, detail: str) -> dict[str, int]:
-    """The addresses of a module's functions, by the names of `kernels.library`."""
-    if family in ("gemv", "gemm", "embed") and detail:
+def _module(name: str) -> tuple[str, str]:
+    """The module that holds a kernel: its kind, and what it is made for."""
+    family, _, rest = name.partition("_")
+    if family in ("heads", "attend"):
+        return "attention", name.rpartition("_")[2]
+    if family in ("gemv", "gemm"):
+        return "product", rest
+    if family in ("embed", "pick"):
+        return ("embed", rest) if rest else ("tables", "")
+    return "round", ""
+
+
+def _emitted(target: str, kind: str, detail: str) -> tuple[ir.Module, dict[str, str]]:
+    """A module, and its functions by the names of `kernels.library`."""
+    if kind in ("product", "embed"):
         bits, scale, *zeros = detail.split("_")
         form = (int(bits), scale == "block", bool(zeros))
-        module = embed_module(target, *form) if family == "embed" else product_module(target, *form)
-        names = ["embed"] if family == "embed" else ["gemv", "gemm"]
-        return {f"{n}_{detail}": a for n, a in loaded(object_code(module, target), names, target).items()}
-    if family in ("heads", "attend"):
-        found = loaded(object_code(attention_module(target, int(detail)), target), list(ATTENTION), target)
-        return {f"{n}_{detail}": a for n, a in found.items()}
-    if family in ("embed", "pick"):
-        return loaded(object_code(tables_module(target), target), ["embed", "pick"], target)
-    return loaded(object_code(rounding_module(target), target), list(ROUNDINGS), target)
+        if kind == "embed":
+            return embed_module(target, *form), {f"embed_{detail}": "embed"}
+        return product_module(target, *form), {f"{n}_{detail}": n for n in ("gemv", "gemm")}
+    if kind == "attention":
+        return attention_module(target, int(detail)), {f"{n}_{detail}": n for n in ATTENTION}
+    if kind == "tables":
+        return tables_module(target), {n: n for n in ("embed", "pick")}
+    return rounding_module(target), {n: n for n in ROUNDINGS}
+
+
+@lru_cache(maxsize=512)
+def _functions(target: str, kind: str, detail: str) -> dict[str, int]:
+    """The addresses of a module's functions, by the names of `kernels.library`."""
+    module, names = _emitted(target, kind, detail)
+    found = loaded(object_code(module, target), list(names.values()), target)
+    return {public: found[inner] for public, inner in names.items()}
+
+
+def objects(target: str, kernels: Iterable[str], symbol: Callable[[str], str]) -> list[bytes]:
+    """Object files with these kernels, compiled for a target that need not be this machine's; `symbol` says what each is called in them."""
+    wanted: dict[tuple[str, str], list[str]] = {}
+    for name in sorted(set(kernels)):
+        wanted.setdefault(_module(name), []).append(name)
+    found = []
+    for (kind, detail), names in wanted.items():
+        module, inner = _emitted(target, kind, detail)
+        found.append(object_code(module, target, names={inner[n]: symbol(n) for n in names}))
+    return found
 
 
 class Compiled:
@@ -40,14 +73,7 @@ class Compiled:
         self.target, self.lanes, self.together, self.half = target, ROWS[target], wide(target), halves(target)
 
     def address(self, name: str) -> int:
-        family, _, rest = name.partition("_")
-        if family in ("heads", "attend"):
-            return _functions(self.target, "attend", name.rpartition("_")[2])[name]
-        if family in ("gemv", "gemm"):
-            return _functions(self.target, "gemm", rest)[name]
-        if family in ("embed", "pick"):
-            return _functions(self.target, "embed", rest)[name]
-        return _functions(self.target, "round", "")[name]
+        return _functions(self.target, *_module(name))[name]
 
     def shift_of(self, bits: int) -> int:
         """On x86 inputs beside signed weights are unsigned."""
