@@ -371,6 +371,14 @@ def test_float32_is_halved_without_overflow(machine: Machine) -> None:
     assert not back[5].any()
 
 
+def test_layers_take_float32_beyond_the_range_of_float16(machine: Machine) -> None:
+    code = weights(4, 40, 128, 4, 32, True)
+    x = np.random.default_rng(0).standard_normal((1, 128)).astype(np.float32) * np.float32(1e7)
+    halved, scale, out = machine.empty(x.shape, np.float16), machine.empty((1,), np.float32), poisoned(machine, (1, 40), np.float32)
+    machine.run([of_rows.halve(machine.put(x), halved, scale), Linear(machine, code).launch(halved, out, x_scale=scale)])
+    assert far(machine.get(out), x.astype(np.float64) @ decode(code).astype(np.float64).T) < TOLERANCE
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_the_first_of_the_largest_is_found(machine: Machine, dtype: Any) -> None:
     x = np.random.default_rng(0).integers(-9, 9, (5, 1000)).astype(dtype)

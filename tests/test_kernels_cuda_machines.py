@@ -246,7 +246,7 @@ def test_machines_without_a_fit_gpu_are_told_so(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(DeviceError, match="no such GPU"):
         Gpu(3)
     fake(monkeypatch, status=100)
-    with pytest.raises(DeviceError, match="no NVIDIA driver"):
+    with pytest.raises(DeviceError, match="no NVIDIA GPU"):
         Gpu()
 
 
@@ -299,4 +299,4 @@ def test_the_benchmark_says_where_there_is_no_gpu(
     fake(monkeypatch, status=100)
     monkeypatch.setattr(sys, "argv", ["bench", "--out", str(tmp_path)])
     assert bench.main() == 3
-    assert "there is no NVIDIA driver here" in capsys.readouterr().err
+    assert "no NVIDIA GPU can be used here" in capsys.readouterr().err

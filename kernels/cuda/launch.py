@@ -39,6 +39,7 @@ class _Owned:
 
 class Gpu:
     """A `Machine`. `cubins`: name of a kernel → machine code that was compiled before; all others are compiled when they are first launched.
+    It is used by the thread that made it.
 
     Raises `MissingTool` without cuda-bindings, and `DeviceError` where there is no driver or no such GPU, or where the driver reports a fault.
     """
@@ -50,7 +51,7 @@ class Gpu:
         except (RuntimeError, DeviceError) as error:
             said = str(error).splitlines()[0]
             raise DeviceError(
-                f"there is no NVIDIA driver here: {said}", "run it on a machine with a GPU; tests use edgesdk.kernels.cuda.emulated"
+                f"no NVIDIA GPU can be used here: {said}", "run it on a machine with a GPU; tests use edgesdk.kernels.cuda.emulated"
             ) from None
         count = self._do(d.cuDeviceGetCount)
         if index >= count:
