@@ -13,6 +13,7 @@ from test_cost import device, linear
 from edgesdk.errors import InputError, UnknownName
 from edgesdk.graph.types import Unit
 from edgesdk.plan import Budget, Plan, Workload, plan
+from edgesdk.plan.lengths import Lengths
 from edgesdk.plan.options import options
 from edgesdk.plan.solve import Option, solve
 
@@ -157,9 +158,12 @@ def test_the_front_is_a_front_and_its_ends_are_there(digits: Plan) -> None:
 
 
 def test_more_tokens_take_longer_and_too_many_are_refused() -> None:
+    lengths = (Lengths(values=(n,), shares=(1.0,), buckets=(12,)) for n in (4, 12))  # one set of programs
     short, long = (
-        plan("example:normalizer", "pi5", runtime="litert", layout="encoder-decoder", workload=Workload(output_length=n)) for n in (4, 12)
+        plan("example:normalizer", "pi5", runtime="litert", layout="encoder-decoder", workload=Workload(output_length=n, draft=4))
+        for n in lengths
     )
+    assert set(short.method_latency) == {"encode", "decode", "decode_x4"}
     decode = short.method_latency["decode"].value
     assert long.latency.value - short.latency.value == pytest.approx(8 * decode, rel=0.05)
     with pytest.raises(InputError, match="want more positions than the model's 56"):
