@@ -1,6 +1,6 @@
 """What a compressed model is trained on: inputs, and how far its answers are from those of the uncompressed model. No labels are used.
 
-A model of one call is compared output by output. A sequence model is run as it is used: `encode`, `prefill` and a `decode` a token on the teacher's
+A model of one call is compared output by output. A sequence model is run as it is used: `encode` or `prefill`, and a `decode` a token on the teacher's
 greedy answer, every cache the student's own, so that all its errors count as they add up; only its logits are compared.
 """
 
