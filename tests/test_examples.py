@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgesdk.errors import InputError
+from edgesdk.errors import InputError, UnknownName
 from edgesdk.examples import EXAMPLES, digits, load_weights, normalizer
 from edgesdk.examples import normalizer_data as data
 from edgesdk.intake import load_model
@@ -17,6 +17,7 @@ from edgesdk.plan.fake_quant import run
 from edgesdk.sequence.card import NAME, Card, SequenceError
 from edgesdk.sequence.choose import Settings
 from edgesdk.sequence.generate import generate
+from edgesdk.sequence.saved import checkpoint_of
 from edgesdk.sequence.sizes import Sizes
 from edgesdk.sequence.tokens import tokenizer_of
 
@@ -172,6 +173,15 @@ def test_ordinals():
     assert [data._suffixed(n) for n in (1, 2, 3, 4, 11, 12, 13, 21, 22, 23, 31)] == [
         "1st", "2nd", "3rd", "4th", "11th", "12th", "13th", "21st", "22nd", "23rd", "31st",
     ]  # fmt: skip
+
+
+def test_what_takes_sequence_models_takes_these_alone():
+    made = checkpoint_of("example:Normalizer")
+    assert made.held is not None and len(made.held) == 200 and made.checkpoint.config.encoder is not None
+    with pytest.raises(UnknownName, match="sequence model among the examples 'digits-cnn'"):
+        checkpoint_of("example:digits-cnn")
+    with pytest.raises(InputError, match="has its programs already"):
+        load_model("example:digits-cnn", Sizes(draft=4))
 
 
 @pytest.mark.parametrize(("text", "said"), [("", "empty"), ("   ", "empty"), ("naïve", "'ï'"), ("one " * 20, "80 tokens")])
