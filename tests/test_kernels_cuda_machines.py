@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -251,8 +256,6 @@ def test_machines_without_a_fit_gpu_are_told_so(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(MissingTool, match="edgesdk\\[cuda\\]"):
         Gpu()
@@ -292,11 +295,55 @@ def test_the_benchmark_runs_and_its_table_has_a_row_for_everything(monkeypatch: 
 def test_the_benchmark_says_where_there_is_no_gpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Any
 ) -> None:
-    import sys
-
     from tests.bench import kernels_cuda as bench
 
     fake(monkeypatch, status=100)
     monkeypatch.setattr(sys, "argv", ["bench", "--out", str(tmp_path)])
     assert bench.main() == 3
     assert "no NVIDIA GPU can be used here" in capsys.readouterr().err
+
+
+SCRIPT = """
+import numpy as np
+from edgesdk.kernels.cuda.launch import Gpu
+from edgesdk.kernels.cuda.rows import halve
+gpu = Gpu(cubins={"rows_halve": b"\\x7fELF"})
+assert (gpu.name, gpu.arch, gpu.units) == ("No GPU", "sm_90", 132)
+x = gpu.put(np.arange(21, dtype=np.float32).reshape(3, 7))
+copy = gpu.empty(x.shape, x.dtype)
+gpu.copy(copy, x)
+assert (gpu.get(copy) == np.arange(21).reshape(3, 7)).all()
+launches = [halve(x, gpu.empty((3, 8), np.float16), gpu.empty((3,), np.float32))]
+gpu.run(launches)
+assert gpu.seconds(gpu.graph(launches)) == 0.003
+"""
+
+
+def test_the_real_bindings_hand_a_driver_what_launches_say(tmp_path: Path) -> None:
+    """cuda-bindings, as installed, over a libcuda.so.1 that only says what it is asked."""
+    pytest.importorskip("cuda.bindings.driver")
+    source = Path(__file__).parent / "native" / "cuda_driver.c"
+    gcc = shutil.which("gcc")
+    if gcc is None or sys.platform != "linux":
+        pytest.skip("no gcc to build a driver without a GPU with")
+    built = [
+        gcc,
+        "-shared",
+        "-fPIC",
+        "-O1",
+        "-Wall",
+        "-Werror",
+        "-o",
+        str(tmp_path / "libcuda.so.1"),
+        str(source),
+        "-Wl,-soname,libcuda.so.1",
+        "-ldl",
+    ]
+    subprocess.run(built, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    launched = "driver: launch 3 1 1, 256 1 1, shared 32, numbers 7 7"
+    said = ["driver: module ELF", "driver: function rows_halve", launched, "driver: capture 1", launched, "driver: graph"]
+    assert done.stderr.splitlines() == said
