@@ -103,6 +103,18 @@ def program(
     return build.program([source, *sources], extra, by, flags)
 
 
+def emitted(targets: Sequence[str], kernels: Sequence[str]) -> list[Path]:
+    """Object files of the kernels in LLVM IR, called "llvm_" and then what those in C are called."""
+    from edgesdk.kernels.numba.library import objects
+
+    made = []
+    for target in targets:
+        for content in objects(target, kernels, lambda name, t=target: f"llvm_{build.symbol(t, name)}"):
+            made.append(cache_dir("kernels") / f"{hashlib.sha256(content).hexdigest()[:32]}.o")
+            made[-1].write_bytes(content)
+    return made
+
+
 def run(harness: Path, names: Sequence[str], cases: Sequence[Case], cpu: str, folder: Path, by: Sequence[str] = ()) -> None:
     """Runs the cases on an emulated core; their buffers then hold what the kernels left. Raises where a kernel trapped."""
     place = {n: i for i, n in enumerate(names)}

@@ -9,14 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llvmlite import ir
 
 from edgesdk.errors import CheckFailed, MissingTool
 from edgesdk.kernels.library import LINEAR_ARGS
 from edgesdk.kernels.neon import build
-from edgesdk.kernels.numba.compiled import object_code
-from edgesdk.kernels.numba.products import Product
-from edgesdk.kernels.numba.rounding import Rounding
 from edgesdk.kernels.pack import pack
 from edgesdk.kernels.panels import BLOCK
 from edgesdk.kernels.reference import linear, round_inputs
@@ -206,22 +202,11 @@ def test_steps_run_in_order_over_threads(target: str, cpu: str, threads: int, ha
 
 
 @pytest.fixture(scope="module")
-def emitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def emitted() -> tuple[Path, list[str]]:
     """The harness with the kernels in LLVM IR, as objects for these targets."""
-    names, files, folder = [], [], tmp_path_factory.mktemp("llvm")
-    for target in ("arm-neon", "arm-dotprod"):
-        module = ir.Module(f"all-{target}")
-        prefix = "llvm_" + build.symbol(target, "")
-        Rounding(module, f"{prefix}round", target).emit("", False, True)
-        for name in build.FORMS:
-            bits, per_block, zeros = int(name[0]), "block" in name, name.endswith("zeros")
-            Product(module, f"{prefix}gemv_{name}", target, bits, per_block, zeros).gemv()
-            gemm = Product(module, f"{prefix}gemm_{name}", target, bits, per_block, zeros)
-            (gemm.gemm_blocks if per_block else gemm.gemm_rows)()
-        names += [prefix + k for k in build.kernels()]
-        files.append(folder / f"{target}.o")
-        files[-1].write_bytes(object_code(module, target))
-    return emulated.program(names, files), names
+    targets = ("arm-neon", "arm-dotprod")
+    names = [f"llvm_{build.symbol(t, k)}" for t in targets for k in build.kernels()]
+    return emulated.program(names, emulated.emitted(targets, build.kernels())), names
 
 
 @pytest.mark.parametrize(("target", "cpu"), [c for c in CORES if c[0] != "arm-i8mm"])

@@ -27,8 +27,6 @@ import numpy as np
 
 from edgesdk.cache import cache_dir
 from edgesdk.kernels.neon import build
-from edgesdk.kernels.numba.compiled import object_code
-from edgesdk.kernels.numba.products import Product
 from edgesdk.kernels.pack import pack
 from tests import emulated
 from tests.emulated import Case
@@ -308,22 +306,6 @@ def cost(job: Job, times: dict[int, int], harness: Path, at: dict[str, tuple[int
     return Cost(sum(inside.values()), cycles_of(blocks, model, width))
 
 
-def emitted(target: str) -> Path:
-    """The same kernels in LLVM IR."""
-    from llvmlite import ir
-
-    module = ir.Module(f"bench-{target}")
-    for bits, per_block in ((8, False), (4, True), (4, False), (3, True), (2, True), (2, False)):
-        for how in ("gemv", "gemm"):
-            product = Product(
-                module, f"llvm_{build.symbol(target, how)}_{bits}_{'block' if per_block else 'row'}", target, bits, per_block, False
-            )
-            {"gemv": product.gemv, "gemm": product.gemm_blocks if per_block else product.gemm_rows}[how]()
-    path = cache_dir("kernels") / f"bench-{target}.o"
-    path.write_bytes(object_code(module, target))
-    return path
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--ours", action="store_true", help="without peers")
@@ -332,7 +314,7 @@ def main() -> None:
     by = next(c for c in build.compilers() if c.kind == given.compiler)
     jobs = [j for t in CORES for j in ours("", "edgesdk C", t)] + [j for t in CORES for j in ours("llvm_", "edgesdk LLVM", t)]
     names = [j.case.steps[0][0] for j in jobs] + ["peer_image", "peer_call"]
-    objects = [emitted(t) for t in CORES]
+    objects = emulated.emitted(list(CORES), sorted({n.split("_", 3)[3] for n in names if n.startswith("llvm_")}))
     if not given.ours:
         jobs += xnnpack()
         objects += ggml_objects()

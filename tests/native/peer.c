@@ -1,6 +1,7 @@
 // Calls functions of other libraries beside our kernels, so that their instructions are counted in the same way.
 //   peer_image: args[0] the path of a shared library: its segments are mapped at IMAGE, without relocations (leaf functions need none).
 //   peer_call:  args[0] the function's address, args[1 ...] twelve of its args, all 64 bits wide.
+#define _GNU_SOURCE
 #include <elf.h>
 #include <fcntl.h>
 #include <stdint.h>

@@ -17,6 +17,7 @@ enum { BLOCK = 32, QUADS = 8, AHEAD = 2048 };  // columns of a block; quads of f
 // The args of products, in order (products.ARGS): addresses, then counts. BIAS, RESIDUAL: 0 for none. STRIDE: bytes of a row of OUT and RESIDUAL.
 enum { CODES, SCALES, ZEROS, ROW_SCALE, SUMS, Q, Q_SUMS, Q_SCALE, Q_ZERO, M, BLOCKS, PANEL_BYTES, SCALE_BYTES, ZERO_BYTES, BIAS, RESIDUAL, OUT, STRIDE };
 
+#define KEEP_ORDER __asm__ volatile("" ::: "memory")  // one panel after the other: all at once do not fit the registers
 #define AT(kind, address, offset) ((const kind *)((address) + (offset)))
 
 // float32 [4] of four scales: float16, of 8-bit weights float32.

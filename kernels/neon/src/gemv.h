@@ -4,6 +4,8 @@
 #include "weights.h"
 #include CORE_FILE
 
+enum { MOST = 4 };
+
 // The sum of the inputs of all blocks.
 INLINE int32_t inputs_sum(const int64_t *a) {
   int32_t total = 0;
@@ -13,9 +15,9 @@ INLINE int32_t inputs_sum(const int64_t *a) {
 
 INLINE void gemv_panels(const int64_t *a, int64_t p, int many, int bits, int per_block, int zeros, int fit) {
   const int64_t blocks = a[BLOCKS];
-  int64_t codes[SIDE], scales[SIDE], zero[SIDE], q = a[Q], q_sums = a[Q_SUMS];
-  float32x4_t whole[SIDE];
-  sums total[SIDE];
+  int64_t codes[MOST], scales[MOST], zero[MOST], q = a[Q], q_sums = a[Q_SUMS];
+  float32x4_t whole[MOST];
+  sums total[MOST];
   UNROLL for (int i = 0; i < many; i++) {
     codes[i] = a[CODES] + (p + i) * a[PANEL_BYTES];
     scales[i] = a[SCALES] + (p + i) * a[SCALE_BYTES];
@@ -40,6 +42,7 @@ INLINE void gemv_panels(const int64_t *a, int64_t p, int many, int bits, int per
         total[i] = dots(total[i], w, x, bits, fit);
       }
       codes[i] += BLOCK_BYTES(bits);
+      KEEP_ORDER;
     }
     q += BLOCK;
     q_sums += 4;
@@ -57,7 +60,7 @@ INLINE void gemv_panels(const int64_t *a, int64_t p, int many, int bits, int per
 
 INLINE void gemv_parts(const int64_t *a, int64_t first, int64_t last, int bits, int per_block, int zeros, int fit) {
   int64_t p = first;
-  for (; p + SIDE <= last; p += SIDE) gemv_panels(a, p, SIDE, bits, per_block, zeros, fit);
+  for (; p + SIDE(bits) <= last; p += SIDE(bits)) gemv_panels(a, p, SIDE(bits), bits, per_block, zeros, fit);
   for (; p < last; p++) gemv_panels(a, p, 1, bits, per_block, zeros, fit);
 }
 

@@ -6,7 +6,8 @@
 typedef struct { int8x16_t quad[QUADS]; } inputs;   // 32 columns of one row, each four of them in all four lanes
 typedef struct { int32x4_t low, high; } sums;       // of rows 0, 1 and 2, 3: two lanes a row
 
-enum { SLIP = 16, FETCHES = 1, SIDE = 4, ABREAST = 1 };
+enum { SLIP = 16, FETCHES = 1, ABREAST = 1 };
+#define SIDE(bits) ((bits) == 8 ? 3 : 4)  // panels of a gemv: as many as fit the registers
 // With 8 bits two products fill 16 bits, but for (-128)(-128) + (-128)(-128) = 32768. Where inputs have such a pair of -128 (`pairs_fit`), each
 // sum of two starts at -1, which takes SLIP from a row's sum of a block.
 
