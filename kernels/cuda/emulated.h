@@ -25,7 +25,7 @@ using u32 = unsigned int;
 using i8 = signed char;
 struct alignas(8) Words2 { u32 v[2]; };
 struct alignas(16) Words4 { u32 v[4]; };
-struct Index { int x, y, z; };
+struct Index { u32 x, y, z; };
 
 #define ON_GPU inline
 #define ENTRY(name, threads, args, ...) \
@@ -138,7 +138,7 @@ inline const char* run_block(std::mt19937& random, size_t shared_bytes, bool shu
                 for (auto i = first; i != last; i++) {
                     if (state.fibers[*i].done) continue;
                     state.now = *i;
-                    state.thread = {*i, 0, 0};
+                    state.thread = {u32(*i), 0, 0};
                     swapcontext(&state.main, &state.fibers[*i].context);
                     if (state.fault) return state.fault;
                     left -= state.fibers[*i].done;
@@ -156,8 +156,8 @@ inline const char* run_block(std::mt19937& random, size_t shared_bytes, bool shu
 inline const char* launch(void (*kernel)(const void*), const void* args, const int* grid, int threads, size_t shared_bytes, u32 seed) {
     std::mt19937 random(seed);
     state.kernel = kernel; state.args = args; state.fault = nullptr; state.early = seed % 2;
-    state.size = {threads, 1, 1};
-    state.grid = {grid[0], grid[1], grid[2]};
+    state.size = {u32(threads), 1, 1};
+    state.grid = {u32(grid[0]), u32(grid[1]), u32(grid[2])};
     state.fibers.resize(threads);
     static std::map<size_t, u8*> rooms;
     u8*& room = rooms[(shared_bytes + 15) / 16];
@@ -175,13 +175,13 @@ inline const char* launch(void (*kernel)(const void*), const void* args, const i
     else
         for (int i = 0; i < grid[0] * grid[1] * grid[2] && !wrong; i++) {
             int b = seed % 2 ? grid[0] * grid[1] * grid[2] - 1 - i : i;
-            state.block = {b % grid[0], b / grid[0] % grid[1], b / grid[0] / grid[1]};
+            state.block = {u32(b % grid[0]), u32(b / grid[0] % grid[1]), u32(b / grid[0] / grid[1])};
             wrong = run_block(random, shared_bytes, seed > 1);
         }
     sigaction(SIGSEGV, &segv, nullptr); sigaction(SIGBUS, &bus, nullptr);
     sigaltstack(&old_stack, nullptr);
     if (!wrong) return nullptr;
-    std::snprintf(message, sizeof message, "%s (block %d, %d, %d, thread %d)", wrong, state.block.x, state.block.y, state.block.z, state.now);
+    std::snprintf(message, sizeof message, "%s (block %u, %u, %u, thread %d)", wrong, state.block.x, state.block.y, state.block.z, state.now);
     return message;
 }
 
