@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from edgesdk.model import ModelSpec
 
 Step = Callable[[str, float], None]
-RUNTIMES = ("litert", "executorch")
+RUNTIMES = ("litert", "executorch", "native")
 PRECISIONS = ("fp32", "int8-static", "int8-dynamic", "int8-weight-only", "int4-g32")
 PASSES = 2
 LEAST_SD = 0.06
@@ -55,6 +55,7 @@ def calibrate(
 
     Raises `InputError` for another device than this machine, `MissingTool` when the runtime is not installed.
     """
+    from edgesdk import calibrate_native as native
     from edgesdk.devices import load_device
     from edgesdk.plan.rates import calibration_path
     from edgesdk.runner import installed
@@ -65,7 +66,7 @@ def calibrate(
     wanted = [runtime] if runtime else [r for r in RUNTIMES if r in here]
     if not wanted or any(r not in RUNTIMES or r not in here for r in wanted):
         names = runtime or " or ".join(RUNTIMES)
-        raise MissingTool(f"{names} is not installed here", "pip install -c constraints.txt 'edgesdk[executorch,litert]'")
+        raise MissingTool(f"{names} is not installed here", "pip install -c constraints.txt 'edgesdk[executorch,litert,kernels]'")
     profile, step = load_device("host"), step or (lambda text, share: None)
     if not 1 <= threads <= profile.units[0].cores:
         raise InputError(f"--threads {threads}: this machine has {profile.units[0].cores} cores", "ask for fewer threads")
@@ -77,9 +78,12 @@ def calibrate(
         def part(text: str, share: float, i: int = i, name: str = name) -> None:
             step(f"{name}: {text}", 0.05 + 0.95 * (i + share) / len(wanted))
 
-        samples = measure(name, threads, part)
+        samples = native.measure(threads, part) if name == "native" else measure(name, threads, part)
         levels = least_disturbed(levels, bandwidths(profile))  # apart in time: others read the memory, too
-        answer = fit(profile, name, here[name], threads, levels, samples)
+        if name == "native":
+            answer = native.fit(profile, here[name], threads, levels, samples)
+        else:
+            answer = fit(profile, name, here[name], threads, levels, samples)
         if save:
             answer.save(calibration_path(profile.name, name, threads))
         answers.append(answer)

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 def calibrate(
     device: Annotated[str, typer.Option(help="Only `host` can be measured from here; run it on the board for a board.")] = "host",
-    runtime: Annotated[str | None, typer.Option(help="executorch or litert. Default: every one installed.")] = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="executorch, litert or native (our own kernels). Default: every one installed.")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads; a calibration holds for this number only.")] = 1,
     as_json: Json = False,
 ) -> None:

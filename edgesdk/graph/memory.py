@@ -55,10 +55,11 @@ _PACKED = ("linear", "conv1d", "conv2d", "depthwise_conv2d")
 def packed_again(graph: ModelGraph, runtime: str) -> dict[str, int]:
     """Weight → how many of its users pack a copy of their own beside the first one's, for the weights of which some do.
 
-    ExecuTorch's XNNPACK packs the weights of matrices and convolutions when a method is loaded, and lets go what it read from the program:
-    one method holds them once, as they are stored; each further method that uses them holds them again. LiteRT packs once for all.
+    XNNPACK packs the weights of matrices and convolutions for each method that uses them: one method needs them once, about as large as they
+    are stored; each further method needs them again. ExecuTorch lets go what it read from the program; LiteRT leaves the file mapped, whose
+    pages count as resident but are the system's to take back: they are not counted.
     """
-    if runtime != "executorch":
+    if runtime not in ("executorch", "litert", "tflite-runtime"):
         return {}
     users = [{u.weight for u in m.units if u.weight and u.op in _PACKED} for m in graph.methods]
     return {w: n - 1 for w in set().union(*users) if (n := sum(w in used for used in users)) > 1}
@@ -100,8 +101,9 @@ def _all_delegated(method: MethodGraph) -> bool:
 
 
 def kept_outside(method: MethodGraph, runtime: str) -> bool:
-    """Whether a program leaves its inputs where their owner keeps them: on ExecuTorch, where caches are among them (`lower.executorch`)."""
-    return runtime.startswith("executorch") and bool(method.cache_inputs or method.cross_cache_inputs)
+    """Whether a program leaves its inputs where their owner keeps them: on ExecuTorch, where caches are among them (`lower.executorch`),
+    and on our own kernels."""
+    return (runtime == "native" or runtime.startswith("executorch")) and bool(method.cache_inputs or method.cross_cache_inputs)
 
 
 def planned_bytes(method: MethodGraph, runtime: str, kinds: frozenset[str]) -> tuple[int, bool]:
