@@ -1,8 +1,8 @@
 """The inner loops of y = x · Wᵀ, in LLVM IR: weights of 8, 4, 3 or 2 bits (`panels.Panels`), inputs rounded to bytes.
 
 All kernels have one signature, `void kernel(const int64_t *args, int64_t first, int64_t last)`: the part first … last - 1 of what `args`
-describes. GEMV reads each panel once, as one stream. GEMM unpacks a block of two panels into registers once and lets every row of the
-inputs pass by; where a row of weights has one scale, sums stay integers from the first column to the last.
+describes. GEMV reads each panel once, as one stream. GEMM takes two panels and a few rows of inputs at a time and keeps their sums in
+registers from the first column to the last; where a row of weights has one scale, they stay integers until the end.
 """
 
 from __future__ import annotations
@@ -15,26 +15,24 @@ from edgesdk.kernels.library import LINEAR_ARGS
 from edgesdk.kernels.panels import BLOCK
 
 from .emitter import Emitter
-from .simd import F16, F32, I8, I32, I64
+from .simd import F16, F32, I8, I16, I32, I64
 
 QUADS = BLOCK // 4
 AHEAD = 2048
 """Bytes by which weights are fetched before they are needed."""
-CHUNK = 128
-"""Rows of inputs whose sums are kept at hand by one GEMM loop."""
 WIDE = {"x86-avx512vnni": 2, "x86-avxvnni": 1, "x86-avx2": 1}
 """Target → panels that a GEMM works on at a time (two, where there are 32 registers)."""
-MINGLED = (4, 1)
-TILE = {"x86-avx512vnni": (12, 8, 4, 1), "x86-avxvnni": (8, 4, 1), "x86-avx2": (4, 1)}
-"""Target → rows of inputs whose integer sums stay in registers, the tail in smaller steps."""
+TILE = {"x86-avx512vnni": ((12, 8, 4, 1), (6, 4, 2, 1)), "x86-avxvnni": ((8, 4, 1), (4, 2, 1)), "x86-avx2": ((4, 1), (4, 1))}
+"""Target → rows of inputs whose sums stay in registers, the tail in smaller steps: where a row has one scale, and where blocks have, whose
+sums take two registers, one of integers and one of floats. Stores into memory cost as much as two dot products each (Zen 5), so none is made."""
 
 
 def wide(target: str) -> int:
     return WIDE.get(target, 2)
 
 
-def tiles(target: str) -> tuple[int, ...]:
-    return TILE.get(target, (8, 4, 1))
+def tiles(target: str, per_block: bool) -> tuple[int, ...]:
+    return TILE.get(target, ((8, 4, 1), (4, 2, 1)))[per_block]
 
 
 def halves(target: str) -> bool:
@@ -84,8 +82,8 @@ class Product(Emitter):
     def begin(self, zero: Any, total: Any) -> Any:
         """The integer sums before a block: what makes codes out of the middle or of their zeros; `total` is Σ q of the block (int32)."""
         s = self.s
-        if self.zeros:
-            return s.b.neg(s.b.mul(zero, s.spread(total)))
+        if self.zeros:  # both fit 16 bits, and LLVM takes the faster multiplication where it can tell
+            return s.b.neg(s.b.mul(zero, s.spread(s.b.sext(s.b.trunc(total, I16), I32))))
         if self.bits == 8:
             return s.zero(s.ints)
         return s.spread(s.b.mul(total, ir.Constant(I32, -(1 << (self.bits - 1)))))
@@ -142,96 +140,70 @@ class Product(Emitter):
             self.write(value, panel, self.number(0))
         b.ret_void()
 
-    def gemm_blocks(self) -> None:
-        """Of any number of rows, each block with its scale: groups of panels first … last - 1."""
-        s, b, many = self.s, self.b, wide(self.s.target)
-        size = 4 * s.rows
-        with b.goto_entry_block():
-            room = b.alloca(s.floats, CHUNK * many)
-            room.align = 64
-        sums_at = b.ptrtoint(room, I64)
-        with self.loop(self.first, self.last) as group:
-            panels = [self.panel(self.add(self.times(group, many), i)) for i in range(many)]
-            with self.loop(self.number(0), self.a["m"], CHUNK) as start:
-                stop = self.least(self.add(start, CHUNK), self.a["m"])
-                with self.loop(self.number(0), self.times(b.sub(stop, start), many)) as i:
-                    s.store(s.zero(s.floats), sums_at, self.times(i, size))
-                with self.loop(self.number(0), self.a["blocks"]) as g:
-                    quads = [self.unpacked(p, g, prefetch=False) for p in panels]
-                    scales = [self.scale(p, g) for p in panels]
-                    zeros = [self.zero(p, g) if self.zeros else None for p in panels]
-                    done = start
-                    for tile in MINGLED:
-                        count = self.times(b.sdiv(b.sub(stop, done), self.number(tile)), tile)
-                        with self.loop(done, b.add(done, count), tile) as m:
-                            self._mingled(quads, scales, zeros, g, m, tile, b.add(sums_at, self.times(b.sub(m, start), many * size)))
-                        done = b.add(done, count)
-                with self.loop(start, stop) as m:
-                    for j, p in enumerate(panels):
-                        at = self.add(self.times(b.sub(m, start), many * size), j * size)
-                        self.write(s.load(sums_at, at, s.floats), p, m)
-        b.ret_void()
-
-    def _mingled(self, quads: list[Any], scales: list[Any], zeros: list[Any], g: Any, m: Any, tile: int, sums_at: Any) -> None:
-        """A block of `tile` rows of inputs side by side, so that one sum need not wait for itself."""
-        s, size = self.s, 4 * self.s.rows
-        q, q_sum = self.q_at(g, m)
-        totals = [s.load(q_sum, 4 * t, I32) for t in range(tile)]
-        values = [[self.begin(z, total) for z in zeros] for total in totals]
-        for i in range(QUADS):
-            for t in range(tile):
-                x = s.spread(s.load(q, BLOCK * t + 4 * i, I32))
-                values[t] = [s.dot(v, quads[j][i], x, self.bits == 8) for j, v in enumerate(values[t])]
-        for t in range(tile):
-            for j, v in enumerate(values[t]):
-                at = (t * len(scales) + j) * size
-                s.store(s.fma(s.to_float(v), scales[j], s.load(sums_at, at, s.floats)), sums_at, at)
-
-    def gemm_rows(self) -> None:
-        """Of any number of rows, each row of weights with one scale: groups of panels first … last - 1."""
+    def gemm(self) -> None:
+        """Of any number of rows: groups of panels first … last - 1. Sums stay in registers from the first column to the last."""
         many = wide(self.s.target)
         with self.loop(self.first, self.last) as group:
             panels = [self.panel(self.add(self.times(group, many), i)) for i in range(many)]
             done = self.number(0)
-            for tile in tiles(self.s.target):
-                count = self.times(self.b.sdiv(self.b.sub(self.a["m"], done), self.number(tile)), tile)
+            for tile in tiles(self.s.target, self.per_block):
+                count = self.times(self._times(self.b.sub(self.a["m"], done), tile), tile)
                 with self.loop(done, self.b.add(done, count), tile) as m:
                     self._tile(panels, m, tile)
                 done = self.b.add(done, count)
         self.b.ret_void()
 
+    def _times(self, rows: Any, tile: int) -> Any:
+        """How many tiles of so many rows are done of `rows`: of six, one less where two more rows would be left, which are slow alone."""
+        b = self.b
+        count = b.sdiv(rows, self.number(tile))
+        if tile != 6:
+            return count
+        eight = b.and_(b.icmp_signed("==", b.srem(rows, self.number(6)), self.number(2)), b.icmp_signed(">", rows, self.number(6)))
+        return b.sub(count, b.zext(eight, I64))
+
     def _tile(self, panels: list[dict[str, Any]], m: Any, tile: int) -> None:
+        """`tile` rows of inputs side by side, so that one sum need not wait for itself."""
         s, b = self.s, self.b
-        sums = [[self.variable(s.ints) for _ in panels] for _ in range(tile)]
-        for row in sums:
-            for v in row:
-                b.store(s.zero(s.ints), v)
-        zeros = [self.zero(p, None) if self.zeros else None for p in panels]
+        kind = s.floats if self.per_block else s.ints
+        sums = [[self.variable(kind) for _ in panels] for _ in range(tile)]
+        for v in (v for row in sums for v in row):
+            b.store(s.zero(kind), v)
+        zeros = [self.zero(p, None) if self.zeros and not self.per_block else None for p in panels]
         with self.loop(self.number(0), self.a["blocks"]) as g:
-            values = [[b.load(v) for v in row] for row in sums]
-            q0, sum0 = self.q_at(g, m)
-            if self.zeros or self.bits != 8:
-                for i in range(tile):
-                    total = s.load(sum0, 4 * i, I32)
-                    values[i] = [b.add(v, self.begin(z, total)) for v, z in zip(values[i], zeros)]  # noqa: B905 (Python 3.9)
-            quads = [self.unpacked(p, g, prefetch=False) for p in panels]
-            for k in range(QUADS):
-                for i in range(tile):
-                    x = s.spread(s.load(q0, BLOCK * i + 4 * k, I32))
-                    values[i] = [s.dot(v, quads[j][k], x, self.bits == 8) for j, v in enumerate(values[i])]
+            if self.zeros and self.per_block:
+                zeros = [self.zero(p, g) for p in panels]
+            q, q_sum = self.q_at(g, m)
+            starts = [[self.begin(z, s.load(q_sum, 4 * i, I32)) for z in zeros] for i in range(tile)]
+            if not self.per_block:
+                starts = [[b.add(b.load(v), x) for v, x in zip(*pair)] for pair in zip(sums, starts)]  # noqa: B905 (Python 3.9)
+            values = self._dots(starts, panels, g, q)
+            scales = [self.scale(p, g) for p in panels] if self.per_block else []
             for row, new in zip(sums, values):  # noqa: B905
-                for v, value in zip(row, new):  # noqa: B905
-                    b.store(value, v)
+                for j, (v, value) in enumerate(zip(row, new)):  # noqa: B905
+                    b.store(s.fma(s.to_float(value), scales[j], b.load(v)) if self.per_block else value, v)
         for j, p in enumerate(panels):
-            scale = self.scale(p, None)
             for i in range(tile):
-                self.write(b.fmul(s.to_float(b.load(sums[i][j])), scale), p, self.add(m, i))
+                value = b.load(sums[i][j])
+                self.write(value if self.per_block else b.fmul(s.to_float(value), self.scale(p, None)), p, self.add(m, i))
+
+    def _dots(self, values: list[list[Any]], panels: list[dict[str, Any]], g: Any, q: Any) -> list[list[Any]]:
+        """Sums + a block's products, [row of inputs][panel]; quads are unpacked as they are needed."""
+        s = self.s
+        codes = [self.b.add(p["codes"], self.times(g, self.block_bytes)) for p in panels]
+        step = QUADS if self.bits == 3 else 8 // self.bits
+        for first in range(0, QUADS, step):
+            quads = [s.quads(at, self.bits, first, step) for at in codes]
+            for k in range(step):
+                for i, row in enumerate(values):
+                    x = s.spread(s.load(q, BLOCK * i + 4 * (first + k), I32))
+                    values[i] = [s.dot(v, quads[j][k], x, self.bits == 8) for j, v in enumerate(row)]
+        return values
 
 
 def product_module(target: str, bits: int, per_block: bool, zeros: bool) -> ir.Module:
     """`gemv` and `gemm` for one form of weights."""
     module = ir.Module(f"product-{target}-{bits}-{per_block}-{zeros}")
     Product(module, "gemv", target, bits, per_block, zeros).gemv()
-    gemm = Product(module, "gemm", target, bits, per_block, zeros)
-    (gemm.gemm_blocks if per_block else gemm.gemm_rows)()
+    Product(module, "gemm", target, bits, per_block, zeros).gemm()
     return module
