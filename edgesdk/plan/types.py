@@ -98,7 +98,7 @@ class MemoryAnswer(Part):
     cache_bytes: int
     cross_cache_bytes: int
     io_bytes: int
-    packed_bytes: int = 0  # weights that several methods use and each packs for itself (XNNPACK in ExecuTorch): all copies but the first
+    packed_bytes: int = 0  # weights that several methods use and each packs for itself (XNNPACK): all copies but the first
     runtime_bytes: int | None  # None: unknown for this device
     delegate_bytes: int | None = None  # inside a delegate (XNNPACK's workspace), which no runtime's plan shows: at most, by liveness
     peak_bytes: int
