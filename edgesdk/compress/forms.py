@@ -293,7 +293,7 @@ def settings_of(spec: ModelSpec, device: str, runtime: str, threads: int | None,
     subject = _Loaded(spec)
     nothing = Harm(model_digest=subject.facts.model_digest, kind="rounding", quality=None, rows=())
     found = []
-    for name in runtimes_of(profile, runtime or None, subject.graph):
+    for name in runtimes_of(profile, runtime or None, subject.graph, subject.facts.native):
         each = setting_of(subject, subject.graph, nothing, profile, name, threads, Workload())
         whole = replace(each, whole=True)
         weighted = [(m.name, u) for m in subject.graph.methods for u in m.units if u.weight_elements]

@@ -39,7 +39,7 @@ def make_plan(
     for ref in [refs[layout]] if layout else list(refs.values()):
         subject = asked if ref == model else Subject(ref, workload)
         graph, harm = answering(subject.graph, workload), harm_of(subject, step)
-        for name in runtimes_of(profile, runtime, graph):
+        for name in runtimes_of(profile, runtime, graph, subject.facts.native):
             setting = setting_of(subject, graph, harm, profile, name, threads, workload)
             made.append((setting, _candidate(setting, budget)))
     at, best = _chosen(made, budget, step)

@@ -13,7 +13,7 @@ from edgesdk.graph.types import ModelGraph, Unit
 from edgesdk.plan.cost import UnitCost, call_seconds, fused, unit_cost, working_set
 from edgesdk.plan.harm import Harm
 from edgesdk.plan.options import options
-from edgesdk.plan.rates import efficiency_for
+from edgesdk.plan.rates import calibration_path, efficiency_for
 from edgesdk.plan.solve import Option
 from edgesdk.plan.subject import Subject
 from edgesdk.plan.types import MemoryAnswer, Precision, Workload
@@ -37,9 +37,14 @@ class Setting:
     whole: bool = False  # the whole model in static int8, nothing rounded in between; else each weight for itself
 
 
-def runtimes_of(device: DeviceProfile, asked: str | None, graph: ModelGraph) -> list[str]:
-    """Runtimes to consider, in the target's order: what the device has and edgesdk lowers for."""
+def runtimes_of(device: DeviceProfile, asked: str | None, graph: ModelGraph, native: bool) -> list[str]:
+    """Runtimes to consider, in the target's order: what the device has and edgesdk lowers for. Our own kernels, where they run the model
+    (`native`), are among them once they were calibrated there: no prior says how fast they are."""
     here = {r.name for r in device.runtimes}
+    if asked == "native" and not native:
+        raise InputError(
+            f"--runtime native: {graph.name} is no sequence model of edgesdk's family", "choose --runtime executorch or litert"
+        )
     if any(t.dtype == "int8" and t.name in (*m.cache_inputs, *m.cross_cache_inputs) for m in graph.methods for t in m.inputs):
         if asked is not None and asked.startswith("native"):
             raise InputError(
@@ -52,6 +57,8 @@ def runtimes_of(device: DeviceProfile, asked: str | None, graph: ModelGraph) -> 
         return [asked]
     target = target_for(device)
     kept: list[str] = [r for r in target.runtimes if r in here and not (graph.source == "tflite" and r.startswith("executorch"))]
+    if native and "native" in here and calibration_path(device.name, "native", target.default_threads).exists():
+        kept.append("native")
     if not kept:
         raise InputError(
             f"{device.name} has no runtime that takes {graph.name}",

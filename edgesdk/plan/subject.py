@@ -29,6 +29,7 @@ class Facts(Noun):
     has_calibration: bool
     has_evaluate: bool
     coded: dict[str, int] = Field(default_factory=dict)  # weights that are stored compressed → their bytes
+    native: bool = False  # whether our own kernels run it whole
     int4: tuple[str, ...] = ()  # those of them that int4-g32 holds as they are
 
 
@@ -50,6 +51,17 @@ def _content_key(ref: str) -> str | None:
         total.update(path.name.encode())
         total.update(path.read_bytes())
     return total.hexdigest()[:40]
+
+
+def _native(spec: ModelSpec) -> bool:
+    from edgesdk.errors import InputError
+    from edgesdk.native.lower import sequence_of
+
+    try:
+        sequence_of(spec)
+    except InputError:
+        return False
+    return True
 
 
 def _compressed_key(ref: str) -> str | None:
@@ -88,7 +100,7 @@ class Subject:
         return Facts(
             name=spec.name, model_digest=spec.digest, layout=spec.layout, alternatives=spec.alternatives, quality_name=spec.quality_name,
             has_calibration=spec.calibration is not None, has_evaluate=spec.evaluate is not None,
-            coded={n: len(pack(c)) for n, c in spec.codes.items()}, int4=tuple(n for n, c in spec.codes.items() if is_grid(c, 4, 32)),
+            native=_native(spec), coded={n: len(pack(c)) for n, c in spec.codes.items()}, int4=tuple(n for n, c in spec.codes.items() if is_grid(c, 4, 32)),
         )  # fmt: skip
 
     @cached_property
