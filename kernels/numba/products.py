@@ -18,8 +18,8 @@ from .emitter import Emitter
 from .simd import F16, F32, I8, I16, I32, I64
 
 QUADS = BLOCK // 4
-AHEAD = 2048
-"""Bytes by which weights are fetched before they are needed."""
+AHEAD = {8: 2048, 4: 6144, 3: 6144, 2: 6144}
+"""Bits → bytes by which weights are fetched before they are needed."""
 WIDE = {"x86-avx512vnni": 2, "x86-avxvnni": 1, "x86-avx2": 1}
 """Target → panels that a GEMM works on at a time (two, where there are 32 registers)."""
 TILE = {"x86-avx512vnni": ((12, 8, 4, 1), (6, 4, 2, 1)), "x86-avxvnni": ((8, 4, 1), (4, 2, 1)), "x86-avx2": ((4, 1), (4, 1))}
@@ -65,7 +65,7 @@ class Product(Emitter):
         here = self.b.add(panel["codes"], self.times(g, self.block_bytes))
         if prefetch:
             for line in range(0, self.block_bytes, 64):
-                self.s.prefetch(here, AHEAD + line)
+                self.s.prefetch(here, AHEAD[self.bits] + line)
         return self.s.quads(here, self.bits, 0, QUADS)
 
     def scale(self, panel: dict[str, Any], g: Any) -> Any:

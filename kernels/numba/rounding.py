@@ -88,17 +88,21 @@ class Rounding(Emitter):
     # ---- rounding
 
     def _range(self, x: Any) -> tuple[Any, Any]:
+        """The least and the greatest of a row and 0; each vector of a block has its own, so that none waits for the one before."""
         s, b = self.s, self.b
-        low, high = (self.variable(s.floats) for _ in range(2))
-        self.store_zero(low, high)
-
-        def widen(at: Any) -> None:
-            value = s.load(x, at, s.floats)
-            b.store(s.lesser(value, b.load(low)), low)
-            b.store(s.greater(value, b.load(high)), high)
-
-        self.lanes(self.number(0), self.width, widen)
-        return s.reduce("fmin", b.load(low)), s.reduce("fmax", b.load(high))
+        places = range(0, 4 * BLOCK, 4 * s.rows)
+        lows, highs = ([self.variable(s.floats) for _ in places] for _ in range(2))
+        self.store_zero(*lows, *highs)
+        with self.loop(self.number(0), self.a["blocks"]) as g:
+            at = b.add(x, self.times(g, 4 * BLOCK))
+            for place, low, high in zip(places, lows, highs):  # noqa: B905 (Python 3.9)
+                value = s.load(at, place, s.floats)
+                b.store(s.lesser(value, b.load(low)), low)
+                b.store(s.greater(value, b.load(high)), high)
+        least, most = b.load(lows[0]), b.load(highs[0])
+        for low, high in zip(lows[1:], highs[1:]):  # noqa: B905
+            least, most = s.lesser(b.load(low), least), s.greater(b.load(high), most)
+        return s.reduce("fmin", least), s.reduce("fmax", most)
 
     def _write(self, m: Any, x: Any) -> None:
         s, b = self.s, self.b
