@@ -3,7 +3,7 @@
 gemv_4_block, gemm_8_row, embed_2_block_zeros   weights of so many bits; a scale a block of 32 columns or a row; with zeros of their own
 embed, pick                                     a table in float32; a row of each batch
 round, rms_round, silu_gated_round, rms, …      see `rounding.ROUNDINGS`
-heads_64, heads_turned_64, attend_64, …         for heads of 64 floats
+heads_64, attend_64, attend_int8_64, …         for heads of 64 floats
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ RMS norm of each head. `cos`, `sin` (or 0): [B · N, D / 2], which turn the firs
 Parts: the B · N rows."""
 ATTEND_ARGS = (
     "q", "keys", "values", "slots", "new_keys", "new_values", "tokens", "mask", "mask_batch", "mask_head", "mask_row",
-    "n", "heads", "shared", "out", "stride", "scores",
+    "n", "heads", "shared", "out", "stride", "scores", "key_scales", "value_scales",
 )  # fmt: skip
 """q [B, heads, N, D], scaled; keys and values [B, heads / shared, slots, D] and [B, heads / shared, tokens, D], of which one may be empty.
 `mask`: float32, added to the scores [slots + tokens]; `mask_…`: bytes from one batch, head and row to the next. out: B · N rows of `stride`
-bytes, heads side by side. `scores`: room for slots + tokens floats for each of the B · heads parts. Parts: the B · heads heads."""
+bytes, heads side by side. `scores`: room for slots + tokens floats for each of the B · heads parts. Of `attend_int8` the keys and values in
+slots are int8, with a float32 scale each [B, heads / shared, slots]. Parts: the B · heads heads."""
 
 NORMS = ("rms", "layer")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")

@@ -117,6 +117,11 @@ def inputs_of(method: Method, role: str) -> list[np.ndarray]:
     return arrays
 
 
+KINDS |= {
+    f"{kind}-int8-caches": (KINDS[kind][0], {**KINDS[kind][1], "cache_bits": 8}) for kind in ("encoder-decoder", "qwen", "cache-once")
+}
+
+
 @pytest.mark.parametrize("precision", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_method_is_that_of_eager_with_the_same_rounding(kind: str, precision: str, tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ class Part:
     keys: Any
     values: Any
     tokens: int
+    scales: tuple[str, str] | None = None  # of int8 keys and values
 
 
 class Method:
@@ -213,7 +214,7 @@ class Method:
             "q": q, "slots": slots, "tokens": tokens, "n": n, "heads": h, "shared": h // stack["kv_heads"], "out": out, "stride": out.stride,
             "mask_batch": mask[1], "mask_head": mask[2], "mask_row": mask[3], "scores": np.zeros((b * h, slots + tokens), np.float32),
         }  # fmt: skip
-        later = []
+        later = [] if old.scales is None else list(zip(("key_scales", "value_scales"), old.scales))  # noqa: B905 (Python 3.9)
         for part, (key, value) in ((old, ("keys", "values")), (new, ("new_keys", "new_values"))):
             for arg, what in ((key, part.keys), (value, part.values)) if part is not None else ():
                 if isinstance(what, str):
@@ -224,7 +225,7 @@ class Method:
             later.append(("mask", mask[0]))
         else:
             values["mask"] = mask[0]
-        name = f"attend_{size}"
+        name = f"attend_{size}" if old.scales is None else f"attend_int8_{size}"
         args = self.tape.add(name, b * h, max(1, 32768 // (n * (slots + tokens) * size)), **values)
         for arg, what in later:
             self.patch(name, args, arg, what)
@@ -333,11 +334,11 @@ class Method:
             if i == shared_from:
                 new = self._shared(x, n, stack, turned)
                 made.append(new)
-                shared = [new] if prefill else [self._cache(i), new]
+                shared = [new] if prefill else [self._input("self", i), new]
                 if prefill:
                     x, turned = self._alone(x, n, at)
                     masks, n = masks.alone(), 1
-            cache = None if prefill or shared else self._cache(i)
+            cache = None if prefill or shared else self._input("self", i)
             mask, norm = masks.of_tokens(0 if shared else _window(stack, i)), f"{layer}.self_norm"
             seen, pair = self.self_attention(f"{layer}.self_attn", x, n, stack, turned, mask, cache, shared, self.ahead(norm))
             made += [pair] if pair is not None else []
@@ -358,10 +359,12 @@ class Method:
         found = self.project([f"{layer}.cross_attn.q"], x, norm=norm)
         q = self.heads(found[0], n, stack["heads"], stack["head"], scale=self.scale(stack), key="q")
         source = self.shapes[self.number["source_mask"]][1]
-        return self.attend(q, [Part(f"cross_k_{i}", f"cross_v_{i}", source)], ("source_mask", 4 * source, 0, 0), stack)
+        return self.attend(q, [self._input("cross", i)], ("source_mask", 4 * source, 0, 0), stack)
 
-    def _cache(self, i: int) -> Part:
-        return Part(f"self_k_{i}", f"self_v_{i}", self.shapes[self.number[f"self_k_{i}"]][2])
+    def _input(self, kind: str, i: int) -> Part:
+        """A cache among the inputs: `kind` self or cross."""
+        keys, scales = f"{kind}_k_{i}", (f"{kind}_k_scale_{i}", f"{kind}_v_scale_{i}")
+        return Part(keys, f"{kind}_v_{i}", self.shapes[self.number[keys]][2], scales if scales[0] in self.number else None)
 
     def _shared(self, x: Rows, n: int, stack: dict[str, Any], turned: Any) -> Part:
         norm = "decoder.shared.norm" if self.config["norm_place"] == "pre" else ""

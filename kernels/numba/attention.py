@@ -9,7 +9,7 @@ from llvmlite import ir
 from edgesdk.kernels.library import ATTEND_ARGS, HEADS_ARGS
 
 from .emitter import Emitter
-from .simd import F32
+from .simd import F32, I8
 
 HIDDEN = -5e3
 """A mask below this hides."""
@@ -57,9 +57,10 @@ class Heads(Emitter):
 class Attend(Emitter):
     """Parts: the B · heads heads. Slots behind the last one that a row may see are not read."""
 
-    def __init__(self, module: ir.Module, name: str, target: str, size: int) -> None:
+    def __init__(self, module: ir.Module, name: str, target: str, size: int, int8: bool) -> None:
+        """`int8`: keys and values in slots are int8, with a scale each."""
         super().__init__(module, name, target, ATTEND_ARGS)
-        self.size, self.whole = size, ir.VectorType(F32, size)
+        self.size, self.whole, self.int8 = size, ir.VectorType(F32, size), int8
 
     def emit(self) -> None:
         a, b = self.a, self.b
@@ -67,7 +68,7 @@ class Attend(Emitter):
             batch, head = b.sdiv(part, a["heads"]), b.srem(part, a["heads"])
             kv = b.sdiv(part, a["shared"])
             scores = b.add(a["scores"], b.mul(part, self.times(b.add(a["slots"], a["tokens"]), 4)))
-            cached = b.mul(b.mul(kv, a["slots"]), self.number(4 * self.size))
+            cached = b.mul(kv, a["slots"])
             new = b.mul(b.mul(kv, a["tokens"]), self.number(4 * self.size))
             mask = b.add(a["mask"], b.add(b.mul(batch, a["mask_batch"]), b.mul(head, a["mask_head"])))
             with self.loop(self.number(0), a["n"]) as i:
@@ -85,21 +86,40 @@ class Attend(Emitter):
         top = self.variable(F32)
         b.store(self.real(-3e38), top)
         for keys, count, into, where in (
-            (b.add(a["keys"], cached), seen, scores, mask),
-            (b.add(a["new_keys"], new), a["tokens"], new_scores, new_mask),
+            (self._held("key", cached), seen, scores, mask),
+            ((b.add(a["new_keys"], new), None), a["tokens"], new_scores, new_mask),
         ):
             self._scores(q, keys, count, into, where, top)
         total, mixed = self.variable(F32), self.variable(self.whole)
         b.store(self.real(0.0), total)
         b.store(s.zero(self.whole), mixed)
         most = b.load(top)
-        for values, count, into in ((b.add(a["values"], cached), seen, scores), (b.add(a["new_values"], new), a["tokens"], new_scores)):
+        for values, count, into in (
+            (self._held("value", cached), seen, scores),
+            ((b.add(a["new_values"], new), None), a["tokens"], new_scores),
+        ):
             self._powers(into, count, most, total)
             with self.loop(self.number(0), count) as t:
-                weight = s.same(s.load(into, self.times(t, 4), F32), self.size)
-                value = s.load(values, self.times(t, 4 * self.size), self.whole)
-                b.store(s.fused(weight, value, b.load(mixed)), mixed)
+                value, scale = self._vector(values, t)
+                weight = s.load(into, self.times(t, 4), F32)
+                weight = weight if scale is None else b.fmul(weight, scale)
+                b.store(s.fused(s.same(weight, self.size), value, b.load(mixed)), mixed)
         s.store(b.fmul(b.load(mixed), s.same(b.fdiv(self.real(1.0), b.load(total)), self.size)), out, 0)
+
+    def _held(self, kind: str, first: Any) -> tuple[Any, Any]:
+        """The addresses of the keys or values in slots from number `first` on, and of their scales or None."""
+        a, b = self.a, self.b
+        width = self.size if self.int8 else 4 * self.size
+        vectors = b.add(a[kind + "s"], self.times(first, width))
+        return vectors, b.add(a[kind + "_scales"], self.times(first, 4)) if self.int8 else None
+
+    def _vector(self, held: tuple[Any, Any], t: Any) -> tuple[Any, Any]:
+        """Number t of them, in float32, and its scale or None."""
+        vectors, scales = held
+        if scales is None:
+            return self.s.load(vectors, self.times(t, 4 * self.size), self.whole), None
+        codes = self.s.load(vectors, self.times(t, self.size), ir.VectorType(I8, self.size))
+        return self.b.sitofp(codes, self.whole), self.s.load(scales, self.times(t, 4), F32)
 
     def _seen(self, mask: Any) -> Any:
         """Slots up to the last that is not hidden."""
@@ -120,12 +140,13 @@ class Attend(Emitter):
         b.position_at_end(done)
         return b.load(left)
 
-    def _scores(self, q: Any, keys: Any, count: Any, scores: Any, mask: Any, top: Any) -> None:
+    def _scores(self, q: Any, keys: tuple[Any, Any], count: Any, scores: Any, mask: Any, top: Any) -> None:
         b, s = self.b, self.s
         with self.loop(self.number(0), count) as t:
             at4 = self.times(t, 4)
-            key = s.load(keys, self.times(t, 4 * self.size), self.whole)
-            score = b.fadd(s.total(b.fmul(q, key)), s.load(mask, at4, F32))
+            key, scale = self._vector(keys, t)
+            score = s.total(b.fmul(q, key))
+            score = b.fadd(score if scale is None else b.fmul(score, scale), s.load(mask, at4, F32))
             s.store(score, scores, at4)
             most = b.load(top)
             b.store(b.select(b.fcmp_ordered(">", score, most), score, most), top)
@@ -143,13 +164,14 @@ class Attend(Emitter):
 
 
 def attention_module(target: str, size: int) -> ir.Module:
-    """`heads`, `heads_turned`, `heads_normed`, `heads_normed_turned`, `attend` for heads of `size` floats, an even number."""
+    """`heads`, `heads_turned`, `heads_normed`, `heads_normed_turned`, `attend`, `attend_int8` for heads of `size` floats, an even number."""
     module = ir.Module(f"attention-{target}-{size}")
     for normed in (False, True):
         for turned in (False, True):
             Heads(module, "heads" + "_normed" * normed + "_turned" * turned, target, size).emit(turned, normed)
-    Attend(module, "attend", target, size).emit()
+    Attend(module, "attend", target, size, int8=False).emit()
+    Attend(module, "attend_int8", target, size, int8=True).emit()
     return module
 
 
-ATTENTION = ("heads", "heads_turned", "heads_normed", "heads_normed_turned", "attend")
+ATTENTION = ("heads", "heads_turned", "heads_normed", "heads_normed_turned", "attend", "attend_int8")
