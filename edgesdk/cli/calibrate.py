@@ -46,11 +46,12 @@ def show(answer: Efficiency) -> None:
     speeds = ", ".join(f"{level} {speed / 1e9:.1f} GB/s" for level, speed in answer.bandwidth_bytes_per_s.items())
     screen.print(f"{answer.runtime} {answer.runtime_version}, {answer.threads} thread(s); reads: {speeds}", style="bold")
     table = Table(box=None, header_style="dim")
-    for column in ("operator", "precision", "Gop/s", "an operator", "an output", "residual", "programs"):
+    for column in ("operator", "precision", "Gop/s", "an operator", "an output", "a tensor", "residual", "programs"):
         table.add_column(column)
     for r in answer.rows:
         rate = "" if r.op == "call" else f"{(r.ops_per_s or 0) / 1e9:.1f}"
-        each = (show_seconds(r.overhead_s), show_seconds(r.per_output_s), f"±{r.log_sd:.0%}", str(r.n))
+        tensor = show_seconds(r.per_tensor_s) if r.per_tensor_s else ""
+        each = (show_seconds(r.overhead_s), show_seconds(r.per_output_s), tensor, f"±{r.log_sd:.0%}", str(r.n))
         table.add_row(r.op, r.precision, rate, *each)
     screen.print(table)
 
