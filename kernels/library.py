@@ -1,9 +1,9 @@
 """The kernels of a target by name, however they were made: addresses of functions with one signature, their args, and what runs them.
 
-gemv_4_block, gemm_8_row, embed_2_block_zeros   weights of so many bits; a scale a block of 32 columns or a row; with zeros of their own
-embed, pick                                     a table in float32; a row of each batch
-round, rms_round, silu_gated_round, rms, …      see `rounding.ROUNDINGS`
-heads_64, attend_64, attend_int8_64, …         for heads of 64 floats
+gemv_4_block, gemm_8_row, embed_2_block_zeros  weights of so many bits; a scale a block of 32 columns or a row; with zeros of their own
+embed, pick                                    a table in float32; a row of each batch
+round, rms_round, silu_gated_round, rms, …     see ROUNDINGS
+heads_64, heads_turned_64, attend_int8_64, …   for heads of 64 floats
 """
 
 from __future__ import annotations

@@ -1,0 +1,203 @@
+"""Norms, activations, heads, attention, embeddings on our kernels: every target that this machine runs, against float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgesdk.kernels.cpu import host_targets
+from edgesdk.kernels.library import ACTIVATIONS, NORMS, bits_of, form, library
+from edgesdk.kernels.pack import pack
+from edgesdk.kernels.tape import Rows, Tape, panel_sizes
+from edgesdk.packed import Code, decode
+
+BEST = host_targets()[0]
+ERF = np.vectorize(math.erf)
+
+
+def filled(tape: Tape, values: Any) -> Rows:
+    room = tape.room(*values.shape)
+    room.array[:] = values
+    return room
+
+
+def padded(values: Any) -> Any:
+    out = np.zeros(-(-len(values) // 32) * 32, np.float32)
+    out[: len(values)] = values
+    return out
+
+
+def activation(name: str, x: Any) -> Any:
+    x = x.astype(np.float64)
+    if name == "relu":
+        return np.maximum(x, 0)
+    if name == "silu":
+        return x / (1 + np.exp(-np.clip(x, -700, 700)))
+    if name == "gelu":
+        return x * 0.5 * (1 + ERF(x / math.sqrt(2)))
+    return x * 0.5 * (1 + np.tanh(0.7978845608028654 * (x + 0.044715 * x**3)))
+
+
+def values_of(rounded: Any, cols: int) -> Any:
+    """What rounded inputs stand for, [M, cols]."""
+    q = rounded.q.view(np.uint8 if rounded.shift else np.int8).astype(np.float64)
+    flat = q.transpose(1, 0, 2).reshape(rounded.rows, -1)
+    assert np.array_equal(q.sum(2).astype(np.int32), rounded.q_sums)
+    return (rounded.q_scale[:, None] * (flat - rounded.q_zero[:, None]))[:, :cols]
+
+
+@pytest.mark.parametrize("target", host_targets())
+@pytest.mark.parametrize("shift", [0, 128])
+@pytest.mark.parametrize("before", ["", *NORMS, *ACTIVATIONS])
+def test_rounding_with_what_comes_before_it(target: str, shift: int, before: str) -> None:
+    rng = np.random.default_rng(1)
+    for m, cols in ((5, 70), (1, 32), (2, 1), (3, 257)):
+        x, other = (rng.standard_normal((m, cols)).astype(np.float32) * 3 + 1 for _ in range(2))
+        weight, bias = (rng.standard_normal(cols).astype(np.float32) for _ in range(2))
+        for gated in (False, True) if before in ACTIVATIONS else (False,):
+            tape = Tape(library(target))
+            out = tape.room(m, cols)
+            norm = (padded(weight), padded(bias) if before == "layer" else None, 1e-5) if before in NORMS else None
+            found = tape.round(filled(tape, x), shift, before=before, other=filled(tape, other) if gated else None, norm=norm, out=out)
+            tape.run()
+            wanted = x.astype(np.float64)
+            if before in NORMS:
+                wanted = wanted - wanted.mean(1, keepdims=True) * (before == "layer")
+                wanted = wanted / np.sqrt((wanted**2).mean(1, keepdims=True) + 1e-5) * weight + bias * (before == "layer")
+            elif before:
+                wanted = activation(before, x) * (other if gated else 1)
+            if before:
+                assert np.abs(out.array - wanted).max() <= 3e-6 * max(1, np.abs(wanted).max())
+                assert not out.values[:, cols:].any()
+            step = (np.maximum(wanted.max(1), 0) - np.minimum(wanted.min(1), 0)) / 255
+            assert (np.abs(values_of(found, cols) - wanted) <= 0.51 * step[:, None] + 1e-6 * np.abs(wanted).max()).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(m=st.integers(1, 4), cols=st.integers(1, 100), size=st.sampled_from([1e-30, 1e-3, 1.0, 1e30]), seed=st.integers(0, 999))
+def test_rounding_of_any_size(m: int, cols: int, size: float, seed: int) -> None:
+    x = (np.random.default_rng(seed).standard_normal((m, cols)) * size).astype(np.float32)
+    tape = Tape(library(BEST))
+    found = tape.round(filled(tape, x), 0)
+    tape.run()
+    step = (np.maximum(x.max(1), 0) - np.minimum(x.min(1), 0)) / 255
+    assert (np.abs(values_of(found, cols) - x) <= 0.51 * step[:, None] + 1e-38).all()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_of_extreme_values(name: str) -> None:
+    x = np.array([[-1e30, -200, -88, -87, -20, -1e-20, 0, 1e-20, 20, 87, 89, 200, 1e4]], np.float32)
+    tape = Tape(library(BEST))
+    out = tape.room(*x.shape)
+    tape.round(filled(tape, x), 0, before=name, out=out)
+    tape.run()
+    wanted = activation(name, x)
+    if name == "gelu_tanh":
+        wanted[0, 0] = 0  # the reference's own cube overflows
+    assert np.isfinite(out.array).all()
+    assert np.abs(out.array - wanted).max() < 0.02
+
+
+def attention(q: Any, keys: Any, values: Any, mask: Any) -> Any:
+    """q [B, H, N, D], keys and values [B, H, T, D], mask [B, 1, N, T] → [B · N, H · D]."""
+    scores = np.einsum("bhnd,bhtd->bhnt", q.astype(np.float64), keys) + mask
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    out = np.einsum("bhnt,bhtd->bnhd", weights, values)
+    return out.reshape(out.shape[0] * out.shape[1], -1)
+
+
+@pytest.mark.parametrize("target", host_targets())
+@pytest.mark.parametrize("size", [2, 8, 24, 64, 80])
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+def test_attention_over_slots_and_new_tokens(target: str, size: int, int8: bool) -> None:
+    rng = np.random.default_rng(size)
+    for b, n, heads, kv, slots in ((2, 3, 4, 2, 19), (1, 1, 3, 3, 40), (1, 2, 4, 1, 1)):
+        q, keys, values, new_keys, new_values = (
+            rng.standard_normal((b, h, t, size)).astype(np.float32) for h, t in ((heads, n), (kv, slots), (kv, slots), (kv, n), (kv, n))
+        )
+        mask = np.where(rng.random((b, n, slots + n)) < 0.4, -1e4, rng.standard_normal((b, n, slots + n))).astype(np.float32)
+        mask[..., slots] = 0
+        mask[0, :, slots // 2 : slots] = -1e4  # nothing there to see: not read
+        out, held, more = np.full((b * n, heads * size), np.nan, np.float32), (keys, values), {}
+        if int8:
+            scales = [rng.random((b, kv, slots)).astype(np.float32) * 0.02 for _ in range(2)]
+            held = tuple(rng.integers(-127, 128, keys.shape).astype(np.int8) for _ in range(2))
+            more = {"key_scales": scales[0], "value_scales": scales[1]}
+            keys, values = (h * s[..., None] for h, s in zip(held, scales, strict=True))
+        tape = Tape(library(target))
+        tape.add(
+            f"attend_int8_{size}" if int8 else f"attend_{size}", b * heads, q=q, keys=held[0], values=held[1], slots=slots, new_keys=new_keys,
+            new_values=new_values, tokens=n, mask=mask, mask_batch=mask.strides[0], mask_row=mask.strides[1], n=n, heads=heads, shared=heads // kv, out=out,
+            stride=out.strides[0], scores=np.full((b * heads, slots + n), np.nan, np.float32), **more,
+        )  # fmt: skip
+        tape.run()
+        both = [np.concatenate(x, 2).repeat(heads // kv, 1) for x in ((keys, new_keys), (values, new_values))]
+        assert np.abs(out - attention(q, both[0], both[1], mask[:, None])).max() < 2e-5 * size**0.5
+
+
+@pytest.mark.parametrize("target", host_targets())
+@pytest.mark.parametrize("size", [2, 24, 64])
+def test_heads_are_normed_turned_and_scaled(target: str, size: int) -> None:
+    rng = np.random.default_rng(3)
+    b, n, heads = 2, 3, 4
+    x = rng.standard_normal((b * n, heads * size)).astype(np.float32)
+    weight = rng.standard_normal(size).astype(np.float32)
+    cos, sin = (rng.standard_normal((b * n, size // 2)).astype(np.float32) for _ in range(2))
+    for normed in (False, True):
+        for turned in (False, True):
+            out = np.full((b, heads, n, size), np.nan, np.float32)
+            tape = Tape(library(target))
+            rows = filled(tape, x)
+            tape.add(
+                "heads" + "_normed" * normed + "_turned" * turned + f"_{size}", b * n, x=rows, stride=rows.stride, n=n, heads=heads,
+                weight=weight, eps=bits_of(1e-6), cos=cos, sin=sin, scale=bits_of(0.5), out=out,
+            )  # fmt: skip
+            tape.run()
+            wanted = x.reshape(b, n, heads, size).transpose(0, 2, 1, 3).astype(np.float64)
+            wanted = wanted / np.sqrt((wanted**2).mean(-1, keepdims=True) + 1e-6) * weight if normed else wanted
+            wanted = wanted * 0.5
+            if turned:
+                c, s = cos.reshape(b, 1, n, -1), sin.reshape(b, 1, n, -1)
+                one, two = wanted[..., : size // 2], wanted[..., size // 2 :]
+                wanted = np.concatenate([one * c - two * s, two * c + one * s], -1)
+            assert np.abs(out - wanted).max() < 1e-5
+
+
+@pytest.mark.parametrize("target", host_targets())
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_embeddings_come_out_of_panels(target: str, bits: int, zeros: bool) -> None:
+    rng, kernels = np.random.default_rng(bits), library(target)
+    for group in (0, 32, 64):
+        rows, cols = 50, 70
+        groups = 1 if group == 0 else -(-cols // group)
+        q = rng.integers(0, 1 << bits, (rows, cols)).astype(np.uint8)
+        zero = rng.integers(0, 1 << bits, (rows, groups)).astype(np.uint8) if zeros else np.zeros(0, np.uint8)
+        code = Code("grid", (rows, cols), (bits, group), (q, (rng.random((rows, groups)) + 0.1).astype(np.float32), zero))
+        p = pack(code, kernels.lanes, kernels.together, kernels.half)
+        tape = Tape(kernels)
+        out, places = tape.room(5, cols), rng.standard_normal((9, 96)).astype(np.float32)
+        ids, at = np.array([0, 49, 17, 3, 33]), np.arange(5)
+        tape.add(
+            f"embed_{form(bits, p.group != 0, p.zeros.size > 0)}", 5, ids=ids, codes=p.codes, scales=p.scales, zeros=p.zeros, row_scale=p.row_scale,
+            **panel_sizes(p), blocks=p.blocks, factor=bits_of(3.0), places=places, at=at, offset=2, out=out, stride=out.stride,
+        )  # fmt: skip
+        tape.run()
+        wanted = decode(code)[ids] * 3 + places[at + 2][:, :cols]
+        assert np.abs(out.array - wanted).max() < 1e-3 * np.abs(wanted).max()
+
+
+def test_a_kernel_that_is_not_there_and_an_arg_that_it_has_not() -> None:
+    tape = Tape(library(BEST))
+    with pytest.raises(KeyError):
+        tape.add("gemv_4_block", 1, colour=3)
+    with pytest.raises((KeyError, ValueError)):
+        library(BEST).address("silu_gated")
+    with pytest.raises(ImportError, match="this CPU runs"):
+        library("arm-i8mm" if BEST.startswith("x86") else "x86-avx2")
