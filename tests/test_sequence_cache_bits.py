@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_sequence_model import (
     LAYOUTS,
-    TIGHT,
+    Beside,
     config,
     filling,
     lowered,
@@ -59,25 +59,15 @@ def floats(run: Any, spec: Any) -> Any:
     return call
 
 
-def side_by_side(run: Any, other: Any, limit: float) -> Any:
-    """`run`, each of whose calls is given to `other` as well: every output must be the same. (On their own a key that lies between two codes
-    could fall to either side.)"""
-
-    def call(name: str, arrays: Any) -> Any:
-        out = run(name, arrays)
-        for one, ref in zip(out, other(name, arrays), strict=True):
-            assert relative_error(one, ref) <= limit, name
-        return out
-
-    return call
-
-
 @pytest.mark.parametrize("layout", CACHED)
 def test_int8_caches_compute_what_float_caches_of_the_same_values_do(layout):
     """Two rows of unequal length, one and three tokens at once, caches that fill up, grow and wrap around."""
     spec, plain = spec_of(layout, cache_bits=8), spec_of(layout)
-    run = side_by_side(run_of(spec), floats(run_of(plain), spec), 1e-5)
+    run = Beside(
+        run_of(spec), floats(run_of(plain), spec)
+    )  # both are given the same codes: on their own a key between two could fall to either
     logits, float_logits, calls = stepped(spec, run, layout, WALK)
+    run.check("fp32", False)
     assert any(n.endswith("_x3") for n in calls) and any("_12" in n for n in calls) and any("_32" in n for n in calls)
     assert 0 < relative_error(logits, float_logits) < 0.03
 
@@ -87,10 +77,10 @@ def built(layout: str, runtime: str, precision: str, tmp_path: Any, batch: int) 
     spec = spec_of(layout, source_lengths=(8,), cache_lengths=(12,), batch=batch, several=(3,) if batch == 2 else (), cache_bits=8)
     runner, choice = lowered(spec, runtime, precision, tmp_path)
     assert "int8" in {dtype for _, dtype in runner.inputs("decode")}
-    limit = TIGHT["gelu" if LAYOUTS[layout].activation == "gelu" and runtime == "executorch" else "fp32"]
     with ExitStack() as undo:
-        run = side_by_side(runner.run, quantized_alike(spec, choice, runtime, undo), limit)
+        run = Beside(runner.run, quantized_alike(spec, choice, runtime, undo))
         stepped(spec, run, layout, filling(layout, 12, batch == 2))
+    run.check(precision, LAYOUTS[layout].activation == "gelu" and runtime == "executorch")
 
 
 SMALL = [("encoder-decoder", "litert", "int8-dynamic"), ("encoder-decoder", "executorch", "int8-dynamic")]

