@@ -1,6 +1,6 @@
 """Train the normalizers on one CPU core and write their weights: `python -m edgesdk.examples.train_normalizer [NAME …]`; without a name, all three.
 
-NAME is normalizer, normalizer-deep-encoder or normalizer-decoder-only. A run that was cut off goes on where it was, about 7 minutes of CPU in all.
+NAME is normalizer, normalizer-deep-encoder or normalizer-decoder-only. A run that was cut off goes on where it was, the longest takes about 7 minutes of CPU.
 The shipped weights are of earlier and longer trainings: of 1000 held-out cases the shipped decoder-only model writes 99.2% right, one that was
 trained by this file 98.0%.
 """
