@@ -276,7 +276,7 @@ def test_a_struct_that_is_not_there_is_refused() -> None:
 
 def test_the_benchmark_runs_and_its_table_has_a_row_for_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.bench import kernels_cuda as bench
-    from tests.test_kernels_cuda import ALL
+    from tests.cuda_kernels import ALL
 
     fake(monkeypatch, ALL)
     gpu = Gpu()

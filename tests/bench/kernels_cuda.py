@@ -95,7 +95,7 @@ def checked(layer: Linear, gpu: Gpu, code: Code, tokens: int) -> float:
     far = float(np.abs(gpu.get(out) - wanted).max() / np.abs(wanted).max())
     if not far < 4e-3:
         raise CheckFailed(
-            f"{code.shape} at {tokens} tokens is off by {far:.2g} of its largest output", "run  pytest -m gpu tests/test_kernels_cuda.py"
+            f"{code.shape} at {tokens} tokens is off by {far:.2g} of its largest output", "run  pytest -m gpu tests/test_kernels_cuda*.py"
         )
     return far
 
@@ -206,7 +206,7 @@ def decode_loop(gpu: Gpu, bits: int, group: int, cache_bits: int, sizes: Sizes, 
         found[name] = [seconds / steps for seconds in timed(gpu, loop, repeats)]
         histories[name] = gpu.get(state.history)[0, :steps].tolist()
     if histories["graph"] != histories["launches"]:
-        raise CheckFailed("a graph and its launches write different tokens", "run  pytest -m gpu tests/test_kernels_cuda.py")
+        raise CheckFailed("a graph and its launches write different tokens", "run  pytest -m gpu tests/test_kernels_cuda*.py")
     return found
 
 
