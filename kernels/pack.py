@@ -28,7 +28,8 @@ def pack(code: Code, lanes: int, together: int = 1, half: bool = True) -> Panels
     offset = np.broadcast_to(zero.astype(np.float32) if zero.size else np.float32(middle), (rows, groups))
     if (offset != np.rint(offset)).any() or offset.min() < 0 or offset.max() >= 1 << bits:
         raise UnfitWeights("zeros that are no codes: the kernels read whole zeros from 0 to 2^bits - 1")
-    values = (q.astype(np.float32) - spread(offset, cols, group)) * spread(scale, cols, group)
+    kept = kept_scales(scale, half and bits != 8)  # as products read them: they take off just what the inputs' zero added
+    values = (q.astype(np.float32) - spread(offset, cols, group)) * spread(kept, cols, group)
     row_scale = np.abs(scale).max(1)
     row_scale[row_scale == 0] = 1
     relative = scale / row_scale[:, None]

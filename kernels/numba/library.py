@@ -14,7 +14,7 @@ from .attention import ATTENTION, attention_module
 from .compiled import loaded, object_code
 from .products import halves, product_module, wide
 from .rounding import rounding_module
-from .simd import ROWS
+from .simd import ROWS, VNNI
 from .steps import run
 from .tables import embed_module, tables_module
 
@@ -76,8 +76,8 @@ class Compiled:
         return _functions(self.target, *_module(name))[name]
 
     def shift_of(self, bits: int) -> int:
-        """On x86 inputs beside signed weights are unsigned."""
-        return 128 if bits == 8 and self.target.startswith("x86") else 0
+        """On x86 inputs beside signed weights are unsigned: `products.Product.signed`."""
+        return 128 if self.target in VNNI or (bits == 8 and self.target.startswith("x86")) else 0
 
     def run(self, steps: Any, threads: int) -> None:
         run(steps, threads)

@@ -15,7 +15,7 @@ from edgesdk.kernels.library import LINEAR_ARGS
 from edgesdk.kernels.panels import BLOCK
 
 from .emitter import Emitter
-from .simd import F16, F32, I8, I16, I32, I64
+from .simd import F16, F32, I8, I16, I32, I64, VNNI
 
 QUADS = BLOCK // 4
 AHEAD = {8: 2048, 4: 6144, 3: 6144, 2: 6144}
@@ -46,6 +46,7 @@ class Product(Emitter):
     def __init__(self, module: ir.Module, name: str, target: str, bits: int, per_block: bool, zeros: bool) -> None:
         super().__init__(module, name, target, LINEAR_ARGS)
         self.bits, self.per_block, self.zeros = bits, per_block, zeros
+        self.signed = bits == 8 or target in VNNI
         self.block_bytes = BLOCK * self.s.rows * bits // 8
         self.scale_kind = ir.VectorType(F16 if bits != 8 and halves(target) else F32, self.s.rows)
 
@@ -66,7 +67,11 @@ class Product(Emitter):
         if prefetch:
             for line in range(0, self.block_bytes, 64):
                 self.s.prefetch(here, AHEAD[self.bits] + line)
-        return self.s.quads(here, self.bits, 0, QUADS)
+        return self.codes(here, 0, QUADS)
+
+    def codes(self, at: Any, first: int, count: int) -> list[Any]:
+        """Quads of a block: codes, or where the CPU multiplies signed weights by unsigned inputs as fast, the middle taken off (`Simd.tops`)."""
+        return (self.s.tops if self.signed else self.s.quads)(at, self.bits, first, count)
 
     def scale(self, panel: dict[str, Any], g: Any) -> Any:
         """The scales of a block, float32 lanes; of the row with g = None."""
@@ -76,21 +81,25 @@ class Product(Emitter):
         return value if wide else self.s.to_float(value)
 
     def zero(self, panel: dict[str, Any], g: Any) -> Any:
-        kind = ir.VectorType(I8, self.s.rows)
-        return self.b.sext(self.s.load(panel["zeros"], 0 if g is None else self.times(g, self.s.rows), kind), self.s.ints)
+        """What Σ q of a block (of the row with g = None) is multiplied with, so that codes count from their zeros."""
+        s, b = self.s, self.b
+        zero = b.sext(s.load(panel["zeros"], 0 if g is None else self.times(g, s.rows), ir.VectorType(I8, s.rows)), s.ints)
+        if self.signed and self.bits != 8:
+            zero = b.shl(b.sub(zero, s.fill(s.ints, 1 << (self.bits - 1))), s.fill(s.ints, 8 - self.bits))
+        return b.neg(zero)
 
     def begin(self, zero: Any, total: Any) -> Any:
         """The integer sums before a block: what makes codes out of the middle or of their zeros; `total` is Σ q of the block (int32)."""
         s = self.s
         if self.zeros:  # both fit 16 bits, and LLVM takes the faster multiplication where it can tell
-            return s.b.neg(s.b.mul(zero, s.spread(s.b.sext(s.b.trunc(total, I16), I32))))
-        if self.bits == 8:
+            return s.b.mul(zero, s.spread(s.b.sext(s.b.trunc(total, I16), I32)))
+        if self.signed:
             return s.zero(s.ints)
         return s.spread(s.b.mul(total, ir.Constant(I32, -(1 << (self.bits - 1)))))
 
     def dots(self, total: Any, quads: list[Any], q: Any) -> Any:
         for i, quad in enumerate(quads):
-            total = self.s.dot(total, quad, self.s.spread(self.s.load(q, 4 * i, I32)), self.bits == 8)
+            total = self.s.dot(total, quad, self.s.spread(self.s.load(q, 4 * i, I32)), self.signed)
         return total
 
     def q_at(self, g: Any, m: Any) -> tuple[Any, Any]:
@@ -102,6 +111,8 @@ class Product(Emitter):
         """y = q_scale · (row_scale · value - q_zero · sums) + bias + residual → out."""
         s, b, a = self.s, self.b, self.a
         row_scale = s.load(a["row_scale"], panel["at"], s.floats)
+        if self.signed and self.bits != 8:
+            row_scale = b.fmul(row_scale, ir.Constant(s.floats, [2.0 ** (self.bits - 8)] * s.rows))
         sums = s.load(a["sums"], panel["at"], s.floats)
         at4 = self.times(m, 4)
         zero, scale = (s.spread(s.load(a[n], at4, F32)) for n in ("q_zero", "q_scale"))
@@ -193,11 +204,11 @@ class Product(Emitter):
         codes = [self.b.add(p["codes"], self.times(g, self.block_bytes)) for p in panels]
         step = QUADS if self.bits == 3 else 8 // self.bits
         for first in range(0, QUADS, step):
-            quads = [s.quads(at, self.bits, first, step) for at in codes]
+            quads = [self.codes(at, first, step) for at in codes]
             for k in range(step):
                 for i, row in enumerate(values):
                     x = s.spread(s.load(q, BLOCK * i + 4 * (first + k), I32))
-                    values[i] = [s.dot(v, quads[j][k], x, self.bits == 8) for j, v in enumerate(row)]
+                    values[i] = [s.dot(v, quads[j][k], x, self.signed) for j, v in enumerate(row)]
         return values
 
 

@@ -14,6 +14,8 @@ from numba.core import cgutils
 
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
+VNNI = ("x86-avx512vnni", "x86-avxvnni")
+"""Targets whose dot product takes unsigned and signed bytes and never saturates."""
 ROWS = {"x86-avx512vnni": 16, "x86-avxvnni": 8, "x86-avx2": 8, "arm-i8mm": 4, "arm-dotprod": 4, "arm-neon": 4, "plain": 8}
 """Target → rows of a panel: the 32-bit lanes of a vector."""
 
@@ -71,6 +73,8 @@ class Simd:
         return self.b.bitcast(self.b.lshr(self.b.bitcast(x, words), self.fill(words, bits)), x.type)
 
     def shift_left(self, x: Any, bits: int) -> Any:
+        if not bits:
+            return x
         words = ir.VectorType(I16, x.type.count // 2)
         return self.b.bitcast(self.b.shl(self.b.bitcast(x, words), self.fill(words, bits)), x.type)
 
@@ -168,7 +172,7 @@ class Simd:
         """
         b, t = self.b, self.target
         quad = b.bitcast(quad, self.bytes)
-        if t in ("x86-avx512vnni", "x86-avxvnni"):
+        if t in VNNI:
             first, second = (quad, weights) if signed else (weights, quad)
             return self._call(f"llvm.x86.avx512.vpdpbusd.{32 * self.rows}", self.ints, [sums, first, second])
         if t in ("arm-dotprod", "arm-i8mm"):
@@ -214,6 +218,32 @@ class Simd:
             for j in range(each):
                 shifted = self.shift_right(packed, j * bits)
                 out.append(shifted if bits == 8 else self.mask(shifted, (1 << bits) - 1))
+        return out
+
+    def tops(self, address: Any, bits: int, first: int, count: int) -> list[Any]:
+        """The same as signed bytes, (code - 2^(bits-1)) · 2^(8-bits): the code at the top of its byte, its highest bit turned over."""
+        size, keep = 4 * self.panel, 256 - (1 << (8 - bits))
+        if bits == 8:
+            return self.quads(address, bits, first, count)
+        if bits == 3:
+            return [q for i in range(first, first + count, 8) for q in self._top_three(address, i // 8 * 3 * size)]
+        turned = {4: 0x88, 2: 0xAA}[bits]
+        out = []
+        for i in range(first, first + count, 8 // bits):
+            packed = self.load(address, i * bits // 8 * size, self.bytes)
+            packed = self.b.xor(packed, self.fill(self.bytes, turned))
+            out += [self.mask(self.shift_left(packed, 8 - bits - j * bits), keep) for j in range(8 // bits)]
+        return out
+
+    def _top_three(self, address: Any, offset: int) -> list[Any]:
+        size = 4 * self.panel
+        low = [self.load(address, offset + i * size, self.bytes) for i in range(2)]
+        high = self.b.xor(self.load(address, offset + 2 * size, self.bytes), self.fill(self.bytes, 0xFF))
+        out = []
+        for j in range(8):
+            at = 5 - j % 4 * 2
+            two = self.mask(self.shift_left(low[j // 4], at) if at > 0 else self.shift_right(low[j // 4], -at), 0x60)
+            out.append(self.b.or_(two, self.mask(self.shift_left(high, 7 - j), 0x80)))
         return out
 
     def _three(self, address: Any, offset: int) -> list[Any]:
