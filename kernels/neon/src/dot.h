@@ -9,6 +9,10 @@ typedef int32x4_t sums;                          // of one panel, from the first
 enum { FETCHES = 0, ABREAST = 4 };  // whether weights are fetched ahead by instructions; rows of inputs side by side in a gemm
 #define SIDE(bits) 4                  // panels side by side in a gemv: four sums need not wait for each other
 
+#ifndef CORE_GEMM
+#define TILES 1
+#endif
+
 INLINE int pairs_fit(int64_t q, int64_t bytes) { (void)q, (void)bytes; return 1; }
 INLINE inputs inputs_at(int64_t q) { return (inputs){vld1q_s8(AT(int8_t, q, 0)), vld1q_s8(AT(int8_t, q, 16))}; }
 INLINE sums no_sums(void) { return vdupq_n_s32(0); }

@@ -88,8 +88,16 @@ INLINE void gemm_parts(const int64_t *a, int64_t first, int64_t last, int bits, 
   }
 }
 
+#ifdef TILES
+#include "tile.h"
+#else
+INLINE void tiles(const int64_t *a, int64_t first, int64_t last, int zeros) { (void)a, (void)first, (void)last, (void)zeros; }
+enum { TILES = 0 };
+#endif
+
 INLINE void gemm(const int64_t *a, int64_t first, int64_t last, int bits, int per_block, int zeros) {
-  if (bits != 8 || pairs_fit(a[Q], BLOCK * a[BLOCKS] * a[M])) gemm_parts(a, first, last, bits, per_block, zeros, 1);
+  if (TILES && bits == 8 && !per_block) tiles(a, first, last, zeros);
+  else if (bits != 8 || pairs_fit(a[Q], BLOCK * a[BLOCKS] * a[M])) gemm_parts(a, first, last, bits, per_block, zeros, 1);
   else gemm_parts(a, first, last, bits, per_block, zeros, 0);
 }
 #endif

@@ -1,9 +1,9 @@
 // Sums of products by the matrix instruction (smmla): two rows of inputs by two rows of weights by eight columns at once.
 #ifndef MATRIX_H
 #define MATRIX_H
+#define CORE_GEMM
 #include "dot.h"
 
-#define CORE_GEMM
 #define CELLS(rows) (((rows) + 1) / 2)
 
 typedef struct { int32x4_t s[WIDE][2]; } cell;  // rows m, m + 1 of inputs by rows 0, 1 and by rows 2, 3 of a panel
