@@ -77,12 +77,7 @@ def test_two_callers_at_once_each_get_their_own(library: Path) -> None:
     assert not failed
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")
 def test_a_forked_process_has_threads_of_its_own(library: Path) -> None:
-    kernels = Neon(library, "arm-neon")
-    values = np.zeros(64, np.int64)
-    steps, _args = steps_of(kernels, values, 1)
-    kernels.run(steps, 2)
     code = (
         "import os, sys, numpy as np\n"
         "from pathlib import Path\n"
