@@ -1,7 +1,7 @@
 """The kernels of a target by name, however they were made: addresses of functions with one signature, their args, and what runs them.
 
 gemv_4_block, gemm_8_row, embed_2_block_zeros  weights of so many bits; a scale a block of 32 columns or a row; with zeros of their own
-embed, pick                                    a table in float32; a row of each batch
+embed, pick, sparse                            a table in float32; a row of each batch; the few weights that are kept apart
 round, rms_round, silu_gated_round, rms, …     see ROUNDINGS
 heads_64, heads_turned_64, attend_int8_64, …   for heads of 64 floats
 """
@@ -34,6 +34,8 @@ EMBED_ARGS = (
 (float32, rows of `stride` bytes; at int64 [M]) where it is not 0. `codes`: panels, or in float32 rows of `stride` bytes. Parts: the M ids."""
 PICK_ARGS = ("x", "stride", "n", "last", "out")
 """x: B · n rows of `stride` bytes; out[b] = row last[b] (int64) of batch b. Parts: the B batches."""
+SPARSE_ARGS = ("x", "stride", "m", "starts", "columns", "values", "out", "out_stride")
+"""out[m, n] += Σ values[i] · x[m, columns[i]], i from starts[n] to starts[n + 1]: starts, columns int32, values float32. Parts: the rows n."""
 HEADS_ARGS = ("x", "stride", "n", "heads", "weight", "eps", "cos", "sin", "scale", "out")
 """x float32, B · N rows of `stride` bytes, each of `heads` heads → out [B, heads, N, D]. `weight` (or 0) and `eps` (the bits of a float32): an
 RMS norm of each head. `cos`, `sin` (or 0): [B · N, D / 2], which turn the first half of D against the second. `scale`: bits of a float32.
@@ -55,7 +57,15 @@ ROUNDINGS = ("round", *NORMS, *(f"{n}_round" for n in (*NORMS, *ACTIVATIONS)), *
 def args_of(name: str) -> tuple[str, ...]:
     """What a kernel's args are, in order."""
     family = name.partition("_")[0]
-    found = {"gemv": LINEAR_ARGS, "gemm": LINEAR_ARGS, "embed": EMBED_ARGS, "pick": PICK_ARGS, "heads": HEADS_ARGS, "attend": ATTEND_ARGS}
+    found = {
+        "gemv": LINEAR_ARGS,
+        "gemm": LINEAR_ARGS,
+        "embed": EMBED_ARGS,
+        "pick": PICK_ARGS,
+        "sparse": SPARSE_ARGS,
+        "heads": HEADS_ARGS,
+        "attend": ATTEND_ARGS,
+    }
     return found.get(family, ROUND_ARGS)
 
 

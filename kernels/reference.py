@@ -13,7 +13,7 @@ def round_inputs(x: Any) -> tuple[Any, Any, Any]:
     """x float32 [M, K] → (q [M, K] from -128 to 127, scale [M], zero [M]): x ≈ scale · (q - zero), a row at a time, 0 kept exactly."""
     low, high = np.minimum(x.min(1, initial=0), 0), np.maximum(x.max(1, initial=0), 0)
     scale = ((high - low) / np.float32(255)).astype(np.float32)
-    scale[scale == 0] = 1
+    scale[scale < np.float32(2.0**-126)] = 1  # whose inverse is no number
     inverse = np.float32(1) / scale
     zero = np.rint(np.float32(-128) - low * inverse)
     q = np.rint(np.clip(x * inverse[:, None] + zero[:, None], -128, 127))

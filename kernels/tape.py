@@ -109,10 +109,11 @@ class Tape:
         other: Rows | None = None,
         norm: tuple[Any, Any, float] | None = None,
         out: Rows | None = None,
+        key: str = "",
     ) -> Rounded:
         """x rounded, behind a norm ("rms" or "layer", `norm` its weight, bias or None, and eps) or an activation (times `other`) that goes to `out`."""
         m, blocks = x.rows, x.blocks
-        made = self._rounded(blocks, m, shift)
+        made = self._rounded(blocks, m, shift, key)
         more: dict[str, Any] = {"out": out if out is not None else x, "cols": x.cols}
         more |= {"other": other} if other is not None else {}
         more |= _norm_args(norm)
@@ -123,13 +124,13 @@ class Tape:
         )  # fmt: skip
         return made
 
-    def _rounded(self, blocks: int, m: int, shift: int) -> Rounded:
-        """Room for rounded inputs; the next rounding of this size and shift overwrites it."""
-        if (blocks, m, shift) not in self._shared:
-            self._shared[blocks, m, shift] = Rounded(
+    def _rounded(self, blocks: int, m: int, shift: int, key: str) -> Rounded:
+        """Room for rounded inputs; the next rounding of this size, shift and key overwrites it."""
+        if (key, blocks, m, shift) not in self._shared:
+            self._shared[key, blocks, m, shift] = Rounded(
                 np.zeros((blocks, m, BLOCK), np.uint8), np.zeros((blocks, m), np.int32), np.zeros(m, np.float32), np.zeros(m, np.float32), blocks, m, shift
             )  # fmt: skip
-        found: Rounded = self._shared[blocks, m, shift]
+        found: Rounded = self._shared[key, blocks, m, shift]
         return found
 
     def norm(self, x: Rows, kind: str, norm: tuple[Any, Any, float], out: Rows) -> None:

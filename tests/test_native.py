@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from edgesdk.native.lower import lower_native, rounded
 from edgesdk.native.machine import Machine
 from edgesdk.native.memory import memory_plan
 from edgesdk.native.program import Program, ProgramError
-from edgesdk.packed import decode
+from edgesdk.packed import Code, decode
 from edgesdk.plan import plan
 from edgesdk.runner import RunnerError, open_program
 from edgesdk.sequence.config import SequenceConfig, Stack
@@ -231,3 +232,33 @@ def test_plan_build_and_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         main(["run", str(bundle), "--prompt", "abc", "--json"])
     assert ended.value.code == 0
     assert json.loads(capsys.readouterr().out)["answers"]
+
+
+def test_weights_kept_apart_are_added(tmp_path: Path) -> None:
+    """A grid, a product of two thin matrices, and single weights: what eora, squeezellm and others store."""
+    from edgesdk.compress.weights import holders
+
+    spec, rng, codes = spec_of("llama"), np.random.default_rng(0), {}
+    for name, uses in holders(spec).items():
+        path = uses[0][1].removeprefix("core.")
+        if path.endswith(("self_attn.q", "self_attn.o", "ffn.down", "ffn.up")):
+            weight = spec.methods["decode"].module.get_submodule(uses[0][1]).weight.detach().numpy()
+            grid = rounded(weight, 4, 32, True)
+            left, right = (rng.standard_normal(s).astype(np.float32) * 0.1 for s in ((weight.shape[0], 5), (5, weight.shape[1])))
+            thin = Code("lowrank", weight.shape, (), (), tuple(Code("dense", a.shape, (), (a,)) for a in (left, right)))
+            mask = (rng.random(weight.shape) < 0.02).astype(np.uint8)
+            few = rng.standard_normal(int(mask.sum())).astype(np.float32)
+            sparse = Code("sparse", weight.shape, (), (mask,), (Code("dense", few.shape, (), (few,)),))
+            codes[name] = Code("sum", weight.shape, (), (), (grid, thin, sparse))
+            for method in spec.methods.values():
+                method.module.get_submodule(uses[0][1]).weight.data = torch.from_numpy(decode(codes[name]).copy())
+    assert len(codes) == 8
+    path = tmp_path / "model.native"
+    path.write_bytes(lower_native(replace(spec, codes=codes), f"native-{host_targets()[0]}", {}))
+    machine = Machine(str(path))
+    for name, method in spec.methods.items():
+        arrays = inputs_of(method, machine.program.methods[name]["role"])
+        with torch.no_grad():
+            wanted = method.module(*(torch.from_numpy(a) for a in arrays))[0].numpy()
+        got = machine.run(name, arrays)[0]
+        assert np.sqrt(((got - wanted) ** 2).mean() / (wanted**2).mean()) < 0.08  # inputs and thin products in 8 bits

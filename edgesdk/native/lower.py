@@ -14,7 +14,7 @@ from edgesdk.kernels.numba.library import Compiled
 from edgesdk.kernels.pack import kept_scales, pack
 from edgesdk.kernels.panels import BLOCK, UnfitWeights
 from edgesdk.native.program import PARTS, write
-from edgesdk.packed import Code
+from edgesdk.packed import Code, decode
 
 if TYPE_CHECKING:
     from edgesdk.model import ModelSpec
@@ -88,12 +88,30 @@ class _Lowering:
     def code(self, path: str) -> Code:
         """How a matrix is stored: the compressed weight's own grid where the kernels read it, else rounded as the plan says."""
         own = self.codes.get(path)
-        if own is not None and _readable(own):
-            return own
+        if own is not None and _whole(own):
+            return own.parts[0] if own.kind == "sum" else own
         precision = self._precision(path)
         if precision not in BITS:
             raise InputError(f"{path} is planned in {precision}, which the native target has not", f"known: {', '.join(sorted(set(BITS)))}")
         return rounded(self.state[f"{path}.weight"], *BITS[precision], self.kernels.half)
+
+    def add_apart(self, path: str) -> list[str]:
+        """What a compressed weight keeps beside its grid: kinds, in order."""
+        own = self.codes.get(path)
+        if own is None or own.kind != "sum" or not _whole(own):
+            return []
+        for i, part in enumerate(own.parts[1:]):
+            name = f"{path}.plus{i}"
+            if part.kind == "lowrank":
+                for which, thin in (("up", part.parts[0]), ("down", part.parts[1])):
+                    self.add_panels(f"{name}.{which}", rounded(decode(thin), 8, 0, self.kernels.half))
+                continue
+            values = decode(part)
+            rows, columns = np.nonzero(values)
+            starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(values)))])
+            self.arrays |= {f"{name}.starts": starts.astype(np.int32), f"{name}.columns": columns.astype(np.int32)}
+            self.arrays[f"{name}.values"] = values[rows, columns].astype(np.float32)
+        return [part.kind for part in own.parts[1:]]
 
     def add_panels(self, name: str, code: Code) -> None:
         p = pack(code, self.kernels.lanes, self.kernels.together, self.kernels.half)
@@ -114,6 +132,8 @@ class _Lowering:
             biases = [self.state.get(f"{p}.bias") for p, _ in members]
             for path, code in members:
                 self.linears[path] = {"panels": name, "first": first, "rows": code.shape[0], "bias": any(b is not None for b in biases)}
+                if apart := self.add_apart(path):
+                    self.linears[path]["plus"] = apart
                 first += code.shape[0]
             self.add_panels(name, _joined([c for _, c in members]))
             if any(b is not None for b in biases):
@@ -169,6 +189,13 @@ class _Lowering:
         skip = ("embed", "source_embed")
         found = [n.removesuffix(".weight") for n, v in self.state.items() if n.endswith(".weight") and v.ndim == 2]
         return [p for p in found if p not in skip and not p.endswith((".position", ".relative"))]
+
+
+def _whole(code: Code) -> bool:
+    """Whether a matrix runs as it is stored: a grid, or a grid and what it keeps apart."""
+    if code.kind == "sum":
+        return _readable(code.parts[0]) and all(p.kind in ("lowrank", "sparse") for p in code.parts[1:])
+    return _readable(code)
 
 
 def _readable(code: Code) -> bool:

@@ -62,6 +62,20 @@ class Machine:
         return Weights(self.panels(name), bias, entry["first"], entry["rows"], name)
 
 
+class Taken:
+    """Rows as products take them: rounded when they are first asked for, by `first` if something comes before it."""
+
+    def __init__(self, tape: Tape, rows: Rows, first: Callable[[int], Rounded] | None = None) -> None:
+        self.tape, self.rows, self._first = tape, rows, first
+        self._by: dict[int, Rounded] = {}
+
+    def rounded(self, shift: int) -> Rounded:
+        if shift not in self._by:
+            first, self._first = self._first, None
+            self._by[shift] = first(shift) if first is not None else self.tape.round(self.rows, shift)
+        return self._by[shift]
+
+
 @dataclass(frozen=True)
 class Part:
     """Keys and values: arrays made here, or the numbers of inputs."""
@@ -134,25 +148,41 @@ class Method:
     def norm(self) -> str:
         return "rms" if self.config["norm"] == "rms" else "layer"
 
+    def taken(self, x: Rows, *, norm: str = "") -> Taken:
+        """x, behind the norm at path `norm`, as products take it."""
+        if not norm:
+            return Taken(self.tape, x)
+        out = self.tape.room(x.rows, x.cols, "normed")
+        return Taken(self.tape, out, lambda shift: self.tape.round(x, shift, before=self.norm, norm=self.norm_of(norm), out=out))
+
+    def apart(self, path: str, x: Taken, out: Rows) -> None:
+        """Add what of a matrix is kept apart: products of two thin ones, and single weights."""
+        for i, kind in enumerate(self.program.linears[path].get("plus", ())):
+            name = f"{path}.plus{i}"
+            if kind == "sparse":
+                starts, columns, values = (self.program.array(f"{name}.{part}") for part in ("starts", "columns", "values"))
+                least = max(1, 16384 * out.cols // (max(1, len(values)) * out.rows))
+                self.tape.add(
+                    "sparse", out.cols, least, x=x.rows, stride=x.rows.stride, m=out.rows, starts=starts, columns=columns, values=values,
+                    out=out, out_stride=out.stride,
+                )  # fmt: skip
+                continue
+            down, up = (self.machine.panels(f"{name}.{part}") for part in ("down", "up"))
+            thin = self.tape.room(out.rows, down.rows, "thin")
+            self.tape.linear(down, x.rounded(self.kernels.shift_of(down.bits)), thin)
+            self.tape.linear(up, self.tape.round(thin, self.kernels.shift_of(up.bits), key="thin"), out, residual=out)
+
     def project(self, paths: Sequence[str], x: Rows, *, norm: str = "", once: bool = True) -> list[Rows]:
         """x, behind the norm at path `norm`, times each matrix. What is used `once`, before the next layer, makes room for the next layer's."""
-        rounded: dict[int, Rounded] = {}
-        made: dict[str, Rows] = {}
-        source = x
-        found = []
+        taken, made, found = self.taken(x, norm=norm), {}, []
         for path in paths:
             w = self.machine.weights(path)
             if w.name not in made:
-                shift = self.kernels.shift_of(w.panels.bits)
-                if shift not in rounded:
-                    if norm and not rounded:
-                        source = self.tape.room(x.rows, x.cols, "normed")
-                        rounded[shift] = self.tape.round(x, shift, before=self.norm, norm=self.norm_of(norm), out=source)
-                    else:
-                        rounded[shift] = self.tape.round(source, shift)
                 made[w.name] = self.tape.room(x.rows, w.panels.rows, path.rpartition(".")[2] * once)
-                self.tape.linear(w.panels, rounded[shift], made[w.name], bias=w.bias)
+                self.tape.linear(w.panels, taken.rounded(self.kernels.shift_of(w.panels.bits)), made[w.name], bias=w.bias)
             found.append(made[w.name].part(w.first, w.rows))
+        for path, out in zip(paths, found):  # noqa: B905 (Python 3.9)
+            self.apart(path, taken, out)
         return found
 
     def embed(self, path: str, ids: str, side: str, places: Any) -> Rows:
@@ -278,13 +308,13 @@ class Method:
         """The norm that a layer's input passes first, or "" where norms come behind."""
         return norm if self.config["norm_place"] == "pre" else ""
 
-    def added(self, x: Rows, inner: Rows | Rounded, path: str, norm: str) -> Rows:
+    def added(self, x: Rows, inner: Taken, path: str, norm: str) -> Rows:
         """x + W · inner with the matrix at `path`; behind it the norm, where norms come behind."""
         pre = self.config["norm_place"] == "pre"
         after = x if pre else self.tape.room(x.rows, x.cols, "added")
         w = self.machine.weights(path)
-        rounded = inner if isinstance(inner, Rounded) else self.tape.round(inner, self.kernels.shift_of(w.panels.bits))
-        self.tape.linear(w.panels, rounded, after, bias=w.bias, residual=x)
+        self.tape.linear(w.panels, inner.rounded(self.kernels.shift_of(w.panels.bits)), after, bias=w.bias, residual=x)
+        self.apart(path, inner, after)
         if not pre:
             self.tape.norm(after, self.norm, self.norm_of(norm), x)
         return x
@@ -292,9 +322,11 @@ class Method:
     def feed_forward(self, layer: str, x: Rows) -> Rows:
         gated, norm = bool(self.config["gated"]), f"{layer}.ffn_norm"
         found = self.project([f"{layer}.ffn.{n}" for n in (("gate", "up") if gated else ("up",))], x, norm=self.ahead(norm))
-        shift = self.kernels.shift_of(self.machine.weights(f"{layer}.ffn.down").panels.bits)
-        rounded = self.tape.round(found[0], shift, before=self.config["activation"], other=found[1] if gated else None, out=found[0])
-        return self.added(x, rounded, f"{layer}.ffn.down", norm)
+        first, other = found[0], found[1] if gated else None
+        inner = Taken(
+            self.tape, first, lambda shift: self.tape.round(first, shift, before=self.config["activation"], other=other, out=first)
+        )
+        return self.added(x, inner, f"{layer}.ffn.down", norm)
 
     # ---- programs
 
@@ -309,7 +341,7 @@ class Method:
             layer = f"encoder.layers.{i}"
             mask, norm = masks.of_source(_window(stack, i)), f"{layer}.self_norm"
             seen, _ = self.self_attention(f"{layer}.self_attn", x, n, stack, turned, mask, None, (), self.ahead(norm))
-            x = self.feed_forward(layer, self.added(x, seen, f"{layer}.self_attn.o", norm))
+            x = self.feed_forward(layer, self.added(x, self.taken(seen), f"{layer}.self_attn.o", norm))
         final = "encoder.final_norm" if self.config["final_norm"] else ""
         if self.config["decoder"] is None:
             self._logits(x, final, (self.batch, n, self.config["vocab"]))
@@ -342,10 +374,10 @@ class Method:
             mask, norm = masks.of_tokens(0 if shared else _window(stack, i)), f"{layer}.self_norm"
             seen, pair = self.self_attention(f"{layer}.self_attn", x, n, stack, turned, mask, cache, shared, self.ahead(norm))
             made += [pair] if pair is not None else []
-            x = self.added(x, seen, f"{layer}.self_attn.o", norm)
+            x = self.added(x, self.taken(seen), f"{layer}.self_attn.o", norm)
             if self.config["encoder"] is not None:
                 norm = f"{layer}.cross_norm"
-                x = self.added(x, self._cross(layer, x, n, i, stack, self.ahead(norm)), f"{layer}.cross_attn.o", norm)
+                x = self.added(x, self.taken(self._cross(layer, x, n, i, stack, self.ahead(norm))), f"{layer}.cross_attn.o", norm)
             x = self.feed_forward(layer, x)
         if prefill and shared_from is None:
             x = self._pick(x, n)

@@ -26,7 +26,7 @@ def _module(name: str) -> tuple[str, str]:
         return "attention", name.rpartition("_")[2]
     if family in ("gemv", "gemm"):
         return "product", rest
-    if family in ("embed", "pick"):
+    if family in ("embed", "pick", "sparse"):
         return ("embed", rest) if rest else ("tables", "")
     return "round", ""
 
@@ -42,7 +42,7 @@ def _emitted(target: str, kind: str, detail: str) -> tuple[ir.Module, dict[str, 
     if kind == "attention":
         return attention_module(target, int(detail)), {f"{n}_{detail}": n for n in ATTENTION}
     if kind == "tables":
-        return tables_module(target), {n: n for n in ("embed", "pick")}
+        return tables_module(target), {n: n for n in ("embed", "pick", "sparse")}
     return rounding_module(target), {n: n for n in ROUNDINGS}
 
 

@@ -110,7 +110,7 @@ class Rounding(Emitter):
         shift = b.sitofp(self.a["shift"], F32)
         least, most = (b.fadd(shift, self.real(float(v))) for v in (-128, 127))
         step = b.fdiv(b.fsub(high, low), self.real(255.0))
-        step = b.select(b.fcmp_ordered("==", step, self.real(0.0)), self.real(1.0), step)
+        step = b.select(b.fcmp_ordered("<", step, self.real(2.0**-126)), self.real(1.0), step)  # its inverse would be no number
         inverse = b.fdiv(self.real(1.0), step)
         zero = s.rounded(b.fsub(least, b.fmul(low, inverse)))
         at4 = self.times(m, 4)

@@ -6,12 +6,12 @@ from typing import Any
 
 from llvmlite import ir
 
-from edgesdk.kernels.library import EMBED_ARGS, PICK_ARGS
+from edgesdk.kernels.library import EMBED_ARGS, PICK_ARGS, SPARSE_ARGS
 from edgesdk.kernels.panels import BLOCK
 
 from .emitter import Emitter
 from .products import halves
-from .simd import F16, F32, I8, I64, Simd
+from .simd import F16, F32, I8, I32, I64, Simd
 
 
 class Embed(Emitter):
@@ -86,6 +86,29 @@ class Pick(Emitter):
         b.ret_void()
 
 
+class Sparse(Emitter):
+    """Parts: the rows of the weights."""
+
+    def __init__(self, module: ir.Module, name: str, target: str) -> None:
+        super().__init__(module, name, target, SPARSE_ARGS)
+
+    def emit(self) -> None:
+        a, b, s = self.a, self.b, self.s
+        with self.loop(self.first, self.last) as n:
+            start, stop = (b.sext(s.load(a["starts"], self.add(self.times(n, 4), more), I32), I64) for more in (0, 4))
+            with self.loop(self.number(0), a["m"]) as m:
+                x, total = b.add(a["x"], b.mul(m, a["stride"])), self.variable(F32)
+                out = b.add(b.add(a["out"], b.mul(m, a["out_stride"])), self.times(n, 4))
+                b.store(s.load(out, 0, F32), total)
+                with self.loop(start, stop) as i:
+                    at4 = self.times(i, 4)
+                    column = b.sext(s.load(a["columns"], at4, I32), I64)
+                    product = b.fmul(s.load(a["values"], at4, F32), s.load(x, self.times(column, 4), F32))
+                    b.store(b.fadd(b.load(total), product), total)
+                s.store(b.load(total), out, 0)
+        b.ret_void()
+
+
 def embed_module(target: str, bits: int, per_block: bool, zeros: bool) -> ir.Module:
     """`embed` of one form of weights."""
     module = ir.Module(f"embed-{target}-{bits}-{per_block}-{zeros}")
@@ -94,8 +117,9 @@ def embed_module(target: str, bits: int, per_block: bool, zeros: bool) -> ir.Mod
 
 
 def tables_module(target: str) -> ir.Module:
-    """`embed` of float32, and `pick`."""
+    """`embed` of float32, `pick`, `sparse`."""
     module = ir.Module(f"tables-{target}")
     Embed(module, "embed", target, 0).emit()
     Pick(module, "pick", target).emit()
+    Sparse(module, "sparse", target).emit()
     return module

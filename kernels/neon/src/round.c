@@ -12,7 +12,7 @@ INLINE void round_row(const int64_t *a, int64_t m) {
     highs = vmaxnmq_f32(highs, vmaxnmq_f32(one, two));
   }
   float low = vminnmvq_f32(lows), high = vmaxnmvq_f32(highs), step = (high - low) / 255.0f;
-  if (step == 0) step = 1;
+  if (step < 0x1p-126f) step = 1; /* its inverse would be no number */
   float inverse = 1.0f / step, least = (float)a[R_SHIFT] - 128, zero = vrndns_f32(least - low * inverse);
   ((float *)a[R_Q_SCALE])[m] = step;
   ((float *)a[R_Q_ZERO])[m] = zero;
