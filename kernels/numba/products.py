@@ -19,7 +19,9 @@ from .simd import F16, F32, I8, I16, I32, I64, VNNI
 
 QUADS = BLOCK // 4
 AHEAD = {8: 2048, 4: 6144, 3: 6144, 2: 6144}
-"""Bits → bytes by which weights are fetched before they are needed."""
+"""Bits → bytes by which a GEMV fetches weights before they are needed."""
+NEAR = 2048
+"""The same of a GEMM, whose weights are in the second cache: it fetches the next group's from memory into it while it works on one."""
 WIDE = {"x86-avx512vnni": 2, "x86-avxvnni": 1, "x86-avx2": 1}
 """Target → panels that a GEMM works on at a time (two, where there are 32 registers)."""
 TILE = {"x86-avx512vnni": ((12, 8, 4, 1), (6, 4, 2, 1)), "x86-avxvnni": ((8, 4, 1), (4, 2, 1)), "x86-avx2": ((4, 1), (4, 1))}
@@ -202,6 +204,11 @@ class Product(Emitter):
         """Sums + a block's products, [row of inputs][panel]; quads are unpacked as they are needed."""
         s = self.s
         codes = [self.b.add(p["codes"], self.times(g, self.block_bytes)) for p in panels]
+        for at in codes:
+            following = self.b.add(at, self.times(self.a["panel_bytes"], len(panels)))
+            for line in range(0, self.block_bytes, 64):
+                s.prefetch(at, NEAR + line)
+                s.prefetch(following, line, near=2)
         step = QUADS if self.bits == 3 else 8 // self.bits
         for first in range(0, QUADS, step):
             quads = [self.codes(at, first, step) for at in codes]

@@ -45,9 +45,9 @@ class Simd:
     def store(self, value: Any, address: Any, offset: Any) -> None:
         self.b.store(value, self.at(address, offset, value.type)).align = 1
 
-    def prefetch(self, address: Any, offset: Any) -> None:
-        one = ir.Constant(I32, 1)
-        args = [self.at(address, offset, I8), ir.Constant(I32, 0), ir.Constant(I32, 3), one]
+    def prefetch(self, address: Any, offset: Any, near: int = 3) -> None:
+        """`near`: 3 into the first cache, 2 into the second."""
+        args = [self.at(address, offset, I8), *(ir.Constant(I32, n) for n in (0, near, 1))]
         self._call("llvm.prefetch.p0", ir.VoidType(), args)
 
     def spread(self, value: Any) -> Any:
