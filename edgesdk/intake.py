@@ -288,14 +288,15 @@ def checked(spec: ModelSpec, where: str) -> ModelSpec:
         known = " or ".join("/".join(sorted(s, key=["forward", "encode", "prefill", "decode"].index)) for s in METHOD_SETS)
         raise InputError(f"{where}: methods {', '.join(spec.methods)}", f"a model has {known}")
     for name, method in spec.methods.items():
-        _check_method(method, f"{where}: {name}" if name != "forward" else where)
+        _check_method(method, f"{where}: {name}" if name != "forward" else where, caches=card.NAME in spec.files)
     return spec
 
 
-def _check_method(method: Method, where: str) -> None:
+def _check_method(method: Method, where: str, caches: bool) -> None:
+    """`caches`: there may be some in int8."""
     import torch
 
-    taken = (torch.float32, torch.int64, torch.int32, torch.bool)
+    taken = (torch.float32, torch.int64, torch.int32, torch.bool, *([torch.int8] if caches else []))
     for i, value in enumerate(method.example_inputs):
         if not isinstance(value, torch.Tensor):
             raise InputError(f"{where}: example input {i} is {type(value).__name__}", "example inputs are tensors")

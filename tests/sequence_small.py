@@ -27,14 +27,19 @@ def small_model(config: SequenceConfig) -> SequenceModel:
     return model
 
 
-def encoder_decoder() -> ModelSpec:
+def int8_caches() -> ModelSpec:
+    """The encoder-decoder with caches in int8."""
+    return encoder_decoder(cache_bits=8)
+
+
+def encoder_decoder(cache_bits: int = 32) -> ModelSpec:
     """Sources up to 16, caches of 8 and 16 slots: `encode`, `decode_8`, `decode_16`."""
     config = SequenceConfig(
         layout="encoder-decoder", vocab=30, encoder=Stack(layers=1, **STACK), decoder=Stack(layers=1, **STACK), tied=False
     )
     return sequence_spec(
         small_model(config), name="small-encoder-decoder", source_lengths=(16,), cache_lengths=(8, 16), tokenizer=CHARACTERS, start=(2,), eos=(1,),
-        max_output=14, prompts=[[5, 9, 12, 3, 1], [20, 21, 1]],
+        cache_bits=cache_bits, max_output=14, prompts=[[5, 9, 12, 3, 1], [20, 21, 1]],
     )  # fmt: skip
 
 

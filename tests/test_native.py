@@ -14,6 +14,7 @@ import torch
 
 from edgesdk.cli import main
 from edgesdk.errors import InputError
+from edgesdk.intake import load_model
 from edgesdk.kernels.cpu import host_targets, target_of
 from edgesdk.kernels.reference import round_inputs
 from edgesdk.lower import build
@@ -262,3 +263,10 @@ def test_weights_kept_apart_are_added(tmp_path: Path) -> None:
             wanted = method.module(*(torch.from_numpy(a) for a in arrays))[0].numpy()
         got = machine.run(name, arrays)[0]
         assert np.sqrt(((got - wanted) ** 2).mean() / (wanted**2).mean()) < 0.08  # inputs and thin products in 8 bits
+
+
+def test_a_plan_with_int8_caches_runs_natively(tmp_path: Path) -> None:
+    ref = f"{Path(__file__).parent / 'sequence_small.py'}:int8_caches"
+    made = plan(ref, "host", runtime="native")
+    bundle = build(made, load_model(ref), tmp_path / "small.edge")
+    assert bundle.exists()

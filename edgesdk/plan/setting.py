@@ -45,12 +45,6 @@ def runtimes_of(device: DeviceProfile, asked: str | None, graph: ModelGraph, nat
         raise InputError(
             f"--runtime native: {graph.name} is no sequence model of edgesdk's family", "choose --runtime executorch or litert"
         )
-    if any(t.dtype == "int8" and t.name in (*m.cache_inputs, *m.cross_cache_inputs) for m in graph.methods for t in m.inputs):
-        if asked is not None and asked.startswith("native"):
-            raise InputError(
-                f"--runtime {asked} with caches in int8: its programs take float ones", "leave --cache-bits out, or choose another runtime"
-            )
-        here = {r for r in here if not r.startswith("native")}
     if asked is not None:
         if asked not in here:
             raise UnknownName(f"runtime on {device.name}", asked, here)
