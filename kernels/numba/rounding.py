@@ -95,6 +95,8 @@ class Rounding(Emitter):
         self.store_zero(*lows, *highs)
         with self.loop(self.number(0), self.a["blocks"]) as g:
             at = b.add(x, self.times(g, 4 * BLOCK))
+            for line in range(0, 4 * BLOCK, 64):
+                s.prefetch(b.add(at, self.a["stride"]), line)  # the next row's
             for place, low, high in zip(places, lows, highs):  # noqa: B905 (Python 3.9)
                 value = s.load(at, place, s.floats)
                 b.store(s.lesser(value, b.load(low)), low)
