@@ -85,10 +85,16 @@ class _Lowering:
     def _precision(self, path: str) -> str:
         return self.choice.get(path, "int8-dynamic")
 
+    def own(self, path: str) -> Code | None:
+        """What a compressed weight is stored as, where it runs so. A head whose result is scaled keeps nothing apart."""
+        code = self.codes.get(path)
+        scaled = path == "head" and self.config.logit_scale != 1 and code is not None and code.kind == "sum"
+        return code if code is not None and _whole(code) and not scaled else None
+
     def code(self, path: str) -> Code:
         """How a matrix is stored: the compressed weight's own grid where the kernels read it, else rounded as the plan says."""
-        own = self.codes.get(path)
-        if own is not None and _whole(own):
+        own = self.own(path)
+        if own is not None:
             return own.parts[0] if own.kind == "sum" else own
         precision = self._precision(path)
         if precision not in BITS:
@@ -97,8 +103,8 @@ class _Lowering:
 
     def add_apart(self, path: str) -> list[str]:
         """What a compressed weight keeps beside its grid: kinds, in order."""
-        own = self.codes.get(path)
-        if own is None or own.kind != "sum" or not _whole(own):
+        own = self.own(path)
+        if own is None or own.kind != "sum":
             return []
         for i, part in enumerate(own.parts[1:]):
             name = f"{path}.plus{i}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,14 @@ import numpy as np
 
 from edgesdk.kernels.library import Library, args_of, bits_of, library
 from edgesdk.kernels.panels import Panels
-from edgesdk.kernels.tape import Rounded, Rows, Tape, panel_sizes
+from edgesdk.kernels.tape import Rows, Tape, panel_sizes
 
 from .masks import Masks
+from .parts import Part, Reshaped, Taken, Weights, wide, window
 from .program import PARTS, Program
 
 LIBRARY = "libedgekernels.so"
 """Beside a program, for a device that compiles nothing."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Matrices that take the same inputs, and where each begins."""
-
-    panels: Panels
-    bias: Any
-    first: int
-    rows: int
-    name: str
 
 
 class Machine:
@@ -60,30 +50,6 @@ class Machine:
         name = entry["panels"]
         bias = self.program.array(f"{name}.bias") if entry["bias"] else None
         return Weights(self.panels(name), bias, entry["first"], entry["rows"], name)
-
-
-class Taken:
-    """Rows as products take them: rounded when they are first asked for, by `first` if something comes before it."""
-
-    def __init__(self, tape: Tape, rows: Rows, first: Callable[[int], Rounded] | None = None) -> None:
-        self.tape, self.rows, self._first = tape, rows, first
-        self._by: dict[int, Rounded] = {}
-
-    def rounded(self, shift: int) -> Rounded:
-        if shift not in self._by:
-            first, self._first = self._first, None
-            self._by[shift] = first(shift) if first is not None else self.tape.round(self.rows, shift)
-        return self._by[shift]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Keys and values: arrays made here, or the numbers of inputs."""
-
-    keys: Any
-    values: Any
-    tokens: int
-    scales: tuple[str, str] | None = None  # of int8 keys and values
 
 
 class Method:
@@ -197,10 +163,10 @@ class Method:
             name = f"embed_{p.bits}_{'block' if p.group else 'row'}{'_zeros' * bool(p.zeros.size)}"
             values |= {"codes": p.codes, "scales": p.scales, "zeros": p.zeros, "row_scale": p.row_scale, **panel_sizes(p)}
         else:
-            values["codes"] = _wide(self.program.array(f"{path}.table"), out)
+            values["codes"] = wide(self.program.array(f"{path}.table"), out)
         table = self._places(side, cols)
         if table is not None:
-            values |= {"places": _wide(table, out), "at": places}
+            values |= {"places": wide(table, out), "at": places}
             values["offset"] = self.config["position_offset"] if self.config["positions"] == "learned" else 0
         self.patch(name, self.tape.add(name, rows, max(1, 4096 // cols), **values), "ids", ids)
         if self.config["embed_norm"]:
@@ -339,7 +305,7 @@ class Method:
         turned = self._turned("encoder", positions)
         for i in range(stack["layers"]):
             layer = f"encoder.layers.{i}"
-            mask, norm = masks.of_source(_window(stack, i)), f"{layer}.self_norm"
+            mask, norm = masks.of_source(window(stack, i)), f"{layer}.self_norm"
             seen, _ = self.self_attention(f"{layer}.self_attn", x, n, stack, turned, mask, None, (), self.ahead(norm))
             x = self.feed_forward(layer, self.added(x, self.taken(seen), f"{layer}.self_attn.o", norm))
         final = "encoder.final_norm" if self.config["final_norm"] else ""
@@ -371,7 +337,7 @@ class Method:
                     x, turned = self._alone(x, n, at)
                     masks, n = masks.alone(), 1
             cache = None if prefill or shared else self._input("self", i)
-            mask, norm = masks.of_tokens(0 if shared else _window(stack, i)), f"{layer}.self_norm"
+            mask, norm = masks.of_tokens(0 if shared else window(stack, i)), f"{layer}.self_norm"
             seen, pair = self.self_attention(f"{layer}.self_attn", x, n, stack, turned, mask, cache, shared, self.ahead(norm))
             made += [pair] if pair is not None else []
             x = self.added(x, self.taken(seen), f"{layer}.self_attn.o", norm)
@@ -430,40 +396,9 @@ class Method:
         return cos, sin
 
     def _logits(self, x: Rows, norm: str, shape: tuple[int, ...]) -> None:
-        scale = self.config["logit_scale"]
-        w = self.machine.weights("head")
-        if scale == 1.0:
-            found = self.project(["head"], x, norm=norm)[0]
-        else:
-            found = self._scaled_logits(x, norm, scale, w)
-        self.outputs.append(_Reshaped(found, shape))
-
-    def _scaled_logits(self, x: Rows, norm: str, scale: float, w: Weights) -> Rows:
-        """Logits of hidden states times `scale`: the scales of the inputs' rows take it."""
-        out = self.tape.room(x.rows, w.panels.rows)
-        p = w.panels
-        scaled = replace(p, row_scale=p.row_scale * np.float32(scale), sums=p.sums * np.float32(scale))
-        source = self.tape.room(x.rows, x.cols)
-        shift = self.kernels.shift_of(p.bits)
-        rounded = self.tape.round(x, shift, before=self.norm, norm=self.norm_of(norm), out=source) if norm else self.tape.round(x, shift)
-        self.tape.linear(scaled, rounded, out, bias=w.bias)
-        return out
-
-
-@dataclass(frozen=True)
-class _Reshaped:
-    rows: Rows
-    shape: tuple[int, ...]
-
-    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
-        return np.array(self.rows.array, np.float32).reshape(self.shape)
-
-
-def _window(stack: dict[str, Any], layer: int) -> int:
-    return int(stack["windows"][layer]) if stack["windows"] else 0
-
-
-def _wide(table: Any, out: Rows) -> Any:
-    """A table whose rows are as long as those of `out`."""
-    width = out.stride // 4
-    return table if table.shape[1] == width else np.ascontiguousarray(np.pad(table, ((0, 0), (0, width - table.shape[1]))))
+        w, scale, out = self.machine.weights("head"), np.float32(self.config["logit_scale"]), self.tape.room(x.rows, self.config["vocab"])
+        panels = replace(w.panels, row_scale=w.panels.row_scale * scale, sums=w.panels.sums * scale) if scale != 1 else w.panels
+        taken = self.taken(x, norm=norm)
+        self.tape.linear(panels, taken.rounded(self.kernels.shift_of(panels.bits)), out, bias=w.bias)
+        self.apart("head", taken, out)
+        self.outputs.append(Reshaped(out, shape))
