@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -26,3 +27,66 @@ def linear(x: Any, code: Code, bias: Any = None, residual: Any = None) -> Any:
     y = (scale[:, None] * (q - zero[:, None])) @ decode(code).astype(np.float64).T
     y = y if bias is None else y + np.asarray(bias, np.float64)
     return y if residual is None else y + np.asarray(residual, np.float64)
+
+
+def embedding(table: Any, ids: Any, factor: float = 1.0, places: Any = None) -> Any:
+    """factor · rows `ids` of a table (an array or a `Code`) + `places`, rows of the same shape."""
+    rows = (decode(table) if isinstance(table, Code) else np.asarray(table)).astype(np.float64)[ids] * factor
+    return rows if places is None else rows + places
+
+
+def pick(x: Any, last: Any) -> Any:
+    """x [B, N, width] at row last[b] of each batch: [B, width]."""
+    return np.asarray(x)[np.arange(len(x)), last]
+
+
+def sparse(x: Any, starts: Any, columns: Any, values: Any) -> Any:
+    """x [M, cols] times the transpose of a matrix in compressed rows: [M, rows]."""
+    out = np.zeros((len(x), len(starts) - 1))
+    for n in range(len(starts) - 1):
+        part = slice(starts[n], starts[n + 1])
+        out[:, n] = np.asarray(x, np.float64)[:, columns[part]] @ np.asarray(values, np.float64)[part]
+    return out
+
+
+def norm(kind: str, x: Any, weight: Any, bias: Any, eps: float) -> Any:
+    """RMS norm ("rms": `bias` is not used) or layer norm ("layer") of each row of x [M, cols]."""
+    x = np.asarray(x, np.float64)
+    x = x - x.mean(-1, keepdims=True) if kind == "layer" else x
+    x = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+    return x + bias if kind == "layer" else x
+
+
+def activation(name: str, x: Any, other: Any = 1.0) -> Any:
+    """silu, gelu, gelu_tanh or relu of x, times `other`."""
+    x = np.asarray(x, np.float64)
+    if name == "relu":
+        return np.maximum(x, 0) * other
+    if name == "silu":
+        return x / (1 + np.exp(-np.clip(x, -700, 700))) * other
+    if name == "gelu":
+        return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) * other
+    return x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) * other
+
+
+def heads(x: Any, count: int, *, weight: Any = None, eps: float = 0.0, turns: Any = None, scale: float = 1.0) -> Any:
+    """x [B, N, count · D] → [B, count, N, D], times `scale`: with `weight` [D] each head behind an RMS norm, with `turns` (cosines and sines
+    [B, N, D / 2]) its first half turned against its second."""
+    b, n, width = x.shape
+    x = np.asarray(x, np.float64).reshape(b, n, count, width // count).transpose(0, 2, 1, 3)
+    x = (x if weight is None else norm("rms", x, weight, None, eps)) * scale
+    if turns is None:
+        return x
+    cos, sin = (np.asarray(t, np.float64)[:, None] for t in turns)
+    one, two = np.split(x, 2, -1)
+    return np.concatenate([one * cos - two * sin, two * cos + one * sin], -1)
+
+
+def attention(q: Any, keys: Any, values: Any, mask: Any) -> Any:
+    """q [B, H, N, D] (scaled), keys and values [B, K, T, D] that H / K heads share, mask [B, 1 or H, N, T] → [B · N, H · D]."""
+    b, h, n, size = q.shape
+    keys, values = (np.asarray(x, np.float64).repeat(h // x.shape[1], 1) for x in (keys, values))
+    scores = np.einsum("bhnd,bhtd->bhnt", np.asarray(q, np.float64), keys) + mask
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("bhnt,bhtd->bnhd", weights, values).reshape(b * n, h * size)

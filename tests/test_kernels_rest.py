@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -10,14 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgesdk.kernels import reference
 from edgesdk.kernels.cpu import host_targets
 from edgesdk.kernels.library import ACTIVATIONS, NORMS, bits_of, form, library
 from edgesdk.kernels.pack import pack
+from edgesdk.kernels.registry import kernels
 from edgesdk.kernels.tape import Rows, Tape, panel_sizes
-from edgesdk.packed import Code, decode
+from edgesdk.packed import Code
 
 BEST = host_targets()[0]
-ERF = np.vectorize(math.erf)
 
 
 def filled(tape: Tape, values: Any) -> Rows:
@@ -30,17 +30,6 @@ def padded(values: Any) -> Any:
     out = np.zeros(-(-len(values) // 32) * 32, np.float32)
     out[: len(values)] = values
     return out
-
-
-def activation(name: str, x: Any) -> Any:
-    x = x.astype(np.float64)
-    if name == "relu":
-        return np.maximum(x, 0)
-    if name == "silu":
-        return x / (1 + np.exp(-np.clip(x, -700, 700)))
-    if name == "gelu":
-        return x * 0.5 * (1 + ERF(x / math.sqrt(2)))
-    return x * 0.5 * (1 + np.tanh(0.7978845608028654 * (x + 0.044715 * x**3)))
 
 
 def values_of(rounded: Any, cols: int) -> Any:
@@ -67,10 +56,9 @@ def test_rounding_with_what_comes_before_it(target: str, shift: int, before: str
             tape.run()
             wanted = x.astype(np.float64)
             if before in NORMS:
-                wanted = wanted - wanted.mean(1, keepdims=True) * (before == "layer")
-                wanted = wanted / np.sqrt((wanted**2).mean(1, keepdims=True) + 1e-5) * weight + bias * (before == "layer")
+                wanted = reference.norm(before, x, weight, bias, 1e-5)
             elif before:
-                wanted = activation(before, x) * (other if gated else 1)
+                wanted = reference.activation(before, x, other if gated else 1)
             if before:
                 assert np.abs(out.array - wanted).max() <= 3e-6 * max(1, np.abs(wanted).max())
                 assert not out.values[:, cols:].any()
@@ -98,20 +86,11 @@ def test_activations_of_extreme_values(name: str) -> None:
     out = tape.room(*x.shape)
     tape.round(filled(tape, x), 0, before=name, out=out)
     tape.run()
-    wanted = activation(name, x)
+    wanted = reference.activation(name, x)
     if name == "gelu_tanh":
         wanted[0, 0] = 0  # the reference's own cube overflows
     assert np.isfinite(out.array).all()
     assert np.abs(out.array - wanted).max() < 0.02
-
-
-def attention(q: Any, keys: Any, values: Any, mask: Any) -> Any:
-    """q [B, H, N, D], keys and values [B, H, T, D], mask [B, 1, N, T] → [B · N, H · D]."""
-    scores = np.einsum("bhnd,bhtd->bhnt", q.astype(np.float64), keys) + mask
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    out = np.einsum("bhnt,bhtd->bnhd", weights, values)
-    return out.reshape(out.shape[0] * out.shape[1], -1)
 
 
 @pytest.mark.parametrize("target", host_targets())
@@ -139,8 +118,8 @@ def test_attention_over_slots_and_new_tokens(target: str, size: int, int8: bool)
             stride=out.strides[0], scores=np.full((b * heads, slots + n), np.nan, np.float32), **more,
         )  # fmt: skip
         tape.run()
-        both = [np.concatenate(x, 2).repeat(heads // kv, 1) for x in ((keys, new_keys), (values, new_values))]
-        assert np.abs(out - attention(q, both[0], both[1], mask[:, None])).max() < 2e-5 * size**0.5
+        both = [np.concatenate(x, 2) for x in ((keys, new_keys), (values, new_values))]
+        assert np.abs(out - reference.attention(q, *both, mask[:, None])).max() < 2e-5 * size**0.5
 
 
 @pytest.mark.parametrize("target", host_targets())
@@ -161,13 +140,9 @@ def test_heads_are_normed_turned_and_scaled(target: str, size: int) -> None:
                 weight=weight, eps=bits_of(1e-6), cos=cos, sin=sin, scale=bits_of(0.5), out=out,
             )  # fmt: skip
             tape.run()
-            wanted = x.reshape(b, n, heads, size).transpose(0, 2, 1, 3).astype(np.float64)
-            wanted = wanted / np.sqrt((wanted**2).mean(-1, keepdims=True) + 1e-6) * weight if normed else wanted
-            wanted = wanted * 0.5
-            if turned:
-                c, s = cos.reshape(b, 1, n, -1), sin.reshape(b, 1, n, -1)
-                one, two = wanted[..., : size // 2], wanted[..., size // 2 :]
-                wanted = np.concatenate([one * c - two * s, two * c + one * s], -1)
+            turns = [t.reshape(b, n, -1) for t in (cos, sin)] if turned else None
+            more = {"weight": weight, "eps": 1e-6} if normed else {}
+            wanted = reference.heads(x.reshape(b, n, -1), heads, turns=turns, scale=0.5, **more)
             assert np.abs(out - wanted).max() < 1e-5
 
 
@@ -191,7 +166,7 @@ def test_embeddings_come_out_of_panels(target: str, bits: int, zeros: bool) -> N
             **panel_sizes(p), blocks=p.blocks, factor=bits_of(3.0), places=places, at=at, offset=2, out=out, stride=out.stride,
         )  # fmt: skip
         tape.run()
-        wanted = decode(code)[ids] * 3 + places[at + 2][:, :cols]
+        wanted = reference.embedding(code, ids, 3.0, places[at + 2][:, :cols])
         assert np.abs(out.array - wanted).max() < 1e-3 * np.abs(wanted).max()
 
 
@@ -203,3 +178,35 @@ def test_a_kernel_that_is_not_there_and_an_arg_that_it_has_not() -> None:
         library(BEST).address("silu_gated")
     with pytest.raises(ImportError, match="this CPU runs"):
         library("arm-i8mm" if BEST.startswith("x86") else "x86-avx2")
+
+
+def test_every_kernel_of_the_registry_is_there() -> None:
+    seen = set()
+    for kernel in kernels():
+        assert (kernel.name, kernel.made) not in seen and callable(kernel.reference)
+        seen.add((kernel.name, kernel.made))
+        if kernel.made == "llvm":
+            name = f"{kernel.name}_16" if kernel.name.startswith(("heads", "attend")) else kernel.name
+            assert library(BEST).address(name)
+    from edgesdk.kernels.neon.build import kernels as in_c
+
+    assert {name for name, made in seen if made == "c"} == set(in_c())
+
+
+def test_single_weights_are_added_and_rows_picked() -> None:
+    rng = np.random.default_rng(0)
+    x, before = rng.standard_normal((3, 40)).astype(np.float32), rng.standard_normal((3, 7)).astype(np.float32)
+    matrix = np.where(rng.random((7, 40)) < 0.1, rng.standard_normal((7, 40)), 0)
+    matrix[2] = 0
+    rows, columns = np.nonzero(matrix)
+    starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=7))]).astype(np.int32)
+    values = matrix[rows, columns].astype(np.float32)
+    tape = Tape(library(BEST))
+    taken, out = filled(tape, x), filled(tape, before)
+    columns = columns.astype(np.int32)
+    tape.add("sparse", 7, x=taken, stride=taken.stride, m=3, starts=starts, columns=columns, values=values, out=out, out_stride=out.stride)
+    last, picked = np.array([2]), tape.room(1, 40)
+    tape.add("pick", 1, x=taken, stride=taken.stride, n=3, last=last, out=picked)
+    tape.run()
+    assert np.abs(out.array - before - reference.sparse(x, starts, columns, values)).max() < 1e-5
+    assert np.array_equal(picked.array, reference.pick(x[None], last))

@@ -1,0 +1,77 @@
+"""Every kernel: what it computes, on which weights or numbers, for which target, how it is made, and how far it may be from its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from . import reference
+from .cpu import TARGETS
+from .library import ACTIVATIONS, NORMS, form
+
+BITS = (8, 4, 3, 2)
+ARM = ("arm-i8mm", "arm-dotprod", "arm-neon")
+GPUS = ("sm_87", "sm_90", "sm_110")
+MADE = {
+    "llvm": "LLVM IR, compiled where it runs or beforehand",
+    "c": "C with NEON intrinsics, compiled beforehand",
+    "cuda": "CUDA C++, by NVRTC",
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """`name` as `library.Library.address` takes it (of heads, without their size). `tolerance`: of the largest output, against `reference`."""
+
+    name: str
+    operation: str
+    format: str
+    targets: tuple[str, ...]
+    made: str
+    reference: Callable[..., Any]
+    tolerance: float
+
+
+def _linear() -> list[Kernel]:
+    found = []
+    for bits in BITS:
+        for per_block in (False, True):
+            for zeros in (False, True):
+                weights = f"int{bits}, a scale {'a group of 32 columns or more' if per_block else 'a row'}{', zeros' * zeros}"
+                name = form(bits, per_block, zeros)
+                for kind, operation in (("gemv", "linear, one token"), ("gemm", "linear, many tokens")):
+                    for made, targets in (("llvm", tuple(TARGETS)), ("c", ARM)):
+                        found.append(Kernel(f"{kind}_{name}", operation, weights, targets, made, reference.linear, 2e-3))
+                found.append(Kernel(f"embed_{name}", "embedding", weights, tuple(TARGETS), "llvm", reference.embedding, 1e-3))
+    return found
+
+
+def _rest() -> list[Kernel]:
+    every, floats = tuple(TARGETS), "float32"
+    found = [
+        Kernel("embed", "embedding", floats, every, "llvm", reference.embedding, 1e-6),
+        Kernel("pick", "rows by number", floats, every, "llvm", reference.pick, 0.0),
+        Kernel("sparse", "linear, single weights", floats, every, "llvm", reference.sparse, 1e-5),
+        Kernel("attend", "attention", "caches in float32", every, "llvm", reference.attention, 2e-5),
+        Kernel("attend_int8", "attention", "caches in int8, a scale a token and head", every, "llvm", reference.attention, 2e-5),
+        *(
+            Kernel("round", "inputs to int8", floats, every if made == "llvm" else ARM, made, reference.round_inputs, 0.51 / 255)
+            for made in ("llvm", "c")
+        ),
+    ]
+    for normed in ("", "_normed"):
+        for turned in ("", "_turned"):
+            found.append(Kernel(f"heads{normed}{turned}", "heads, their norm and turns", floats, every, "llvm", reference.heads, 1e-5))
+    for norm in NORMS:
+        found.append(Kernel(norm, "norm", floats, every, "llvm", reference.norm, 3e-6))
+        found.append(Kernel(f"{norm}_round", "norm, result to int8", floats, every, "llvm", reference.norm, 3e-6))
+    for name in ACTIVATIONS:
+        for gated in ("", "_gated"):
+            found.append(Kernel(f"{name}{gated}_round", "activation, result to int8", floats, every, "llvm", reference.activation, 3e-6))
+    return found
+
+
+def kernels() -> list[Kernel]:
+    """Those of CPUs, by one list of args (`library.args_of`). Those of GPUs have launches of their own: `kernels.cuda`."""
+    return [*_linear(), *_rest()]
