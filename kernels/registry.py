@@ -12,12 +12,6 @@ from .library import ACTIVATIONS, NORMS, form
 
 BITS = (8, 4, 3, 2)
 ARM = ("arm-i8mm", "arm-dotprod", "arm-neon")
-GPUS = ("sm_87", "sm_90", "sm_110")
-MADE = {
-    "llvm": "LLVM IR, compiled where it runs or beforehand",
-    "c": "C with NEON intrinsics, compiled beforehand",
-    "cuda": "CUDA C++, by NVRTC",
-}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -210,3 +211,13 @@ def test_single_weights_are_added_and_rows_picked() -> None:
     tape.run()
     assert np.abs(out.array - before - reference.sparse(x, starts, columns, values)).max() < 1e-5
     assert np.array_equal(picked.array, reference.pick(x[None], last))
+
+
+def test_the_verb_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    from edgesdk.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["kernels", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert ended.value.code == 0 and told["host_targets"] == list(host_targets())
+    assert {"gemv_4_block", "attend_int8", "round"} <= {k["name"] for k in told["kernels"]}
