@@ -18,7 +18,7 @@ from .emitter import Emitter
 from .simd import F16, F32, I8, I16, I32, I64, VNNI
 
 QUADS = BLOCK // 4
-AHEAD = {8: 2048, 4: 6144, 3: 6144, 2: 6144}
+AHEAD = {8: 1024, 4: 6144, 3: 6144, 2: 6144}
 """Bits → bytes by which a GEMV fetches weights before they are needed."""
 NEAR = 2048
 """The same of a GEMM, whose weights are in the second cache: it fetches the next group's from memory into it while it works on one."""
