@@ -209,7 +209,7 @@ class Product(Emitter):
             for line in range(0, self.block_bytes, 64):
                 s.prefetch(at, NEAR + line)
                 s.prefetch(following, line, near=2)
-        step = QUADS if self.bits == 3 else 8 // self.bits
+        step = 1 if self.signed else QUADS if self.bits == 3 else 8 // self.bits  # few at a time: registers hold the sums
         for first in range(0, QUADS, step):
             quads = [self.codes(at, first, step) for at in codes]
             for k in range(step):

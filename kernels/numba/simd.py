@@ -221,30 +221,24 @@ class Simd:
         return out
 
     def tops(self, address: Any, bits: int, first: int, count: int) -> list[Any]:
-        """The same as signed bytes, (code - 2^(bits-1)) · 2^(8-bits): the code at the top of its byte, its highest bit turned over."""
+        """Any quads as signed bytes, (code - 2^(bits-1)) · 2^(8-bits): the code at the top of its byte, its highest bit turned over."""
         size, keep = 4 * self.panel, 256 - (1 << (8 - bits))
         if bits == 8:
             return self.quads(address, bits, first, count)
         if bits == 3:
-            return [q for i in range(first, first + count, 8) for q in self._top_three(address, i // 8 * 3 * size)]
-        turned = {4: 0x88, 2: 0xAA}[bits]
-        out = []
-        for i in range(first, first + count, 8 // bits):
-            packed = self.load(address, i * bits // 8 * size, self.bytes)
-            packed = self.b.xor(packed, self.fill(self.bytes, turned))
-            out += [self.mask(self.shift_left(packed, 8 - bits - j * bits), keep) for j in range(8 // bits)]
+            return [self._top_three(address, q // 8 * 3 * size, q % 8) for q in range(first, first + count)]
+        out, turned, each = [], {4: 0x88, 2: 0xAA}[bits], 8 // bits
+        for q in range(first, first + count):
+            packed = self.b.xor(self.load(address, q // each * size, self.bytes), self.fill(self.bytes, turned))
+            out.append(self.mask(self.shift_left(packed, 8 - bits - q % each * bits), keep))
         return out
 
-    def _top_three(self, address: Any, offset: int) -> list[Any]:
-        size = 4 * self.panel
-        low = [self.load(address, offset + i * size, self.bytes) for i in range(2)]
+    def _top_three(self, address: Any, offset: int, j: int) -> Any:
+        size, at = 4 * self.panel, 5 - j % 4 * 2
+        low = self.load(address, offset + j // 4 * size, self.bytes)
         high = self.b.xor(self.load(address, offset + 2 * size, self.bytes), self.fill(self.bytes, 0xFF))
-        out = []
-        for j in range(8):
-            at = 5 - j % 4 * 2
-            two = self.mask(self.shift_left(low[j // 4], at) if at > 0 else self.shift_right(low[j // 4], -at), 0x60)
-            out.append(self.b.or_(two, self.mask(self.shift_left(high, 7 - j), 0x80)))
-        return out
+        two = self.mask(self.shift_left(low, at) if at > 0 else self.shift_right(low, -at), 0x60)
+        return self.b.or_(two, self.mask(self.shift_left(high, 7 - j), 0x80))
 
     def _three(self, address: Any, offset: int) -> list[Any]:
         size = 4 * self.panel
