@@ -17,6 +17,10 @@ BLOCK = 32
 """Columns that are summed in integers before a scale is applied; a group is one or more whole blocks, or the whole row."""
 
 
+LAYOUT = 2
+"""Raised by one whenever panels are laid out anew: programs of another number are refused."""
+
+
 class UnfitWeights(ValueError):
     """These weights have no form that the kernels read."""
 

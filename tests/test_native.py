@@ -16,6 +16,7 @@ from edgesdk.cli import main
 from edgesdk.errors import InputError
 from edgesdk.intake import load_model
 from edgesdk.kernels.cpu import host_targets, target_of
+from edgesdk.kernels.panels import LAYOUT
 from edgesdk.kernels.reference import round_inputs
 from edgesdk.lower import build
 from edgesdk.model import Method, ModelSpec
@@ -188,6 +189,14 @@ def test_damaged_and_foreign_programs_are_refused(tmp_path: Path) -> None:
             Program(str(path))
         with pytest.raises(RunnerError):
             open_program(str(path), "native")
+
+
+def test_a_program_with_weights_in_another_layout_is_refused(tmp_path: Path) -> None:
+    content = lower_native(spec_of("ctc"), f"native-{host_targets()[0]}", {})
+    path = tmp_path / "model.native"
+    path.write_bytes(content.replace(f'"layout": {LAYOUT}'.encode(), b'"layout": 1'))
+    with pytest.raises(ProgramError, match="build it again"):
+        Program(str(path))
 
 
 def test_inputs_that_do_not_fit_are_refused(tmp_path: Path) -> None:

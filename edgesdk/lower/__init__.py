@@ -37,7 +37,8 @@ def lower(spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str], say
     from edgesdk.lower.held import refuse_difference
     from edgesdk.runner import installed
 
-    key = json.dumps(["kept", spec.digest, runtime, sorted([*k, p] for k, p in choice.items()), installed(), __version__])
+    by = [installed(), __version__, *(_native_form(runtime) if runtime.startswith("native") else [])]
+    key = json.dumps(["kept", spec.digest, runtime, sorted([*k, p] for k, p in choice.items()), *by])
     path = cache_dir("lowered") / hashlib.sha256(key.encode()).hexdigest()[:40]
     if path.exists():
         return path.read_bytes()
@@ -49,6 +50,14 @@ def lower(spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str], say
     part.replace(path)
     _remember(spec, runtime, choice, content)
     return content
+
+
+def _native_form(runtime: str) -> list[object]:
+    """What a native program's bytes depend on beside its model: instructions, and how weights are laid out."""
+    from edgesdk.kernels.panels import LAYOUT
+    from edgesdk.native.lower import target_of
+
+    return [target_of(runtime), LAYOUT]
 
 
 def _remember(spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str], content: bytes) -> None:

@@ -12,7 +12,7 @@ from edgesdk.kernels.cpu import TARGETS, host_targets
 from edgesdk.kernels.library import Library
 from edgesdk.kernels.numba.library import Compiled
 from edgesdk.kernels.pack import kept_scales, pack
-from edgesdk.kernels.panels import BLOCK, UnfitWeights
+from edgesdk.kernels.panels import BLOCK, LAYOUT, UnfitWeights
 from edgesdk.native.program import PARTS, write
 from edgesdk.packed import Code, decode
 
@@ -265,6 +265,7 @@ def lower_native(
     turns = {side: frequencies for side in ("encoder", "decoder") if (frequencies := _turns(work.config, side))}
     header = {
         "version": __version__,
+        "layout": LAYOUT,
         "target": target,
         "config": config,
         "methods": methods,

@@ -1,4 +1,4 @@
-"""The file of a native program: a header in JSON, then arrays, each at a multiple of 64 bytes. Numpy alone; goes to the device as it is.
+"""The file of a native program: a header in JSON, then arrays, each at a multiple of 64 bytes. Numpy and the kernels alone; goes to the device as it is.
 
     "EDGENATV", length of the header (8 bytes, little-endian), header, padding, arrays
 
@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from edgesdk.kernels.panels import LAYOUT
 
 MAGIC = b"EDGENATV"
 _ALIGNED = 64
@@ -60,6 +62,8 @@ class Program:
             self.header: dict[str, Any] = json.loads(self._map[16 : 16 + size])
             self.target, self.config, self.methods = (self.header[k] for k in ("target", "config", "methods"))
             self.linears, self.panels = self.header["linears"], self.header["panels"]
+            if self.header["layout"] != LAYOUT:
+                raise ProgramError(f"{path} has weights in layout {self.header['layout']}, these kernels read {LAYOUT}: build it again")
             self._start = -(-(16 + size) // _ALIGNED) * _ALIGNED
             if self._start + self.header["bytes"] != len(self._map):
                 raise ProgramError(f"{path} has {len(self._map)} bytes, its header says {self._start + self.header['bytes']}")
