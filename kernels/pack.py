@@ -11,23 +11,29 @@ from edgesdk.packed import Code, groups_of, spread
 from .panels import BLOCK, Panels, UnfitWeights, aligned
 
 
-def pack(code: Code, lanes: int, together: int = 1, half: bool = True) -> Panels:
-    """The panels of a `grid` code of 2, 3, 4 or 8 bits, their number a multiple of `together`; `half`: scales in float16. Raises `UnfitWeights`."""
+def refuse_unfit(code: Code) -> None:
+    """Raises `UnfitWeights` for what the kernels do not read: anything but grids of 2, 3, 4 or 8 bits with whole zeros."""
     if code.kind != "grid" or len(code.shape) != 2:
         raise UnfitWeights(f"a code of kind {code.kind} and shape {code.shape} is no grid of rows and columns")
-    (bits, group), (q, scale, zero) = code.numbers, code.arrays
-    rows, cols = code.shape
+    (bits, group), zero = code.numbers, code.arrays[2]
     if bits not in (2, 3, 4, 8):
         raise UnfitWeights(f"{bits} bits: the kernels read 2, 3, 4 and 8")
-    group = 0 if group >= cols else group
-    if group % BLOCK:
+    if group < code.shape[1] and group % BLOCK:
         raise UnfitWeights(f"groups of {group} columns: the kernels read multiples of {BLOCK} and whole rows")
+    if zero.size and ((zero != np.rint(zero)).any() or zero.min() < 0 or zero.max() >= 1 << bits):
+        raise UnfitWeights("zeros that are no codes: the kernels read whole zeros from 0 to 2^bits - 1")
+
+
+def pack(code: Code, lanes: int, together: int = 1, half: bool = True) -> Panels:
+    """The panels of a `grid` code of 2, 3, 4 or 8 bits, their number a multiple of `together`; `half`: scales in float16. Raises `UnfitWeights`."""
+    refuse_unfit(code)
+    (bits, group), (q, scale, zero) = code.numbers, code.arrays
+    rows, cols = code.shape
+    group = 0 if group >= cols else group
     groups = groups_of(cols, group)
     scale = np.broadcast_to(scale.astype(np.float32) if scale.size else np.float32(1), (rows, groups))
     middle = 1 << (bits - 1)
     offset = np.broadcast_to(zero.astype(np.float32) if zero.size else np.float32(middle), (rows, groups))
-    if (offset != np.rint(offset)).any() or offset.min() < 0 or offset.max() >= 1 << bits:
-        raise UnfitWeights("zeros that are no codes: the kernels read whole zeros from 0 to 2^bits - 1")
     kept = kept_scales(scale, half and bits != 8)  # as products read them: they take off just what the inputs' zero added
     values = (q.astype(np.float32) - spread(offset, cols, group)) * spread(kept, cols, group)
     row_scale = np.abs(scale).max(1)

@@ -110,9 +110,10 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
     if plan.digests.get("model") != spec.digest:
         raise InputError(f"the plan was made for another '{plan.model}'", "plan again: the model's code or weights have changed")
     choice = choice_of(plan)
-    program = lower(spec, _lowered_as(plan), choice, lambda text: step(text, 0.1))
+    runtime = _lowered_as(plan)
+    program = lower(spec, runtime, choice, lambda text: step(text, 0.1))
     name, stored, sizes = _stored(plan.runtime, program, spec)
-    members: dict[str, bytes] = {name: stored, "plan.json": plan.to_json().encode(), **_files(plan, spec), **_kernels(plan, program)}
+    members: dict[str, bytes] = {name: stored, "plan.json": plan.to_json().encode(), **_files(plan, spec), **_kernels(runtime, program)}
     fields: dict[str, Any] = {
         "host_check": {},
         "golden": (),
@@ -123,7 +124,7 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
     if plan.runtime in ("executorch", "litert", "tflite-runtime", "native"):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, name)
-            path.write_bytes(stored if _runs_here(plan) else lower(spec, plan.runtime, choice))
+            path.write_bytes(stored if _runs_here(runtime) else lower(spec, plan.runtime, choice))
             with silent():
                 runner = open_program(str(path), plan.runtime, plan.threads)
                 inputs = golden_inputs(spec)
@@ -154,22 +155,22 @@ def _lowered_as(plan: Plan) -> str:
     return f"native-{target_of(device.unit(next(r.unit for r in device.runtimes if r.name == 'native')).isa)}"
 
 
-def _kernels(plan: Plan, program: bytes) -> dict[str, bytes]:
+def _kernels(runtime: str, program: bytes) -> dict[str, bytes]:
     """The library that a native program's device runs it with, where that is no machine that compiles kernels itself."""
-    if plan.runtime != "native" or not _lowered_as(plan).startswith("native-arm"):
+    if not runtime.startswith("native-arm"):
         return {}
     from edgesdk.native.shared import LIBRARY, shared_library
 
     return {LIBRARY: shared_library(program)}
 
 
-def _runs_here(plan: Plan) -> bool:
+def _runs_here(runtime: str) -> bool:
     """Whether this host's CPU has the instructions that a program is for."""
-    if plan.runtime != "native":
+    if not runtime.startswith("native"):
         return True
     from edgesdk.kernels.cpu import host_targets
 
-    return _lowered_as(plan).removeprefix("native-") in host_targets()
+    return runtime.removeprefix("native-") in host_targets()
 
 
 def _files(plan: Plan, spec: ModelSpec) -> dict[str, bytes]:

@@ -10,8 +10,7 @@ import numpy as np
 from edgesdk.errors import InputError
 from edgesdk.kernels.cpu import TARGETS, host_targets
 from edgesdk.kernels.library import Library
-from edgesdk.kernels.numba.library import Compiled
-from edgesdk.kernels.pack import kept_scales, pack
+from edgesdk.kernels.pack import kept_scales, pack, refuse_unfit
 from edgesdk.kernels.panels import BLOCK, LAYOUT, UnfitWeights
 from edgesdk.native.program import PARTS, write
 from edgesdk.packed import Code, decode
@@ -206,13 +205,8 @@ def _whole(code: Code) -> bool:
 
 def _readable(code: Code) -> bool:
     try:
-        pack(
-            Code("grid", (1, code.shape[1]), code.numbers, tuple(a[:1] if a.ndim == 2 else a for a in code.arrays))
-            if code.kind == "grid"
-            else code,
-            4,
-        )
-    except (UnfitWeights, IndexError):
+        refuse_unfit(code)
+    except UnfitWeights:
         return False
     return True
 
@@ -245,6 +239,7 @@ def lower_native(
 ) -> bytes:
     """The program. `runtime`: "native-" and a target of `kernels.cpu`. Raises `InputError`."""
     from edgesdk import __version__
+    from edgesdk.kernels.numba.library import Compiled  # and Numba with it: whether a model runs natively is asked without
     from edgesdk.sequence.card import NAME, Card
     from edgesdk.sequence.positions import buckets
 

@@ -34,7 +34,7 @@ class Heads(Emitter):
                 value = s.load(x, 0, self.whole)
                 if normed:
                     value = self._normed(value)
-                value = b.fmul(value, s.same(factor, self.size))
+                value = b.fmul(value, s.spread(factor, self.size))
                 s.store(self._turned(value, row) if turned else value, a["out"], self.times(place, 4 * self.size))
         b.ret_void()
 
@@ -42,7 +42,7 @@ class Heads(Emitter):
         s, b = self.s, self.b
         mean = b.fdiv(s.total(b.fmul(value, value)), self.real(float(self.size)))
         factor = b.fdiv(self.real(1.0), s.root(b.fadd(mean, s.float_of(self.a["eps"]))))
-        return b.fmul(b.fmul(value, s.same(factor, self.size)), s.load(self.a["weight"], 0, self.whole))
+        return b.fmul(b.fmul(value, s.spread(factor, self.size)), s.load(self.a["weight"], 0, self.whole))
 
     def _turned(self, value: Any, row: Any) -> Any:
         s, b, half = self.s, self.b, self.size // 2
@@ -103,8 +103,8 @@ class Attend(Emitter):
                 value, scale = self._vector(values, t)
                 weight = s.load(into, self.times(t, 4), F32)
                 weight = weight if scale is None else b.fmul(weight, scale)
-                b.store(s.fused(s.same(weight, self.size), value, b.load(mixed)), mixed)
-        s.store(b.fmul(b.load(mixed), s.same(b.fdiv(self.real(1.0), b.load(total)), self.size)), out, 0)
+                b.store(s.fma(s.spread(weight, self.size), value, b.load(mixed)), mixed)
+        s.store(b.fmul(b.load(mixed), s.spread(b.fdiv(self.real(1.0), b.load(total)), self.size)), out, 0)
 
     def _held(self, kind: str, first: Any) -> tuple[Any, Any]:
         """The addresses of the keys or values in slots from number `first` on, and of their scales or None."""
@@ -158,7 +158,7 @@ class Attend(Emitter):
         for first, last, kind in ((self.number(0), whole, s.floats), (whole, count, ir.VectorType(F32, 1))):
             with self.loop(first, last, kind.count) as t:
                 at4 = self.times(t, 4)
-                power = s.exp(b.fsub(s.load(scores, at4, kind), s.same(most, kind.count)))
+                power = s.exp(b.fsub(s.load(scores, at4, kind), s.spread(most, kind.count)))
                 s.store(power, scores, at4)
                 b.store(b.fadd(b.load(total), s.total(power)), total)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -78,9 +78,3 @@ def loaded(content: bytes, names: list[str], target: str) -> dict[str, int]:
     engine.finalize_object()
     _KEPT.append(engine)
     return {name: int(engine.get_function_address(name)) for name in names}
-
-
-def module_of(name: str, emit: Callable[[ir.Module], None]) -> ir.Module:
-    module = ir.Module(name)
-    emit(module)
-    return module

@@ -50,12 +50,12 @@ class Simd:
         args = [self.at(address, offset, I8), *(ir.Constant(I32, n) for n in (0, near, 1))]
         self._call("llvm.prefetch.p0", ir.VoidType(), args)
 
-    def spread(self, value: Any) -> Any:
-        """One number in all lanes."""
-        kind = ir.VectorType(value.type, self.rows)
-        undefined = ir.Constant(kind, ir.Undefined)
+    def spread(self, value: Any, count: int = 0) -> Any:
+        """One number in all lanes, or in `count` of them."""
+        count = count or self.rows
+        undefined = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
         first = self.b.insert_element(undefined, value, ir.Constant(I32, 0))
-        return self.b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, self.rows), [0] * self.rows))
+        return self.b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, count), [0] * count))
 
     # ---- arithmetic
 
@@ -82,7 +82,8 @@ class Simd:
         return self.b.and_(x, self.fill(x.type, value))
 
     def fma(self, x: Any, y: Any, z: Any) -> Any:
-        return self._call(f"llvm.fma.v{self.rows}f32", self.floats, [x, y, z])
+        """x · y + z of float lanes."""
+        return self._call(f"llvm.fma.v{x.type.count}f32", x.type, [x, y, z])
 
     def lesser(self, x: Any, y: Any) -> Any:
         """The smaller of each two lanes; `y` where `x` is no number."""
@@ -113,20 +114,10 @@ class Simd:
 
     # ---- vectors of any width, which LLVM divides into those the CPU has
 
-    def same(self, value: Any, count: int) -> Any:
-        """One float32 in `count` lanes."""
-        kind = ir.VectorType(F32, count)
-        undefined = ir.Constant(kind, ir.Undefined)
-        first = self.b.insert_element(undefined, value, ir.Constant(I32, 0))
-        return self.b.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, count), [0] * count))
-
     def part(self, x: Any, first: int, count: int) -> Any:
         """Lanes first … first + count - 1."""
         places = ir.Constant(ir.VectorType(I32, count), list(range(first, first + count)))
         return self.b.shuffle_vector(x, ir.Constant(x.type, ir.Undefined), places)
-
-    def fused(self, x: Any, y: Any, z: Any) -> Any:
-        return self._call(f"llvm.fma.v{x.type.count}f32", x.type, [x, y, z])
 
     def total(self, x: Any) -> Any:
         """The sum of all lanes, in an order that LLVM may choose."""
@@ -156,7 +147,7 @@ class Simd:
         rest = b.fsub(y, whole)
         total = same(1.5403530393381608e-4)
         for term in (1.3333558146428443e-3, 9.618129107628477e-3, 5.550410866482158e-2, 0.2402265069591007, 0.6931471805599453, 1.0):
-            total = self._call(f"llvm.fma.v{kind.count}f32", kind, [total, rest, same(term)])
+            total = self.fma(total, rest, same(term))
         whole_kind = ir.VectorType(I32, kind.count)
         bits = b.add(b.bitcast(total, whole_kind), b.shl(b.fptosi(whole, whole_kind), ir.Constant(whole_kind, [23] * kind.count)))
         return b.bitcast(bits, kind)

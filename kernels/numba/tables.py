@@ -67,8 +67,8 @@ class Embed(Emitter):
             zero = b.sitofp(one.load(zeros, place, I8), F32) if self.zeros else middle
             found = one.quads(b.add(codes, self.times(g, BLOCK * lanes * self.bits // 8)), self.bits, 0, BLOCK // 4)
             for i, value in enumerate(found):
-                real = b.fsub(b.sitofp(value, quad), one.same(zero, 4))
-                one.store(b.fmul(real, one.same(step, 4)), b.add(out, self.times(g, 4 * BLOCK)), 16 * i)
+                real = b.fsub(b.sitofp(value, quad), one.spread(zero, 4))
+                one.store(b.fmul(real, one.spread(step, 4)), b.add(out, self.times(g, 4 * BLOCK)), 16 * i)
 
 
 class Pick(Emitter):
