@@ -100,7 +100,8 @@ def test_a_pruned_program_runs() -> None:
 def run_pte(program: bytes, spec: ModelSpec) -> Any:
     from executorch.runtime import Runtime
 
-    method = Runtime.get().load_program(program).load_method("forward")
+    loaded = Runtime.get().load_program(program)  # a method reads what its program holds: keep it
+    method = loaded.load_method("forward")
     return method.execute([t.contiguous() for t in spec.methods["forward"].example_inputs])[0].numpy()
 
 
