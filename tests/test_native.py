@@ -16,11 +16,12 @@ from edgesdk.cli import main
 from edgesdk.errors import InputError
 from edgesdk.intake import load_model
 from edgesdk.kernels.cpu import host_targets, target_of
+from edgesdk.kernels.nearest import nearest
 from edgesdk.kernels.panels import LAYOUT
 from edgesdk.kernels.reference import round_inputs
 from edgesdk.lower import build
 from edgesdk.model import Method, ModelSpec
-from edgesdk.native.lower import lower_native, rounded
+from edgesdk.native.lower import lower_native
 from edgesdk.native.machine import Machine
 from edgesdk.native.memory import memory_plan
 from edgesdk.native.program import Program, ProgramError
@@ -95,10 +96,10 @@ def same_rounding(spec: ModelSpec, precision: str) -> dict[str, Any]:
         module = copy.deepcopy(method.module)
         for path, part in module.named_modules():
             if isinstance(part, torch.nn.Linear):
-                part.weight.data = torch.from_numpy(decode(rounded(part.weight.detach().numpy(), *FORMS[precision], True)).copy())
+                part.weight.data = torch.from_numpy(decode(nearest(part.weight.detach().numpy(), *FORMS[precision], True)).copy())
                 part.register_forward_pre_hook(before)
             elif isinstance(part, torch.nn.Embedding) and path.endswith("embed"):
-                part.weight.data = torch.from_numpy(decode(rounded(part.weight.detach().numpy(), 8, 0, True)).copy())
+                part.weight.data = torch.from_numpy(decode(nearest(part.weight.detach().numpy(), 8, 0, True)).copy())
         made[name] = module
     return made
 
@@ -253,7 +254,7 @@ def test_weights_kept_apart_are_added(tmp_path: Path) -> None:
         path = uses[0][1].removeprefix("core.")
         if path.endswith(("self_attn.q", "self_attn.o", "ffn.down", "ffn.up")):
             weight = spec.methods["decode"].module.get_submodule(uses[0][1]).weight.detach().numpy()
-            grid = rounded(weight, 4, 32, True)
+            grid = nearest(weight, 4, 32, True)
             left, right = (rng.standard_normal(s).astype(np.float32) * 0.1 for s in ((weight.shape[0], 5), (5, weight.shape[1])))
             thin = Code("lowrank", weight.shape, (), (), tuple(Code("dense", a.shape, (), (a,)) for a in (left, right)))
             mask = (rng.random(weight.shape) < 0.02).astype(np.uint8)

@@ -10,7 +10,7 @@ import numpy as np
 from edgesdk.errors import InputError
 from edgesdk.kernels.cpu import TARGETS, host_targets
 from edgesdk.kernels.library import Library
-from edgesdk.kernels.pack import kept_scales, pack, refuse_unfit
+from edgesdk.kernels.pack import pack, refuse_unfit
 from edgesdk.kernels.panels import BLOCK, LAYOUT, UnfitWeights
 from edgesdk.native.program import PARTS, write
 from edgesdk.packed import Code, decode
@@ -48,24 +48,6 @@ def sequence_of(spec: ModelSpec) -> SequenceModel:
     return found  # type: ignore[no-any-return]
 
 
-def rounded(weight: Any, bits: int, group: int, half: bool) -> Code:
-    """A float32 matrix [rows, cols] as a symmetric grid, a scale a `group` of columns (0: a row), so that its largest value is 2^(bits-1) - 1.
-
-    `half`: the kernels keep scales in float16, and these are such already.
-    """
-    rows, cols = weight.shape
-    size = cols if group == 0 or group >= cols else group
-    if cols % size:
-        weight = np.pad(weight, ((0, 0), (0, -cols % size)))
-    parts = weight.reshape(rows, -1, size).astype(np.float32)
-    middle = 1 << (bits - 1)
-    scale = np.abs(parts).max(2) / np.float32(middle - 1)
-    scale[scale == 0] = 1
-    scale = kept_scales(scale, half and bits != 8)
-    q = np.clip(np.rint(parts / scale[..., None]) + middle, 0, 2 * middle - 1).astype(np.uint8)
-    return Code("grid", (rows, cols), (bits, 0 if size == cols else group), (q.reshape(rows, -1)[:, :cols], scale, np.zeros(0, np.uint8)))
-
-
 class _Lowering:
     def __init__(self, spec: ModelSpec, choice: Mapping[tuple[str, str], str], kernels: Library) -> None:
         self.model, self.kernels = sequence_of(spec), kernels
@@ -84,6 +66,11 @@ class _Lowering:
     def _precision(self, path: str) -> str:
         return self.choice.get(path, "int8-dynamic")
 
+    def nearest(self, weight: Any, bits: int, group: int) -> Code:
+        from edgesdk.kernels.nearest import nearest  # and Numba with it: whether a model runs natively is asked without
+
+        return nearest(weight, bits, group, self.kernels.half)
+
     def own(self, path: str) -> Code | None:
         """What a compressed weight is stored as, where it runs so. A head whose result is scaled keeps nothing apart."""
         code = self.codes.get(path)
@@ -98,7 +85,7 @@ class _Lowering:
         precision = self._precision(path)
         if precision not in BITS:
             raise InputError(f"{path} is planned in {precision}, which the native target has not", f"known: {', '.join(sorted(set(BITS)))}")
-        return rounded(self.state[f"{path}.weight"], *BITS[precision], self.kernels.half)
+        return self.nearest(self.state[f"{path}.weight"], *BITS[precision])
 
     def add_apart(self, path: str) -> list[str]:
         """What a compressed weight keeps beside its grid: kinds, in order."""
@@ -109,7 +96,7 @@ class _Lowering:
             name = f"{path}.plus{i}"
             if part.kind == "lowrank":
                 for which, thin in (("up", part.parts[0]), ("down", part.parts[1])):
-                    self.add_panels(f"{name}.{which}", rounded(decode(thin), 8, 0, self.kernels.half))
+                    self.add_panels(f"{name}.{which}", self.nearest(decode(thin), 8, 0))
                 continue
             values = decode(part)
             rows, columns = np.nonzero(values)
@@ -171,7 +158,7 @@ class _Lowering:
         elif head is not None and self.panels["head"]["bits"] == 8 and np.array_equal(weight, 2 * self.state["head.weight"]):
             entry |= {"panels": "head", "factor": 2 * factor}
         else:
-            self.add_panels(path, self.code(path) if path in self.codes else rounded(weight, 8, 0, self.kernels.half))
+            self.add_panels(path, self.code(path) if path in self.codes else self.nearest(weight, 8, 0))
             entry["panels"] = path
         self.linears[path] = entry
 
@@ -239,7 +226,7 @@ def lower_native(
 ) -> bytes:
     """The program. `runtime`: "native-" and a target of `kernels.cpu`. Raises `InputError`."""
     from edgesdk import __version__
-    from edgesdk.kernels.numba.library import Compiled  # and Numba with it: whether a model runs natively is asked without
+    from edgesdk.kernels.numba.library import Compiled
     from edgesdk.sequence.card import NAME, Card
     from edgesdk.sequence.positions import buckets
 

@@ -105,28 +105,21 @@ class Computer:
 # ---- ours
 
 
-def searched(weights: Any, bits: int, group: int, zeros: bool) -> Any:
-    """Codes of a grid: of several ranges a group (or a row), each a share of the whole one, that with the least square error."""
+def with_zeros(weights: Any, bits: int, group: int) -> Any:
+    """Codes of a grid with zeros: of several ranges a group, each a share of the whole one, that with the least square error."""
     import numpy as np
 
     from edgesdk.packed import Code
 
     rows, cols = weights.shape
-    parts = weights.reshape(rows, -1, group or cols)
-    middle, top = 1 << (bits - 1), (1 << bits) - 1
+    parts = weights.reshape(rows, -1, group)
+    top = (1 << bits) - 1
     low, high = parts.min(2, keepdims=True), parts.max(2, keepdims=True)
-    peak = np.where(high > -low, high, low)
     best = np.full(low.shape, np.inf, np.float32)
     found = [np.zeros(parts.shape, np.uint8), np.zeros(low.shape, np.float32), np.zeros(low.shape, np.float32)]
-    for share in (1.0,) if bits == 8 else np.linspace(1.0, 0.6 if bits > 2 else 0.3, 9):
-        share = np.float32(share)
-        if bits == 8:
-            scale, zero = np.abs(peak) / np.float32(middle - 1), np.full(low.shape, middle, np.float32)
-        elif zeros:
-            scale = (high - low) * share / np.float32(top)
-            zero = np.clip(np.rint(-low * share / scale), 0, top).astype(np.float32)
-        else:  # the largest value takes the code that has no negative
-            scale, zero = peak * share / np.float32(-middle), np.full(low.shape, middle, np.float32)
+    for share in np.linspace(1.0, 0.6, 9, dtype=np.float32):
+        scale = (high - low) * share / np.float32(top)
+        zero = np.clip(np.rint(-low * share / scale), 0, top).astype(np.float32)
         q = np.clip(np.rint(parts / scale + zero), 0, top)
         error = np.square((q - zero) * scale - parts).sum(2, keepdims=True)
         better = error < best
@@ -134,8 +127,9 @@ def searched(weights: Any, bits: int, group: int, zeros: bool) -> Any:
         for kept, new in zip(found, (q, scale, zero), strict=True):
             np.copyto(kept, new.astype(kept.dtype), where=better)
     q, scale, zero = found
-    stored = zero[..., 0].astype(np.uint8) if zeros else np.zeros(0, np.uint8)
-    return Code("grid", (rows, cols), (bits, group), (q.reshape(rows, cols), scale[..., 0].astype(np.float32), stored))
+    return Code(
+        "grid", (rows, cols), (bits, group), (q.reshape(rows, cols), scale[..., 0].astype(np.float32), zero[..., 0].astype(np.uint8))
+    )
 
 
 def ours(task: Any, name: str) -> Any:
@@ -144,6 +138,7 @@ def ours(task: Any, name: str) -> Any:
 
     from edgesdk.kernels.cpu import host_targets
     from edgesdk.kernels.library import library
+    from edgesdk.kernels.nearest import nearest
     from edgesdk.kernels.pack import pack
     from edgesdk.kernels.panels import aligned
     from edgesdk.kernels.tape import Tape
@@ -151,7 +146,8 @@ def ours(task: Any, name: str) -> Any:
 
     lib = library(host_targets()[0])
     bits, group, zeros = OURS[name]
-    panels = pack(searched(task.weights, bits, group, zeros), lib.lanes, lib.together, lib.half)
+    code = with_zeros(task.weights, bits, group) if zeros else nearest(task.weights, bits, group, lib.half)
+    panels = pack(code, lib.lanes, lib.together, lib.half)
     tape, layers = Tape(lib, task.threads), task.layers(panels.nbytes)
     rows, cols = task.weights.shape
     x = tape.room(len(task.x), cols)
