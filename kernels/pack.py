@@ -54,7 +54,7 @@ def pack(code: Code, lanes: int, together: int = 1, half: bool = True) -> Panels
     scales = _paneled(np.repeat(relative, times, 1)[:, :per], padded, lanes, np.float16 if half and bits != 8 else np.float32)
     return Panels(
         rows=rows, cols=cols, bits=bits, group=group, lanes=lanes,
-        codes=_codes(ints, bits, lanes),
+        codes=laid(ints, bits, lanes),
         scales=scales,
         zeros=_paneled(np.repeat(offset, times, 1)[:, :per], padded, lanes, np.int8) if asymmetric else np.zeros(0, np.int8),
         row_scale=_padded(row_scale, padded), sums=_padded(values.sum(1, dtype=np.float64), padded),
@@ -83,7 +83,7 @@ def _paneled(values: Any, padded: int, lanes: int, dtype: Any) -> Any:
     return np.ascontiguousarray(out.reshape(-1, lanes, per).transpose(0, 2, 1))
 
 
-def _codes(ints: Any, bits: int, lanes: int) -> Any:
+def laid(ints: Any, bits: int, lanes: int) -> Any:
     """Codes [padded rows, width] → bytes, as `Simd.quads` reads them."""
     rows, width = ints.shape
     quads = (ints & 0xFF).astype(np.uint8).reshape(rows // lanes, lanes, width // 4, 4).transpose(0, 2, 1, 3)  # [panel, quad, row, 4]

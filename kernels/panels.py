@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from .library import form
+
 BLOCK = 32
 """Columns that are summed in integers before a scale is applied; a group is one or more whole blocks, or the whole row."""
 
@@ -40,6 +42,11 @@ class Panels:
     zeros: Any
     row_scale: Any
     sums: Any
+
+    @property
+    def form(self) -> str:
+        """What the names of their kernels end in."""
+        return form(self.bits, self.group != 0, self.zeros.size > 0)
 
     @property
     def panels(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .library import Library, args_of, bits_of, form
+from .library import Library, args_of, bits_of
 from .panels import BLOCK, Panels, aligned
 
 THREAD_BYTES = 1 << 17
@@ -148,7 +148,7 @@ class Tape:
             kernel, parts, least = "gemm", p.panels // together, THREAD_BYTES // (each * together * min(x.rows, 16))
         more = {n: v for n, v in (("bias", bias), ("residual", residual)) if v is not None}
         return self.add(
-            f"{kernel}_{form(p.bits, p.group != 0, p.zeros.size > 0)}", parts, least,
+            f"{kernel}_{p.form}", parts, least,
             codes=p.codes, scales=p.scales, zeros=p.zeros, row_scale=p.row_scale, sums=p.sums,
             q=x.q, q_sums=x.q_sums, q_scale=x.q_scale, q_zero=x.q_zero, m=x.rows, blocks=x.blocks, out=out, stride=out.stride, **panel_sizes(p), **more,
         )  # fmt: skip

@@ -160,7 +160,7 @@ class Method:
         name = "embed"
         if "panels" in entry:
             p = self.machine.panels(entry["panels"])
-            name = f"embed_{p.bits}_{'block' if p.group else 'row'}{'_zeros' * bool(p.zeros.size)}"
+            name = f"embed_{p.form}"
             values |= {"codes": p.codes, "scales": p.scales, "zeros": p.zeros, "row_scale": p.row_scale, **panel_sizes(p)}
         else:
             values["codes"] = wide(self.program.array(f"{path}.table"), out)

@@ -64,6 +64,10 @@ class Product(Emitter):
             "at": self.times(p, 4 * self.s.rows),
         }
 
+    def blocks(self, panel: dict[str, Any]) -> Any:
+        """How many blocks of a panel there are."""
+        return self.a["blocks"]
+
     def unpacked(self, panel: dict[str, Any], g: Any, prefetch: bool) -> list[Any]:
         here = self.b.add(panel["codes"], self.times(g, self.block_bytes))
         if prefetch:
@@ -139,7 +143,7 @@ class Product(Emitter):
             b.store(s.zero(s.floats), whole)
             b.store(s.zero(s.ints), ints)
             zero = self.zero(panel, None) if self.zeros and not self.per_block else None
-            with self.loop(self.number(0), self.a["blocks"]) as g:
+            with self.loop(self.number(0), self.blocks(panel)) as g:
                 quads = self.unpacked(panel, g, prefetch=True)
                 q, q_sum = self.q_at(g, self.number(0))
                 if self.per_block and self.zeros:
@@ -183,7 +187,7 @@ class Product(Emitter):
         for v in (v for row in sums for v in row):
             b.store(s.zero(kind), v)
         zeros = [self.zero(p, None) if self.zeros and not self.per_block else None for p in panels]
-        with self.loop(self.number(0), self.a["blocks"]) as g:
+        with self.loop(self.number(0), self.blocks(panels[0])) as g:
             if self.zeros and self.per_block:
                 zeros = [self.zero(p, g) for p in panels]
             q, q_sum = self.q_at(g, m)
