@@ -5,7 +5,9 @@ This file stands alone (standard library and numpy; Python 3.9 and later): it is
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import hashlib
 import importlib
 import importlib.util
 import math
@@ -47,6 +49,52 @@ def _program(path: str) -> bytes | None:
     return bytes(packed.load_program(path))
 
 
+OPERATORS = "libedgeoperators.so"
+"""Beside a .pte that has units on our own kernels: the operator that runs them."""
+_operators: dict[str, Any] = {}  # digest → library, in the order in which they were opened: the first one's operator has the kernels of all
+
+
+def load_operators(path: str) -> None:
+    """Make a library of operators known to ExecuTorch in this process, if it is not. Raises `RunnerError` where it is not made for this machine."""
+    with open(path, "rb") as file:
+        content = file.read()
+    digest = hashlib.sha256(content).hexdigest()
+    if digest in _operators:
+        return
+    fields = content.partition(b"EDGE-OPERATORS|")[2][:400].split(b"|")
+    if len(fields) < 4:
+        raise RunnerError(f"{path} holds no operators of edgesdk")
+    made_for, target, needs = (f.decode("ascii", "replace") for f in fields[:3])
+    here = installed().get("executorch", "none").partition("+")[0]
+    if made_for != here:
+        raise RunnerError(f"its operators are made for ExecuTorch {made_for}, here is {here}: install that version, or build with this one")
+    lacking = sorted(set(needs.split()) - _cpu_features())
+    if lacking:
+        raise RunnerError(f"its operators are made for {target}: this CPU has no {', '.join(lacking)}")
+    from executorch.extension.pybindings import _portable_lib
+
+    ctypes.CDLL(_portable_lib.__file__, ctypes.RTLD_GLOBAL)  # Python opened it without, and its symbols would not be found
+    try:
+        library = ctypes.CDLL(path)
+    except OSError as error:
+        raise RunnerError(f"its operators cannot be loaded: {error}") from None
+    if not library.edge_operators_register():
+        if not _operators:
+            raise RunnerError("edgesdk::linear is registered already, by another program's library")
+        library.edge_operators_table.restype = ctypes.c_void_p
+        next(iter(_operators.values())).edge_operators_add(ctypes.c_void_p(library.edge_operators_table()))
+    _operators[digest] = library
+
+
+def _cpu_features() -> set[str]:
+    try:
+        with open("/proc/cpuinfo", errors="replace") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return set()
+    return {word for line in lines if line.lower().startswith(("flags", "features")) for word in line.partition(":")[2].split()}
+
+
 def open_program(path: str, runtime: str, threads: int = 1) -> Any:
     """A runner for `path`: `.methods`, `.inputs(method)`, `.run(method, arrays)`. Raises `RunnerError`."""
     try:
@@ -76,6 +124,7 @@ class ExecuTorchRunner:
     def __init__(self, path: str, threads: int = 1) -> None:
         self.threads, self.version = threads, installed().get("executorch", "unknown")
         self._source: Any = _program(path) or path
+        self._operators = os.path.join(os.path.dirname(path), OPERATORS)
         self._program: Any = None
         self._loaded: dict[str, Any] = {}
         self._inputs: dict[str, list[tuple[tuple[int, ...], str]]] = {}
@@ -89,6 +138,8 @@ class ExecuTorchRunner:
         from executorch.runtime import Runtime, Verification
 
         self.torch = torch
+        if os.path.exists(self._operators):
+            load_operators(self._operators)
         if ExecuTorchRunner._pool != self.threads:
             for other in list(ExecuTorchRunner._alive):
                 other._loaded.clear()
