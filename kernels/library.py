@@ -1,6 +1,8 @@
 """The kernels of a target by name, however they were made: addresses of functions with one signature, their args, and what runs them.
 
 gemv_4_block, gemm_8_row, embed_2_block_zeros  weights of so many bits; a scale a block of 32 columns or a row; with zeros of their own
+gemv_8_row_2of4, gemm_4_block_blocks, …       without weights that are zero: two of every four, or blocks (`panels.SparsePanels`)
+gemv_32, gemm_16, embed_16                     weights in float32 or float16 (`panels.FloatPanels`), inputs in float32
 embed, pick, sparse                            a table in float32; a row of each batch; the few weights that are kept apart
 round, rms_round, silu_gated_round, rms, …     see ROUNDINGS
 heads_64, heads_turned_64, attend_int8_64, …   for heads of 64 floats
@@ -22,6 +24,11 @@ LINEAR_ARGS = (
 )  # fmt: skip
 """y = q_scale · (row_scale · Σ scale · (code - zero) · q - q_zero · sums) + bias + residual → out. int64 each: addresses, and at the end
 counts. `bias`, `residual`: 0 for none. `stride`: bytes of a row of `out` and of `residual`. Parts: panels of a gemv, groups of a gemm."""
+KEPT_ARGS = (*LINEAR_ARGS, "starts", "kept")
+"""The same over the blocks that are kept: those of panel p are kept[starts[p]] … kept[starts[p + 1] - 1], int32. Codes, and where blocks have
+scales and zeros those, lie in that order."""
+FLOAT_ARGS = ("codes", "row_scale", "x", "x_stride", "m", "cols", "panel_bytes", "bias", "residual", "out", "stride")
+"""y = row_scale · x · Wᵀ + bias + residual → out, all float32 but the weights. `x_stride`: bytes of a row of x. Parts: as in LINEAR_ARGS."""
 ROUND_ARGS = ("x", "blocks", "stride", "m", "shift", "q", "q_sums", "q_scale", "q_zero", "other", "weight", "bias", "eps", "cols", "out")
 """`stride`: bytes of a row of x, other and out; `shift`: 0 for int8, 128 for unsigned bytes. `other`: what an activation's result is multiplied
 with; `weight`, `bias` (or 0) and `eps` (the bits of a float32) of a norm over `cols` columns; `out`: where the row goes before it is rounded.
@@ -56,7 +63,9 @@ ROUNDINGS = ("round", *NORMS, *(f"{n}_round" for n in (*NORMS, *ACTIVATIONS)), *
 
 def args_of(name: str) -> tuple[str, ...]:
     """What a kernel's args are, in order."""
-    family = name.partition("_")[0]
+    family, _, rest = name.partition("_")
+    if family in ("gemv", "gemm") and (rest in FLOATS or rest.endswith("_blocks")):
+        return FLOAT_ARGS if rest in FLOATS else KEPT_ARGS
     found = {
         "gemv": LINEAR_ARGS,
         "gemm": LINEAR_ARGS,
@@ -72,6 +81,10 @@ def args_of(name: str) -> tuple[str, ...]:
 def bits_of(value: float) -> int:
     """A float32 as an int64 arg."""
     return int(np.float32(value).view(np.int32))
+
+
+FLOATS = ("32", "16")
+"""Forms of weights that are floats: their bits."""
 
 
 def form(bits: int, per_block: bool, zeros: bool) -> str:

@@ -8,7 +8,7 @@ float32 a row, so that no weight is too small or too large for them. One layout 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,37 @@ class Panels:
     def nbytes(self) -> int:
         """Bytes that a product reads of the weights."""
         return sum(int(a.nbytes) for a in (self.codes, self.scales, self.zeros, self.row_scale, self.sums))
+
+
+NONE = np.zeros(0, np.int32)
+
+
+@dataclass(frozen=True)
+class SparsePanels(Panels):
+    """Panels without weights that are zero. `pattern` "2of4": `codes` of two of each four columns, then which two they are (`sparse.PATTERNS`).
+    "blocks": the blocks of 32 columns that are not all zero, their scales and zeros alike: those of panel p are starts[p] … starts[p + 1] - 1, and
+    kept[i] says which block the i-th is; int32."""
+
+    pattern: str = ""
+    starts: Any = field(default_factory=lambda: NONE)
+    kept: Any = field(default_factory=lambda: NONE)
+
+    @property
+    def form(self) -> str:
+        return f"{super().form}_{self.pattern}"
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + int(self.starts.nbytes + self.kept.nbytes)
+
+
+@dataclass(frozen=True)
+class FloatPanels(Panels):
+    """Weights as they are, `bits` 32 or 16: `codes` [panels, cols, lanes], and `row_scale`, a power of two that keeps float16 from its limits."""
+
+    @property
+    def form(self) -> str:
+        return str(self.bits)
 
 
 def aligned(array: Any, boundary: int = 64) -> Any:

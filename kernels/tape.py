@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .library import Library, args_of, bits_of
-from .panels import BLOCK, Panels, aligned
+from .panels import BLOCK, Panels, SparsePanels, aligned
 
 THREAD_BYTES = 1 << 17
 """Bytes of weights (or of inputs, times the rows they meet) that are worth a thread of their own."""
@@ -146,7 +146,8 @@ class Tape:
             kernel, parts, least = "gemv", p.panels, THREAD_BYTES // each
         else:
             kernel, parts, least = "gemm", p.panels // together, THREAD_BYTES // (each * together * min(x.rows, 16))
-        more = {n: v for n, v in (("bias", bias), ("residual", residual)) if v is not None}
+        kept = {"starts": p.starts, "kept": p.kept} if isinstance(p, SparsePanels) and p.starts.size else {}
+        more = kept | {n: v for n, v in (("bias", bias), ("residual", residual)) if v is not None}
         return self.add(
             f"{kernel}_{p.form}", parts, least,
             codes=p.codes, scales=p.scales, zeros=p.zeros, row_scale=p.row_scale, sums=p.sums,

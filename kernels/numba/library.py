@@ -9,12 +9,14 @@ from typing import Any
 from llvmlite import ir
 
 from edgesdk.kernels.library import ROUNDINGS
+from edgesdk.kernels.sparse import BLOCKS, PATTERNS
 
 from .attention import ATTENTION, attention_module
 from .compiled import loaded, object_code
 from .products import halves, product_module, wide
 from .rounding import rounding_module
 from .simd import ROWS, VNNI
+from .sparse import sparse_module
 from .steps import run
 from .tables import embed_module, tables_module
 
@@ -33,6 +35,10 @@ def _module(name: str) -> tuple[str, str]:
 
 def _emitted(target: str, kind: str, detail: str) -> tuple[ir.Module, dict[str, str]]:
     """A module, and its functions by the names of `kernels.library`."""
+    if kind == "product" and detail.rpartition("_")[2] in (*PATTERNS, BLOCKS):
+        bits, scale, *more = detail.split("_")
+        module = sparse_module(target, int(bits), scale == "block", more[0] == "zeros", more[-1])
+        return module, {f"{n}_{detail}": n for n in ("gemv", "gemm")}
     if kind in ("product", "embed"):
         bits, scale, *zeros = detail.split("_")
         form = (int(bits), scale == "block", bool(zeros))

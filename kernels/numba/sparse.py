@@ -1,0 +1,230 @@
+"""The inner loops of y = x · Wᵀ without the weights that are zero (`panels.SparsePanels`), in LLVM IR.
+
+N of M: inputs are brought to the weights. The 16 inputs of half a block lie in one vector (again and again, where it is longer), the places
+that are stored with the weights say which of them each weight meets, and one shuffle of bytes puts them there: a dot product does the work of
+four columns that stay, in place of four columns. Blocks: a product over those alone that are kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+
+from edgesdk.kernels.library import KEPT_ARGS
+from edgesdk.kernels.panels import BLOCK
+from edgesdk.kernels.sparse import BLOCKS, PATTERNS, place_bits, unit
+
+from .products import AHEAD, NEAR, Product, wide
+from .simd import I8, I32, I64
+
+WINDOW = 16
+"""Columns out of which a shuffle chooses."""
+TILE = {"x86-avx512vnni": ((6, 4, 2, 1), (6, 4, 2, 1)), "x86-avxvnni": ((4, 2, 1), (2, 1)), "x86-avx2": ((2, 1), (1,))}
+"""Target → rows of inputs of a GEMM's tile, where a row has one scale, and where blocks have."""
+ALONE = {"x86-avx512vnni": (12, 6, 4, 1), "x86-avxvnni": (6, 4, 1), "x86-avx2": (4, 1)}
+"""The same over blocks, whose GEMM works on one panel at a time: no other has the same."""
+
+
+class Pattern(Product):
+    """Of n of m."""
+
+    def __init__(self, module: ir.Module, name: str, target: str, bits: int, per_block: bool, pattern: str) -> None:
+        super().__init__(module, name, target, bits, per_block, False)
+        n, m = PATTERNS[pattern]
+        self.n, self.m, self.unit, self.place_bits = n, m, unit(bits, n, m), place_bits(m)
+        self.unsigned = self.signed  # inputs: `Compiled.shift_of`
+        self.signed = True
+        self.vectors = WINDOW * n // m // 4  # of half a block
+        size = 2 * self.unit * self.vectors * 4 * self.s.rows
+        self.values_bytes, self.block_bytes = size * bits // 8, size * (bits + self.place_bits) // 8
+
+    # ---- parts
+
+    def inputs(self, q: Any, first: int) -> Any:
+        """16 inputs, as often as they fit a vector (once on "plain")."""
+        s = self.s
+        x = s.load(q, first, ir.VectorType(I8, WINDOW))
+        copies = 4 * s.rows // WINDOW if s.target.startswith("x86") else 1
+        return s.b.shuffle_vector(
+            x, ir.Constant(x.type, ir.Undefined), ir.Constant(ir.VectorType(I32, WINDOW * copies), list(range(WINDOW)) * copies)
+        )
+
+    def quad(self, vector: int, byte: int) -> int:
+        """The first column, of half a block, that a stored place counts from."""
+        return (4 * (vector % self.vectors) + byte) // self.n * self.m if self.m < WINDOW else 0
+
+    def places(self, at: Any, vector: int) -> Any:
+        """Which of 16 inputs each weight of a vector meets; on "plain" which of m."""
+        s, each = self.s, 8 // self.place_bits
+        packed = s.load(at, self.values_bytes + vector // each * 4 * s.rows, s.bytes)
+        found = s.mask(s.shift_right(packed, vector % each * self.place_bits), self.m - 1)
+        if s.target == "plain" or self.m == WINDOW:
+            return found
+        return s.b.or_(found, ir.Constant(s.bytes, [self.quad(vector, i % 4) for i in range(4 * s.rows)]))
+
+    def chosen(self, x: Any, places: Any, vector: int) -> Any:
+        """The inputs that a vector's weights meet, as `Simd.dot` takes them."""
+        s, t = self.s, self.s.target
+        if t == "x86-avx512vnni":
+            return s._call("llvm.x86.avx512.pshuf.b.512", s.bytes, [x, places])
+        if t.startswith("x86"):
+            return s._call("llvm.x86.avx2.pshuf.b", s.bytes, [x, places])
+        if t.startswith("arm"):
+            return s._call("llvm.aarch64.neon.tbl1.v16i8", s.bytes, [x, places])
+        b, undefined = s.b, ir.Constant(x.type, ir.Undefined)
+        found = []
+        for k in range(self.m):
+            columns = [self.quad(vector, i % 4) + k for i in range(4 * s.rows)]
+            found.append(b.shuffle_vector(x, undefined, ir.Constant(ir.VectorType(I32, 4 * s.rows), columns)))
+        for bit in range(self.place_bits):
+            odd = b.icmp_unsigned("!=", s.mask(places, 1 << bit), s.zero(s.bytes))
+            found = [b.select(odd, two, one) for one, two in zip(found[::2], found[1::2])]  # noqa: B905 (Python 3.9)
+        return found[0]
+
+    def product(self, total: Any, values: Any, inputs: Any) -> Any:
+        if self.s.target == "x86-avx2" and not self.unsigned:
+            return self.s._plain_dot(total, values, inputs, False)
+        return self.s.dot(total, values, inputs, True)
+
+    def blocks_of(self, u: Any) -> list[Any]:
+        """The blocks of a unit; where the last one is not there, one that is: its weights are zero."""
+        found = [self.add(self.times(u, self.unit), j) for j in range(self.unit)]
+        return [g if j == 0 else self.least(g, self.b.sub(self.a["blocks"], self.number(1))) for j, g in enumerate(found)]
+
+    def units(self) -> Any:
+        return self.b.sdiv(self.add(self.a["blocks"], self.unit - 1), self.number(self.unit))
+
+    def scale_at(self, panel: dict[str, Any], u: Any, j: int) -> Any:
+        return self.scale(panel, self.add(self.times(u, self.unit), j))
+
+    # ---- functions
+
+    def gemv(self) -> None:
+        s, b = self.s, self.b
+        kind = s.floats if self.per_block else s.ints
+        whole = self.variable(kind)
+        units = self.units()
+        with self.loop(self.first, self.last) as p:
+            panel = self.panel(p)
+            b.store(s.zero(kind), whole)
+            with self.loop(self.number(0), units) as u:
+                at = b.add(panel["codes"], self.times(u, self.block_bytes))
+                for line in range(0, self.block_bytes, 64):
+                    s.prefetch(at, AHEAD[self.bits] + line)
+                for j, g in enumerate(self.blocks_of(u)):
+                    q, _ = self.q_at(g, self.number(0))
+                    total = s.zero(s.ints) if self.per_block else b.load(whole)
+                    for i in range(2 * self.vectors):
+                        vector = 2 * self.vectors * j + i
+                        x = self.chosen(self.inputs(q, i // self.vectors * WINDOW), self.places(at, vector), vector)
+                        total = self.product(total, s.tops(at, self.bits, vector, 1)[0], x)
+                    b.store(s.fma(s.to_float(total), self.scale_at(panel, u, j), b.load(whole)) if self.per_block else total, whole)
+            value = b.load(whole) if self.per_block else b.fmul(s.to_float(b.load(whole)), self.scale(panel, None))
+            self.write(value, panel, self.number(0))
+        b.ret_void()
+
+    def tiles(self) -> tuple[int, ...]:
+        return TILE.get(self.s.target, ((4, 2, 1), (4, 2, 1)))[self.per_block]
+
+    def gemm(self) -> None:
+        many = wide(self.s.target)
+        with self.loop(self.first, self.last) as group:
+            panels = [self.panel(self.add(self.times(group, many), i)) for i in range(many)]
+            self.over_rows(self.tiles(), panels)
+        self.b.ret_void()
+
+    def over_rows(self, tiles: tuple[int, ...], panels: list[dict[str, Any]]) -> None:
+        """All rows of inputs, in tiles."""
+        done = self.number(0)
+        for tile in tiles:
+            count = self.times(self._times(self.b.sub(self.a["m"], done), tile), tile)
+            with self.loop(done, self.b.add(done, count), tile) as m:
+                self._tile(panels, m, tile)
+            done = self.b.add(done, count)
+
+    def _tile(self, panels: list[dict[str, Any]], m: Any, tile: int) -> None:
+        s, b = self.s, self.b
+        kind = s.floats if self.per_block else s.ints
+        sums = [[self.variable(kind) for _ in panels] for _ in range(tile)]
+        for v in (v for row in sums for v in row):
+            b.store(s.zero(kind), v)
+        with self.loop(self.number(0), self.units()) as u:
+            codes = [b.add(p["codes"], self.times(u, self.block_bytes)) for p in panels]
+            for at in codes:
+                following = b.add(at, self.times(self.a["panel_bytes"], len(panels)))
+                for line in range(0, self.block_bytes, 64):
+                    s.prefetch(at, NEAR + line)
+                    s.prefetch(following, line, near=2)
+            for j, g in enumerate(self.blocks_of(u)):
+                q, _ = self.q_at(g, m)
+                values = [[s.zero(s.ints) if self.per_block else b.load(v) for v in row] for row in sums]
+                for i in range(2 * self.vectors):
+                    self._vector(values, codes, q, 2 * self.vectors * j + i, i // self.vectors * WINDOW)
+                scales = [self.scale_at(p, u, j) for p in panels] if self.per_block else []
+                for row, new in zip(sums, values):  # noqa: B905 (Python 3.9)
+                    for k, (v, value) in enumerate(zip(row, new)):  # noqa: B905
+                        b.store(s.fma(s.to_float(value), scales[k], b.load(v)) if self.per_block else value, v)
+        for k, p in enumerate(panels):
+            for i in range(tile):
+                value = b.load(sums[i][k])
+                self.write(value if self.per_block else b.fmul(s.to_float(value), self.scale(p, None)), p, self.add(m, i))
+
+    def _vector(self, values: list[list[Any]], codes: list[Any], q: Any, vector: int, first: int) -> None:
+        """One vector of weights of each panel, and all rows of inputs."""
+        places = [self.places(at, vector) for at in codes]
+        weights = [self.s.tops(at, self.bits, vector, 1)[0] for at in codes]
+        for i, row in enumerate(values):
+            x = self.inputs(q, BLOCK * i + first)
+            values[i] = [self.product(v, weights[k], self.chosen(x, places[k], vector)) for k, v in enumerate(row)]
+
+
+class Kept(Product):
+    """Over the blocks that are kept."""
+
+    def __init__(self, module: ir.Module, name: str, target: str, bits: int, per_block: bool, zeros: bool) -> None:
+        super().__init__(module, name, target, bits, per_block, zeros)
+        table = self.b.function.args[0]
+        for more in ("starts", "kept"):
+            self.a[more] = self.b.load(self.b.gep(table, [self.number(KEPT_ARGS.index(more))]))
+
+    def panel(self, p: Any) -> dict[str, Any]:
+        s, b, a = self.s, self.b, self.a
+        start, stop = (b.sext(s.load(a["starts"], self.add(self.times(p, 4), more), I32), I64) for more in (0, 4))
+        found = super().panel(p)
+        self.kept = b.add(a["kept"], self.times(start, 4))
+        found |= {"codes": b.add(a["codes"], self.times(start, self.block_bytes)), "count": b.sub(stop, start)}
+        if self.per_block:
+            each = s.rows * (4 if self.scale_kind == s.floats else 2)
+            found |= {"scales": b.add(a["scales"], self.times(start, each)), "zeros": b.add(a["zeros"], self.times(start, s.rows))}
+        return found
+
+    def blocks(self, panel: dict[str, Any]) -> Any:
+        return panel["count"]
+
+    def q_at(self, g: Any, m: Any) -> tuple[Any, Any]:
+        return super().q_at(self.b.sext(self.s.load(self.kept, self.times(g, 4), I32), I64), m)
+
+    def gemm(self) -> None:
+        many = wide(self.s.target)
+        with self.loop(self.times(self.first, many), self.times(self.last, many)) as p:
+            panel, done = self.panel(p), self.number(0)
+            for tile in ALONE.get(self.s.target, (8, 4, 1)):
+                count = self.times(self._times(self.b.sub(self.a["m"], done), tile), tile)
+                with self.loop(done, self.b.add(done, count), tile) as m:
+                    self._tile([panel], m, tile)
+                done = self.b.add(done, count)
+        self.b.ret_void()
+
+
+def sparse_module(target: str, bits: int, per_block: bool, zeros: bool, pattern: str) -> ir.Module:
+    """`gemv` and `gemm` of one form of weights."""
+    module = ir.Module(f"sparse-{target}-{bits}-{per_block}-{zeros}-{pattern}")
+    for name in ("gemv", "gemm"):
+        made = (
+            Kept(module, name, target, bits, per_block, zeros)
+            if pattern == BLOCKS
+            else Pattern(module, name, target, bits, per_block, pattern)
+        )
+        made.gemv() if name == "gemv" else made.gemm()
+    return module
