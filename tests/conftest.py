@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.lab.board import Board
+    from tests.lab.phone import Phone
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +28,21 @@ def board() -> Iterator[Board]:
     with contextlib.ExitStack() as stack:
         stack.push(started)
         yield started
+
+
+@pytest.fixture(scope="session")
+def phone() -> Iterator[Phone]:
+    """A real adbd in a namespace of its own, its `adb` first on PATH while it runs."""
+    from tests.lab import phone as lab
+
+    if problem := lab.missing():
+        pytest.fail(problem, pytrace=False)
+    try:
+        started = lab.Phone().__enter__()
+    except lab.LabError as error:
+        pytest.fail(str(error), pytrace=False)
+    with contextlib.ExitStack() as stack:
+        stack.push(started)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PATH", str(started.folder), prepend=os.pathsep)
+            yield started

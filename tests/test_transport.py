@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import sys
 from pathlib import Path
 
 import pytest
 from loopback import Server, cutting_proxy, free_port, serve
 
-from edgesdk.errors import CheckFailed, DeviceError, InputError, LinkError
+from edgesdk.errors import CheckFailed, DeviceError, InputError, LinkError, MissingTool
 from edgesdk.transport import Blob, Transport, parse_link
 from edgesdk.transport.fake import Failures, FakeTransport
 from edgesdk.transport.local import LocalTransport
@@ -24,9 +25,34 @@ def sshd(tmp_path_factory):
         yield server
 
 
-@pytest.fixture(params=["local", "ssh", "fake"])
+ADB = r"""
+import os, subprocess, sys
+said, argv = os.environ.get("ADB_SAYS", ""), sys.argv[1:]
+if said:
+    sys.exit(sys.stderr.write(said + chr(10)) and 1)
+argv = argv[2:] if argv[0] == "-s" else argv
+if argv[0] == "shell":
+    code = subprocess.run(["sh", "-c", argv[2]], check=False, stderr=subprocess.PIPE if "ADB_CUT" in os.environ else None).returncode
+    sys.exit(0 if "ADB_CUT" in os.environ else code)
+print({"features": os.environ.get("ADB_FEATURES", "shell_v2,cmd"), "get-state": "device", "connect": "connected to " + argv[-1]}[argv[0]])
+"""
+"""What adb 29 answers, as recorded: errors on stderr with code 1, and a link that is cut in a command ends it with code 0 and no word."""
+
+
+@pytest.fixture
+def adb(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("adb")
+    (folder / "adb").write_text(f"#!{sys.executable}\n{ADB}")
+    (folder / "adb").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+    return monkeypatch
+
+
+@pytest.fixture(params=["local", "ssh", "adb", "fake"])
 def device(request, tmp_path):
-    link = {"local": f"local:{tmp_path}", "fake": "fake"}.get(request.param)
+    if request.param == "adb":
+        request.getfixturevalue("adb")
+    link = {"local": f"local:{tmp_path}", "adb": f"adb://R58N?root={tmp_path}", "fake": "fake"}.get(request.param)
     with parse_link(link or request.getfixturevalue("sshd").link(tmp_path)) as transport:
         yield transport
 
@@ -128,9 +154,48 @@ def test_ssh_link_errors_are_two_lines_with_exit_code_3(sshd: Server, tmp_path, 
 
 
 @pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("error: no devices/emulators found", "no device is attached"),
+        ("error: more than one device/emulator", "several devices"),
+        ("error: device unauthorized.\nThis adb server's $ADB_VENDOR_KEYS is not set", "has not allowed this computer"),
+        ("error: device offline", "does not answer"),
+        ("error: device 'R58N' not found", "no such device"),
+        ("error: insufficient permissions for device: user in plugdev group; are your udev rules wrong?", "insufficient permissions"),
+        ("* cannot start server on remote host\nerror: cannot connect to daemon at tcp:10.0.0.1:5037", "server does not start"),
+    ],
+)
+def test_adb_errors_are_two_lines_with_exit_code_3(adb, said, words):
+    adb.setenv("ADB_SAYS", said)
+    with pytest.raises(LinkError, match=words) as caught, parse_link("adb://R58N") as device:
+        device.run(("true",))
+    assert caught.value.exit_code == 3 and caught.value.hint and "\n" not in caught.value.what
+
+
+def test_an_adb_command_that_never_said_its_end_is_no_success(adb, tmp_path):
+    with parse_link(f"adb:?root={tmp_path}") as device:
+        assert device.run(("sh", "-c", "echo error: device offline >&2; exit 3")).code == 3  # the command's own words
+        adb.setenv("ADB_CUT", "1")
+        with pytest.raises(LinkError, match="the link broke"):
+            device.run(("true",))
+        with pytest.raises(LinkError):
+            device.put(DATA, f"{tmp_path}/x")
+        adb.setenv("ADB_FEATURES", "cmd")
+        with pytest.raises(DeviceError, match="Android 6"):
+            device.run(("true",))
+
+
+def test_adb_is_named_when_it_is_not_installed(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MissingTool, match="adb"):
+        parse_link("adb:")
+
+
+@pytest.mark.parametrize(
     ("link", "words"),
     [
-        ("adb://1234", "adb links are not supported yet"),
+        ("adb://1234/x", "not an adb link"),
+        ("adb://1234?port=1", "unknown adb option"),
         ("serial:/dev/ttyUSB0", "serial links are not supported yet"),
         ("sssh://x", "unknown link"),
         ("local:", "folder is missing"),

@@ -7,11 +7,11 @@ from edgesdk.transport.base import Blob, Result, Stream, Transport
 
 __all__ = ["Blob", "Result", "Stream", "Transport", "parse_link"]
 
-_KINDS = ("local", "local:/folder", "ssh://user@host:22", "fake")
+_KINDS = ("local", "local:/folder", "ssh://user@host:22", "adb://SERIAL", "fake")
 
 
 def parse_link(link: str) -> Transport:
-    """`local`, `local:/folder`, `ssh://user@host:port?identity=…` or `fake` → a transport. Raises `InputError`."""
+    """`local`, `local:/folder`, `ssh://user@host:port?identity=…`, `adb:`, `adb://SERIAL` or `fake` → a transport. Raises `InputError`."""
     if link == "local" or link.startswith("local:"):
         from edgesdk.transport.local import LocalTransport
 
@@ -27,8 +27,12 @@ def parse_link(link: str) -> Transport:
         from edgesdk.transport.fake import FakeTransport
 
         return FakeTransport()
-    for scheme in ("adb", "serial"):
-        if link.startswith(f"{scheme}:"):
-            hint = "use ssh://user@host where the device has it, or local on the device itself"
-            raise InputError(f"'{link}': {scheme} links are not supported yet", hint)
+    if link.startswith("adb:"):
+        from edgesdk.transport.adb import AdbTransport
+
+        return AdbTransport(link)
+    if link.startswith("serial:"):
+        raise InputError(
+            f"'{link}': serial links are not supported yet", "use ssh://user@host where the device has it, or local on the device itself"
+        )
     raise UnknownName("link", link, _KINDS)

@@ -204,9 +204,9 @@ class PipeTransport(Transport):
     def _argv(self, argv: tuple[str, ...]) -> tuple[str, ...]:
         return argv
 
-    def _link_error(self, result: Result) -> LinkError | None:
-        """The link's own failure behind `result`, or None if the command itself ended so."""
-        return None
+    def _own(self, result: Result) -> Result:
+        """What the command itself left. Raises `LinkError` if it was the link that ended it."""
+        return result
 
     def _popen(self, argv: tuple[str, ...], **pipes: Any) -> subprocess.Popen[bytes]:
         try:
@@ -229,15 +229,17 @@ class PipeTransport(Transport):
             process.kill()
             process.communicate()
             raise
-        result = Result(process.returncode, out, err)
-        if error := self._link_error(result):
-            raise error
-        return result
+        return self._own(Result(process.returncode, out, err))
 
     def open(self, argv: tuple[str, ...]) -> Stream:
         def failed(result: Result) -> EdgeError:
-            hint = "look at the line above; --python PATH picks another interpreter"
-            return self._link_error(result) or DeviceError(f"{self.link}: the agent ended: {result.complaint}", hint)
+            try:
+                complaint = self._own(result).complaint
+            except EdgeError as error:
+                return error
+            return DeviceError(
+                f"{self.link}: the agent ended: {complaint}", "look at the line above; --python PATH picks another interpreter"
+            )
 
         try:
             return PipeStream(self._argv(argv), self.cwd, failed)
@@ -299,7 +301,4 @@ class PipeTransport(Transport):
                     with contextlib.suppress(OSError):
                         process.stdin.close()
             err.seek(0)
-            result = Result(code, b"", err.read())
-        if error := self._link_error(result):
-            raise error
-        return result
+            return self._own(Result(code, b"", err.read()))

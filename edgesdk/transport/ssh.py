@@ -94,15 +94,15 @@ class SshTransport(PipeTransport):
     def _argv(self, argv: tuple[str, ...]) -> tuple[str, ...]:
         return ("ssh", "-T", *self._options, "--", self._target, shlex.join(argv))
 
-    def _link_error(self, result: Result) -> LinkError | None:
+    def _own(self, result: Result) -> Result:
         if result.code != 255 and result.code >= 0:
-            return None
+            return result
         text = result.err.decode(errors="replace")
         for sign, what, hint in CAUSES:
             if sign in text:
-                return LinkError(f"{self.link}: {what}", hint.format(name=self.name, target=self._target))
+                raise LinkError(f"{self.link}: {what}", hint.format(name=self.name, target=self._target))
         last = f" ({result.complaint})" if text.strip() else ""
-        return LinkError(f"{self.link}: the link broke{last}", "run the same command again: a transfer resumes where it stopped")
+        raise LinkError(f"{self.link}: the link broke{last}", "run the same command again: a transfer resumes where it stopped")
 
     def close(self) -> None:
         if self._control is None:
