@@ -15,8 +15,9 @@ from edgesdk.kernels.cuda.compile import Kernel, version
 from edgesdk.kernels.cuda.emulated import Emulated, compiler
 from edgesdk.kernels.cuda.launch import Gpu
 from edgesdk.kernels.cuda.linear import prefill_kernel, product_kernel
+from edgesdk.kernels.cuda.look import HEADS, look_kernel
 from edgesdk.kernels.cuda.machine import Machine, Memory
-from edgesdk.kernels.cuda.rows import embed_kernel, row_kernel
+from edgesdk.kernels.cuda.rows import embed_kernel, norm_kernel, row_kernel
 from edgesdk.packed import Code
 
 TOLERANCE = 1e-3
@@ -45,9 +46,13 @@ PREFILLS = [
     prefill_kernel(4, True, 32, False, 4, False),
 ]
 ROWS = [
-    row_kernel("norm", "Norm", "float", "false"),
-    row_kernel("norm", "Norm", "u16", "true"),
+    norm_kernel("float", False, "u16"),
+    norm_kernel("u16", True, "u16"),
+    norm_kernel("float", True, "float"),
     row_kernel("halve", "Halve"),
+    row_kernel("pick", "Pick"),
+    row_kernel("sparse", "Sparse"),
+    row_kernel("lookup", "Embed", "float"),
     row_kernel("argmax", "Argmax", "float"),
     row_kernel("argmax", "Argmax", "u16"),
     embed_kernel(4, False, 32, False, False),
@@ -67,7 +72,16 @@ ATTENTION = [
     keep_kernel(4, 64),
     keep_kernel(16, 128),
 ]
-ALL: list[Kernel] = [*PRODUCTS, *PREFILLS, *ROWS, *ATTENTION]
+LOOKS = [
+    look_kernel(32, 64, 1),
+    look_kernel(8, 64, 2),
+    look_kernel(32, 24, 4),
+    look_kernel(32, 24, 8),
+    look_kernel(8, 24, 8),
+    look_kernel(32, 128, 8),
+    look_kernel(8, 128, 8),
+]
+ALL: list[Kernel] = [*PRODUCTS, *PREFILLS, *ROWS, *ATTENTION, HEADS, *LOOKS]
 
 
 def have_compiler() -> bool:
@@ -97,12 +111,8 @@ def gpu() -> Machine:
         pytest.skip(error.what)
 
 
-MACHINES = [0, 2, 3, pytest.param("gpu", marks=pytest.mark.gpu)]
-"""Seeds of emulated machines, and the GPU."""
-
-
 def machine_of(which: int | str) -> Machine:
-    """One of `MACHINES`; the test is skipped where there is none."""
+    """An emulated machine with a seed, or the "gpu"; the test is skipped where there is none."""
     if which == "gpu":
         return gpu()
     if not have_compiler():

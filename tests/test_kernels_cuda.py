@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgesdk.errors import InputError
-from edgesdk.kernels.cuda.compile import ARCHITECTURES, PTX, Kernel, compiled, cubins, fields, packed_args
+from edgesdk.kernels.cuda.compile import ARCHITECTURES, PTX, Kernel, codes, compiled, fields, packed_args
 from edgesdk.kernels.cuda.linear import Linear, prefill_kernel, product_kernel
 from edgesdk.kernels.cuda.machine import Machine, Memory
 from edgesdk.kernels.cuda.weights import STEP, Tiles, pack
@@ -19,24 +19,19 @@ from edgesdk.kernels.panels import UnfitWeights
 from edgesdk.packed import Code, decode
 from tests.cuda_kernels import (
     ALL,
-    MACHINES,
     PRODUCTS,
     ROWS,
     TOLERANCE,
     codebook,
     far,
     gpu,
-    machine_of,
     needs_nvrtc,
     poisoned,
     rows_of_eight,
     weights,
 )
 
-
-@pytest.fixture(params=MACHINES)
-def machine(request: pytest.FixtureRequest) -> Machine:
-    return machine_of(request.param)
+pytest_plugins = ["tests.cuda_fixture"]
 
 
 def weight_at(tiles: Tiles, row: int, col: int) -> int:
@@ -190,9 +185,9 @@ def test_the_struct_of_a_kernel_is_read_from_its_source() -> None:
     kernel = PRODUCTS[0]
     names = dict(fields(kernel.args))
     assert names["codes"] == "P" and names["rows"] == "i"
-    assert len(packed_args(kernel, {"rows": 3})) % 8 == 0
+    assert len(packed_args(kernel.args, {"rows": 3})) % 8 == 0
     with pytest.raises(Exception, match="no field"):
-        packed_args(kernel, {"lines": 3})
+        packed_args(kernel.args, {"lines": 3})
 
 
 def fits_its_registers(kernel: Kernel) -> None:
@@ -211,8 +206,9 @@ def test_kernels_compile_for_every_architecture_and_keep_to_their_registers(kern
 
 @needs_nvrtc
 def test_machine_code_for_a_device_without_a_compiler_goes_by_name() -> None:
-    made = cubins(ROWS[:2], "sm_87")
-    assert list(made) == [k.name for k in ROWS[:2]] and all(c[:4] == b"\x7fELF" for c in made.values())
+    made = codes(ROWS[:2], "sm_87")
+    assert list(made) == [k.name for k in ROWS[:2]]
+    assert all(machine[:4] == b"\x7fELF" and b".target sm_80" in ptx for machine, ptx in made.values())
 
 
 def every_form() -> list[Kernel]:

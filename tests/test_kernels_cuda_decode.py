@@ -14,19 +14,14 @@ from edgesdk.kernels.cuda.linear import Linear
 from edgesdk.kernels.cuda.machine import Machine
 from edgesdk.packed import Code, decode
 from tests.cuda_kernels import (
-    MACHINES,
     TOLERANCE,
     codebook,
     far,
-    machine_of,
     poisoned,
     weights,
 )
 
-
-@pytest.fixture(params=MACHINES)
-def machine(request: pytest.FixtureRequest) -> Machine:
-    return machine_of(request.param)
+pytest_plugins = ["tests.cuda_fixture"]
 
 
 # ---- rows

@@ -23,7 +23,7 @@ from edgesdk.kernels.cuda.compile import Compiled, Kernel, compiled
 from edgesdk.kernels.cuda.emulated import Emulated, compiler, library
 from edgesdk.kernels.cuda.launch import Gpu
 from edgesdk.kernels.cuda.linear import Linear, product_kernel
-from edgesdk.kernels.cuda.machine import launch
+from edgesdk.kernels.cuda.machine import Copy, launch
 from edgesdk.kernels.cuda.rows import argmax, row_kernel
 from edgesdk.packed import Code, decode
 
@@ -96,6 +96,15 @@ def test_a_source_that_does_not_compile_is_refused() -> None:
         library([written("bad", "nonsense;")])
 
 
+class NoMemory(int):
+    """A status as the driver gives it."""
+
+    name = "CUDA_ERROR_OUT_OF_MEMORY"
+
+    def __new__(cls) -> NoMemory:
+        return super().__new__(cls, 2)
+
+
 class FakeDriver:
     """The driver's functions that `Gpu` calls, over the emulated machine. Copies and launches are counted."""
 
@@ -105,6 +114,7 @@ class FakeDriver:
         CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT=3,
     )
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
+    CU_MEMHOSTALLOC_DEVICEMAP = 2
     CUevent_flags = SimpleNamespace(CU_EVENT_DEFAULT=0)
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
     CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
@@ -156,9 +166,24 @@ class FakeDriver:
         ctypes.memmove(to, source, size)
         return (0,)
 
-    cuMemcpyDtoHAsync = cuMemcpyDtoDAsync = cuMemcpyHtoDAsync
+    cuMemcpyDtoHAsync = cuMemcpyDtoDAsync = cuMemcpyAsync = cuMemcpyHtoDAsync
+
+    def no_memory(self, size: int) -> tuple[Any]:
+        return (NoMemory(),)
+
+    def cuMemGetInfo(self) -> tuple[int, int, int]:
+        return 0, 3_000_000, 9_000_000
+
+    def cuMemHostAlloc(self, size: int, flags: int) -> tuple[int, int]:
+        assert flags == self.CU_MEMHOSTALLOC_DEVICEMAP
+        return self.cuMemAlloc(size)
+
+    def cuMemHostGetDevicePointer(self, pointer: int, flags: int) -> tuple[int, int]:
+        return 0, pointer
 
     def cuModuleLoadData(self, image: bytes) -> tuple[int, bytes]:
+        if image == b"refused":
+            return 209, b""
         self.loaded.append(image)
         return 0, image
 
@@ -171,7 +196,7 @@ class FakeDriver:
         kernel = self.kernels[function]
         assert threads == kernel.threads
         values = {n: 0 for n, _ in compiling.fields(kernel.args)}
-        size = len(compiling.packed_args(kernel, values))
+        size = len(compiling.packed_args(kernel.args, values))
         data = ctypes.string_at(ctypes.cast(params, ctypes.POINTER(ctypes.c_void_p))[0] or 0, size)
         item = launching.Launch(kernel, (x, y, z), shared_bytes, data)
         if self.recorded is not None:
@@ -237,11 +262,37 @@ def test_a_gpu_is_driven_from_weights_to_the_next_token(monkeypatch: pytest.Monk
 
 def test_what_was_compiled_before_is_used_and_other_gpus_get_ptx(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = fake(monkeypatch, capability=(12, 1))
-    gpu = Gpu(cubins={ARGMAX.name: b"made before"})
-    layer, _ = layer_of(gpu)
-    y = gpu.empty((1, 20), np.float32)
-    gpu.run([layer.launch(gpu.put(np.zeros((1, 64), np.float16)), y), argmax(y, gpu.empty((1,), np.int32))])
-    assert driver.loaded == [f"{PRODUCT.name} compute_80".encode(), b"made before"]
+    made = {PRODUCT.name: [b"refused", b"PTX"], ARGMAX.name: [b"made before"]}
+    for given, loaded in (
+        (None, [f"{k.name} compute_80".encode() for k in (PRODUCT, ARGMAX)]),
+        (made.__getitem__, [b"PTX", b"made before"]),
+    ):
+        driver.loaded.clear()
+        gpu = Gpu(code=given)
+        layer, _ = layer_of(gpu)
+        y = gpu.empty((1, 20), np.float32)
+        gpu.run([layer.launch(gpu.put(np.zeros((1, 64), np.float16)), y), argmax(y, gpu.empty((1,), np.int32))])
+        assert driver.loaded == loaded
+        gpu.close()
+    with pytest.raises(DeviceError, match="no code for Fake"):
+        Gpu(code=lambda name: [b"refused"]).run([argmax(y, gpu.empty((1,), np.int32))])
+
+
+def test_memory_that_is_not_free_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = fake(monkeypatch)
+    gpu = Gpu()
+    monkeypatch.setattr(driver, "cuMemAlloc", type(driver).no_memory.__get__(driver))
+    with pytest.raises(DeviceError, match="8 MB more do not fit; 3 of 9 MB are free"):
+        gpu.empty((2_000_000,), np.float32)
+
+
+def test_memory_of_the_host_is_read_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(monkeypatch)
+    gpu = Gpu()
+    shared, there = gpu.shared(64), gpu.empty((64,), np.uint8)
+    shared.array[:] = np.arange(64)
+    gpu.run([Copy(there, shared.memory)])
+    assert np.array_equal(gpu.get(there), np.arange(64))
 
 
 def test_machines_without_a_fit_gpu_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +358,7 @@ SCRIPT = """
 import numpy as np
 from edgesdk.kernels.cuda.launch import Gpu
 from edgesdk.kernels.cuda.rows import halve
-gpu = Gpu(cubins={"rows_halve": b"\\x7fELF"})
+gpu = Gpu(code=lambda name: [b"\\x7fELF"])
 assert (gpu.name, gpu.arch, gpu.units) == ("No GPU", "sm_90", 132)
 x = gpu.put(np.arange(21, dtype=np.float32).reshape(3, 7))
 copy = gpu.empty(x.shape, x.dtype)

@@ -1,6 +1,6 @@
-// Attention of one query a head over cached keys and values, and what puts them there.
+// Attention over cached keys and values, and what puts them there.
 //
-// A cache is [batch, kv_heads, capacity, D] of halves, of bytes (codes - 128), or of half bytes (codes - 8, the first of two in the low half), the
+// `attend` reads caches of its own, which `keep` fills on the GPU; `look` (look.cuh) those that a sequence runtime keeps. Such a cache is [batch, kv_heads, capacity, D] of halves, of bytes (codes - 128), or of half bytes (codes - 8, the first of two in the low half), the
 // last two with scales, halves [batch, kv_heads, capacity, (D + 31) / 32]. Position n lies in slot n % capacity: a ring, if it ever wraps.
 #pragma once
 #include "rows.cuh"
@@ -16,12 +16,17 @@ template <int FORMAT> struct Eight { u32 v[FORMAT / 4]; };
 template <int FORMAT> ON_GPU Eight<FORMAT> load_eight(const u8* p) {
     Eight<FORMAT> e;
     if constexpr (FORMAT == 16) { Words4 w = load(reinterpret_cast<const Words4*>(p)); e = {{w.v[0], w.v[1], w.v[2], w.v[3]}}; }
+    else if constexpr (FORMAT == 32) {
+        Words4 a = load(reinterpret_cast<const Words4*>(p)), b = load(reinterpret_cast<const Words4*>(p) + 1);
+        e = {{a.v[0], a.v[1], a.v[2], a.v[3], b.v[0], b.v[1], b.v[2], b.v[3]}};
+    }
     else if constexpr (FORMAT == 8) { Words2 w = load(reinterpret_cast<const Words2*>(p)); e = {{w.v[0], w.v[1]}}; }
     else e.v[0] = load(reinterpret_cast<const u32*>(p));
     return e;
 }
 template <int FORMAT> ON_GPU float number(const Eight<FORMAT>& e, int i) {
-    if constexpr (FORMAT == 16) return from_half(static_cast<u16>(e.v[i / 2] >> 16 * (i % 2)));
+    if constexpr (FORMAT == 32) return from_bits(e.v[i]);
+    else if constexpr (FORMAT == 16) return from_half(static_cast<u16>(e.v[i / 2] >> 16 * (i % 2)));
     else if constexpr (FORMAT == 8) return static_cast<float>(static_cast<int>(e.v[i / 4] >> 8 * (i % 4) & 255) - 128);
     else return static_cast<float>(static_cast<int>(e.v[0] >> 4 * i & 15) - 8);
 }
@@ -44,54 +49,32 @@ struct Attend {
     float scale;           // of scores, times log2(e)
 };
 
-// One query of every head of a group. A vector of D takes LANES lanes, eight numbers each; a warp takes 32 / LANES positions at a time.
-// FORMAT 16, 8 or 4 bits; HEADS: query heads that share a key head.
-template <int FORMAT, int D, int HEADS> ON_GPU void attend(const Attend& p) {
-    using C = Cache<FORMAT, D>;
-    constexpr int LANES = D <= 32 ? 4 : D <= 64 ? 8 : D <= 128 ? 16 : 32, SLOTS = 32 / LANES, WARPS = 4;
-    constexpr int AT_ONCE = HEADS <= 4 ? 4 : 2;  // positions in flight of a lane
-    constexpr float NONE = -1e30f;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % LANES, slot = lane / LANES;
-    const int head = blockIdx.x, query = blockIdx.z, b = query / p.tokens;
-    const bool inside = part * 8 < D;
-    const int end = p.ahead < 0 ? p.positions[b] : p.positions[b] + p.ahead + query % p.tokens;
-    int first = max(0, end - p.capacity);
-    if (p.window) first = max(first, end - p.window);
-    const long long count = max(0, end - first);
-    const int from = first + static_cast<int>(count * blockIdx.y / gridDim.y), to = first + static_cast<int>(count * (blockIdx.y + 1) / gridDim.y);
-    const long long base = (static_cast<long long>(b) * p.kv_heads + head) * p.capacity;
-    const long long of_q = (static_cast<long long>(query) * p.kv_heads + head) * HEADS;
+// ROWS queries that see the same keys, in one block. A vector of D takes LANES lanes, eight numbers each; a warp takes 32 / LANES positions at a time.
+template <int D, int ROWS> struct Queries {
+    static constexpr int LANES = D <= 32 ? 4 : D <= 64 ? 8 : D <= 128 ? 16 : 32, SLOTS = 32 / LANES, WARPS = 4;
+    static constexpr int AT_ONCE = ROWS <= 4 ? 4 : 2;            // positions in flight of a lane
+    static constexpr int TURN = WARPS * SLOTS * AT_ONCE;         // positions that the block takes at a time
+    static constexpr float NONE = -1e30f, HIDDEN = 0.5f * NONE;  // a score that does not count, and one that is above it
+    const int lane, warp, part, slot;
+    const bool inside;
+    float q[ROWS][8], o[ROWS][8], top[ROWS], weight[ROWS];
 
-    float q[HEADS][8], o[HEADS][8], top[HEADS], weight[HEADS];
+    ON_GPU Queries() : lane(threadIdx.x % 32), warp(threadIdx.x / 32), part(lane % LANES), slot(lane / LANES), inside(part * 8 < D) {
 #pragma unroll
-    for (int h = 0; h < HEADS; h++) {
-        Words4 w = {{0, 0, 0, 0}};
-        if (inside) w = load(reinterpret_cast<const Words4*>(p.q + (of_q + h) * D + part * 8));
+        for (int h = 0; h < ROWS; h++) {
+            top[h] = NONE;
+            weight[h] = 0.0f;
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            q[h][i] = from_half(static_cast<u16>(w.v[i / 2] >> 16 * (i % 2))) * p.scale;
-            o[h][i] = 0.0f;
+            for (int i = 0; i < 8; i++) o[h][i] = 0.0f;
         }
-        top[h] = NONE;
-        weight[h] = 0.0f;
     }
-    for (int start = from; start < to; start += WARPS * SLOTS * AT_ONCE) {
-        Eight<FORMAT> k[AT_ONCE], v[AT_ONCE];
-        float ks[AT_ONCE], vs[AT_ONCE];
-        bool there[AT_ONCE];
+    ON_GPU int position(int start, int u) const { return start + (u * WARPS + warp) * SLOTS + slot; }
+
+    // Keys and values of AT_ONCE positions with their scales. `bias(h, u)` is added to a score; NONE: the position does not count.
+    template <int FORMAT, class BIAS>
+    ON_GPU void see(const Eight<FORMAT> (&k)[AT_ONCE], const Eight<FORMAT> (&v)[AT_ONCE], const float (&ks)[AT_ONCE], const float (&vs)[AT_ONCE], BIAS bias) {
 #pragma unroll
-        for (int u = 0; u < AT_ONCE; u++) {
-            int position = start + (u * WARPS + warp) * SLOTS + slot;
-            there[u] = position < to;
-            long long vector = base + (there[u] ? position : from) % p.capacity;
-            long long at = vector * C::bytes + (inside ? part : 0) * FORMAT, group = vector * C::groups + (inside ? part : 0) / 4;
-            k[u] = load_eight<FORMAT>(static_cast<const u8*>(p.k) + at);
-            v[u] = load_eight<FORMAT>(static_cast<const u8*>(p.v) + at);
-            ks[u] = !inside ? 0.0f : FORMAT == 16 ? 1.0f : from_half(p.k_scale[group]);
-            vs[u] = FORMAT == 16 ? 1.0f : from_half(p.v_scale[group]);
-        }
-#pragma unroll
-        for (int h = 0; h < HEADS; h++) {
+        for (int h = 0; h < ROWS; h++) {
             float score[AT_ONCE], most = top[h];
 #pragma unroll
             for (int u = 0; u < AT_ONCE; u++) {
@@ -101,8 +84,9 @@ template <int FORMAT, int D, int HEADS> ON_GPU void attend(const Attend& p) {
                 sum *= ks[u];
 #pragma unroll
                 for (int bit = LANES / 2; bit; bit /= 2) sum += from_lane_xor(sum, bit);
-                score[u] = sum;
-                if (there[u]) most = fmaxf(most, sum);
+                const float add = bias(h, u);
+                score[u] = add > HIDDEN ? sum + add : NONE;
+                most = fmaxf(most, score[u]);
             }
             const float less = exp2f(top[h] - most);
             top[h] = most;
@@ -111,74 +95,118 @@ template <int FORMAT, int D, int HEADS> ON_GPU void attend(const Attend& p) {
             for (int i = 0; i < 8; i++) o[h][i] *= less;
 #pragma unroll
             for (int u = 0; u < AT_ONCE; u++) {
-                const float w = there[u] ? exp2f(score[u] - most) : 0.0f;
+                const float w = score[u] > HIDDEN ? exp2f(score[u] - most) : 0.0f;
                 weight[h] += w;
 #pragma unroll
                 for (int i = 0; i < 8; i++) o[h][i] += w * vs[u] * number(v[u], i);
             }
         }
     }
-    // The slots of a warp become one, then the warps, then the blocks.
-    float* room = shared<float>(0);  // [WARPS, HEADS, D + 2]
-#pragma unroll
-    for (int h = 0; h < HEADS; h++) {
-        float most = top[h];
-#pragma unroll
-        for (int bit = LANES; bit < 32; bit *= 2) most = fmaxf(most, from_lane_xor(most, bit));
-        const float less = exp2f(top[h] - most);
-        float w = weight[h] * less;
-#pragma unroll
-        for (int bit = LANES; bit < 32; bit *= 2) w += from_lane_xor(w, bit);
-        float* mine = room + (warp * HEADS + h) * (D + 2);
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            float sum = o[h][i] * less;
-#pragma unroll
-            for (int bit = LANES; bit < 32; bit *= 2) sum += from_lane_xor(sum, bit);
-            if (slot == 0 && inside) mine[part * 8 + i] = sum;
-        }
-        if (lane == 0) { mine[D] = most; mine[D + 1] = w; }
-    }
-    sync_block();
-    const int parts = gridDim.y;
-    float* all = p.partial + (static_cast<long long>(query) * p.kv_heads + head) * parts * HEADS * (D + 2);
-    // Vector i of `count` that lie `HEADS · (D + 2)` apart: their weighted sum, and with `whole` its quotient by the weights.
-    auto merged = [&](const float* from, int count, int h, int d, bool fresh, float& most, float& w) {
-        auto at = [&](int i, int what) { const float* x = from + (i * HEADS + h) * (D + 2) + what; return fresh ? load_fresh(x) : *x; };
+
+    // Vector d of query h of `count` that lie ROWS · (D + 2) apart: their weighted mean's sum, the largest score, the sum of weights.
+    ON_GPU float merged(const float* from, int count, int h, int d, bool fresh, float& most, float& w) const {
+        auto at = [&](int i, int what) { const float* x = from + (i * ROWS + h) * (D + 2) + what; return fresh ? load_fresh(x) : *x; };
         most = NONE;
         for (int i = 0; i < count; i++) most = fmaxf(most, at(i, D));
         float sum = 0.0f;
         w = 0.0f;
         for (int i = 0; i < count; i++) {
-            float less = exp2f(at(i, D) - most);
+            const float less = exp2f(at(i, D) - most);
             sum += less * at(i, d);
             w += less * at(i, D + 1);
         }
         return sum;
-    };
-    for (int i = threadIdx.x; i < HEADS * D; i += 32 * WARPS) {
-        float most, w, sum = merged(room, WARPS, i / D, i % D, false, most, w);
-        if (parts == 1) p.out[of_q * D + i] = to_half(w > 0.0f ? sum / w : 0.0f);
-        else {
-            float* mine = all + (static_cast<long long>(blockIdx.y) * HEADS + i / D) * (D + 2);
-            mine[i % D] = sum;
-            if (i % D == 0) { mine[D] = most; mine[D + 1] = w; }
+    }
+
+    // The slots of a warp become one, then the warps, then the gridDim.y blocks of a `group`; `write(h, d, value)` takes what comes out.
+    template <class WRITE> ON_GPU void finish(float* partial, int* arrived, long long group, WRITE write) {
+        float* room = shared<float>(0);  // [WARPS, ROWS, D + 2]
+#pragma unroll
+        for (int h = 0; h < ROWS; h++) {
+            float most = top[h];
+#pragma unroll
+            for (int bit = LANES; bit < 32; bit *= 2) most = fmaxf(most, from_lane_xor(most, bit));
+            const float less = exp2f(top[h] - most);
+            float w = weight[h] * less;
+#pragma unroll
+            for (int bit = LANES; bit < 32; bit *= 2) w += from_lane_xor(w, bit);
+            float* mine = room + (warp * ROWS + h) * (D + 2);
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                float sum = o[h][i] * less;
+#pragma unroll
+                for (int bit = LANES; bit < 32; bit *= 2) sum += from_lane_xor(sum, bit);
+                if (slot == 0 && inside) mine[part * 8 + i] = sum;
+            }
+            if (lane == 0) { mine[D] = most; mine[D + 1] = w; }
         }
+        sync_block();
+        const int parts = gridDim.y;
+        float* all = partial + group * parts * ROWS * (D + 2);
+        for (int i = threadIdx.x; i < ROWS * D; i += 32 * WARPS) {
+            float most, w, sum = merged(room, WARPS, i / D, i % D, false, most, w);
+            if (parts == 1) write(i / D, i % D, w > 0.0f ? sum / w : 0.0f);
+            else {
+                float* mine = all + (static_cast<long long>(blockIdx.y) * ROWS + i / D) * (D + 2);
+                mine[i % D] = sum;
+                if (i % D == 0) { mine[D] = most; mine[D + 1] = w; }
+            }
+        }
+        if (parts == 1) return;
+        fence();
+        sync_block();
+        int* last = shared<int>(0);
+        if (threadIdx.x == 0) *last = count_up(arrived + group) == parts - 1;
+        sync_block();
+        if (!*last) return;
+        fence();
+        for (int i = threadIdx.x; i < ROWS * D; i += 32 * WARPS) {
+            float most, w, sum = merged(all, parts, i / D, i % D, true, most, w);
+            write(i / D, i % D, w > 0.0f ? sum / w : 0.0f);
+        }
+        if (threadIdx.x == 0) arrived[group] = 0;
     }
-    if (parts == 1) return;
-    fence();
-    sync_block();
-    int* counter = p.arrived + query * p.kv_heads + head;
-    int* last = shared<int>(0);
-    if (threadIdx.x == 0) *last = count_up(counter) == parts - 1;
-    sync_block();
-    if (!*last) return;
-    fence();
-    for (int i = threadIdx.x; i < HEADS * D; i += 32 * WARPS) {
-        float most, w, sum = merged(all, parts, i / D, i % D, true, most, w);
-        p.out[of_q * D + i] = to_half(w > 0.0f ? sum / w : 0.0f);
+};
+
+// One query of every head of a group. FORMAT 16, 8 or 4 bits; HEADS: query heads that share a key head.
+template <int FORMAT, int D, int HEADS> ON_GPU void attend(const Attend& p) {
+    using C = Cache<FORMAT, D>;
+    using Q = Queries<D, HEADS>;
+    Q mine;
+    const int head = blockIdx.x, query = blockIdx.z, b = query / p.tokens;
+    const int end = p.ahead < 0 ? p.positions[b] : p.positions[b] + p.ahead + query % p.tokens;
+    int first = max(0, end - p.capacity);
+    if (p.window) first = max(first, end - p.window);
+    const long long count = max(0, end - first);
+    const int from = first + static_cast<int>(count * blockIdx.y / gridDim.y), to = first + static_cast<int>(count * (blockIdx.y + 1) / gridDim.y);
+    const long long base = (static_cast<long long>(b) * p.kv_heads + head) * p.capacity;
+    const long long group = static_cast<long long>(query) * p.kv_heads + head, of_q = group * HEADS;
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) {
+        Words4 w = {{0, 0, 0, 0}};
+        if (mine.inside) w = load(reinterpret_cast<const Words4*>(p.q + (of_q + h) * D + mine.part * 8));
+#pragma unroll
+        for (int i = 0; i < 8; i++) mine.q[h][i] = from_half(static_cast<u16>(w.v[i / 2] >> 16 * (i % 2))) * p.scale;
     }
-    if (threadIdx.x == 0) *counter = 0;
+    for (int start = from; start < to; start += Q::TURN) {
+        Eight<FORMAT> k[Q::AT_ONCE], v[Q::AT_ONCE];
+        float ks[Q::AT_ONCE], vs[Q::AT_ONCE];
+        bool there[Q::AT_ONCE];
+#pragma unroll
+        for (int u = 0; u < Q::AT_ONCE; u++) {
+            const int position = mine.position(start, u);
+            there[u] = position < to;
+            const long long vector = base + (there[u] ? position : from) % p.capacity;
+            const long long at = vector * C::bytes + (mine.inside ? mine.part : 0) * FORMAT;
+            const long long scale = vector * C::groups + (mine.inside ? mine.part : 0) / 4;
+            k[u] = load_eight<FORMAT>(static_cast<const u8*>(p.k) + at);
+            v[u] = load_eight<FORMAT>(static_cast<const u8*>(p.v) + at);
+            ks[u] = !mine.inside ? 0.0f : FORMAT == 16 ? 1.0f : from_half(p.k_scale[scale]);
+            vs[u] = FORMAT == 16 ? 1.0f : from_half(p.v_scale[scale]);
+        }
+        mine.template see<FORMAT>(k, v, ks, vs, [&](int, int u) { return there[u] ? 0.0f : Q::NONE; });
+    }
+    mine.finish(p.partial, p.arrived, group, [&](int h, int d, float value) { p.out[(of_q + h) * D + d] = to_half(value); });
 }
 
 struct Keep {

@@ -12,7 +12,7 @@ import numpy as np
 from edgesdk.errors import InputError
 
 from .compile import Kernel
-from .machine import Launch, Machine, Memory, launch
+from .machine import Launch, Machine, Memory, Scratch, launch
 
 GROUP = 32
 """Numbers of a vector that share a scale in caches of 8 and 4 bits."""
@@ -107,6 +107,6 @@ def attend(
         "scale": (cache.dim**-0.5 if scale is None else scale) * math.log2(math.e),
     }  # fmt: skip
     if splits > 1:
-        values["partial"] = machine.empty((pairs, splits, each, cache.dim + 2), np.float32)
-        values["arrived"] = machine.put(np.zeros(pairs, np.int32))
+        scratch = Scratch(machine)
+        values |= {"partial": scratch.sums(pairs * splits * each * (cache.dim + 2)), "arrived": scratch.counters(pairs)}
     return launch(attend_kernel(cache.bits, cache.dim, each), (cache.kv_heads, splits, rows), values, 16 * each * (cache.dim + 2))

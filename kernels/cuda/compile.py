@@ -55,23 +55,36 @@ def headers() -> dict[str, str]:
 
 @lru_cache(maxsize=64)
 def fields(args: str) -> tuple[tuple[str, str], ...]:
-    """Name and letter (`P` an address, `i` int, `f` float) of each field of a struct of the sources."""
+    """Name and letter (`P` an address, `i` int, `f` float) of each field of a struct of the sources; of structs in it, `name.field`."""
     found = re.search(rf"struct {args} \{{\n(.*?)\n\}};", "\n".join(headers().values()), re.DOTALL)
     if found is None:
         raise InputError(f"there is no struct {args} in the kernels' sources", f"they are {', '.join(headers())}")
     out = []
     for line in found[1].splitlines():
-        kind, name = re.match(r"\s*(.+?)\s*(\w+);", line).groups()  # type: ignore[union-attr]
-        out.append((name, "P" if kind.endswith("*") else {"int": "i", "float": "f"}[kind]))
+        kind, name, count = re.match(r"\s*(.+?)\s*(\w+)(?:\[(\d+)\])?;", line).groups()  # type: ignore[union-attr]
+        if count:
+            out += [(f"{name}{i}.{field}", letter) for i in range(int(count)) for field, letter in fields(kind)]
+        else:
+            out.append((name, "P" if kind.endswith("*") else {"int": "i", "float": "f"}[kind]))
     return tuple(out)
 
 
-def packed_args(kernel: Kernel, values: Mapping[str, Any]) -> bytes:
-    """The struct that a kernel is called with. Fields that are not given are 0; a name that is no field raises `InputError`."""
-    names = fields(kernel.args)
+def offset_of(args: str, name: str) -> int:
+    """Bytes before a field of a struct of the sources."""
+    letters = ""
+    for field, letter in fields(args):
+        if field == name:
+            return struct.calcsize(letters + letter) - struct.calcsize(letter)
+        letters += letter
+    raise InputError(f"{args}: no field {name}", f"fields: {', '.join(n for n, _ in fields(args))}")
+
+
+def packed_args(args: str, values: Mapping[str, Any]) -> bytes:
+    """The struct `args` that a kernel is called with. Fields that are not given are 0; a name that is no field raises `InputError`."""
+    names = fields(args)
     strangers = set(values) - {n for n, _ in names}
     if strangers:
-        raise InputError(f"{kernel.name}: no field {', '.join(sorted(strangers))}", f"fields: {', '.join(n for n, _ in names)}")
+        raise InputError(f"{args}: no field {', '.join(sorted(strangers))}", f"fields: {', '.join(n for n, _ in names)}")
     data = struct.pack("".join(letter for _, letter in names), *(values.get(n, 0) for n, _ in names))
     return data + bytes(-len(data) % 8)
 
@@ -108,9 +121,9 @@ def compiled(kernel: Kernel, arch: str) -> Compiled:
     return Compiled(path.read_bytes(), *(sum(map(int, found)) if found else None for found in facts))
 
 
-def cubins(kernels: Iterable[Kernel], arch: str) -> dict[str, bytes]:
-    """Name → machine code, to be sent to a device without a compiler (`launch.Gpu(cubins=…)`). Raises as `compiled` does."""
-    return {k.name: compiled(k, arch).code for k in kernels}
+def codes(kernels: Iterable[Kernel], arch: str) -> dict[str, tuple[bytes, bytes]]:
+    """Name → machine code and PTX, to be sent to a device without a compiler (`launch.Gpu(code=…)`). Raises as `compiled` does."""
+    return {k.name: (compiled(k, arch).code, compiled(k, PTX).code) for k in kernels}
 
 
 def _compile(kernel: Kernel, arch: str) -> tuple[bytes, bytes]:

@@ -18,13 +18,8 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
+#include "words.cuh"
 
-using u8 = unsigned char;
-using u16 = unsigned short;
-using u32 = unsigned int;
-using i8 = signed char;
-struct alignas(8) Words2 { u32 v[2]; };
-struct alignas(16) Words4 { u32 v[4]; };
 struct Index { u32 x, y, z; };
 
 #define ON_GPU inline

@@ -20,7 +20,7 @@ from edgesdk.cache import cache_dir
 from edgesdk.errors import CheckFailed, MissingTool
 
 from .compile import Kernel, headers
-from .machine import Launch, Memory
+from .machine import Copy, Memory, Shared, Work
 
 
 def compiler() -> list[str]:
@@ -83,9 +83,16 @@ class Emulated:
         ctypes.memmove(out.ctypes.data, memory.address, out.nbytes)
         return out
 
-    def run(self, launches: Sequence[Launch]) -> None:
+    def shared(self, nbytes: int) -> Shared:
+        memory = self.empty((nbytes,), np.uint8)
+        return Shared(np.ctypeslib.as_array(ctypes.cast(memory.address, ctypes.POINTER(ctypes.c_uint8)), (nbytes,)), memory)
+
+    def run(self, work: Sequence[Work]) -> None:
         """Raises `CheckFailed` where a kernel touches what is not its own, or its threads wait for ever."""
-        for item in launches:
+        for item in work:
+            if isinstance(item, Copy):
+                ctypes.memmove(item.to.address, item.source.address, item.source.nbytes)
+                continue
             kernel = getattr(self._library, item.kernel.name)
             grid = (ctypes.c_int * 3)(*item.grid)
             sizes = (ctypes.c_int(item.kernel.threads), ctypes.c_size_t(item.shared_bytes), ctypes.c_uint(self.seed))
@@ -95,6 +102,12 @@ class Emulated:
                     f"{item.kernel.name}: {wrong.decode()}", "run it with another seed to see whether the order of threads matters"
                 )
 
-    def graph(self, launches: Sequence[Launch]) -> Callable[[], None]:
-        kept = tuple(launches)
+    def graph(self, work: Sequence[Work]) -> Callable[[], None]:
+        kept = tuple(work)
         return lambda: self.run(kept)
+
+    def wait(self) -> None:
+        """Nothing is ever under way."""
+
+    def close(self) -> None:
+        """Memory is kept until the process ends."""

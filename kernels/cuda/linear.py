@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -11,8 +12,8 @@ from edgesdk.errors import InputError, select_by_name
 from edgesdk.packed import Code
 
 from .compile import Kernel
-from .machine import Launch, Machine, Memory, launch
-from .weights import STEP, TILE, WIDTH, Tiles, pack
+from .machine import Launch, Machine, Memory, Scratch, launch
+from .weights import PARTS, STEP, TILE, WIDTH, Tiles, pack
 
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 WARPS = 8
@@ -46,15 +47,20 @@ def prefill_shared(bits: int, table: bool, eights: int) -> int:
 
 
 class Linear:
-    """y [M, rows] = activation(x [M, cols] · Wᵀ + bias) · factor + residual. Raises `panels.UnfitWeights`."""
+    """y [M, rows] = activation(x [M, cols] · Wᵀ + bias) · factor + residual. Raises `panels.UnfitWeights`.
 
-    def __init__(self, machine: Machine, code: Code, bias: Any = None, activation: str = "none") -> None:
+    `code`: weights, packed here, or tiles that were. `place` puts an array into the machine's memory, or says where it is there.
+    """
+
+    def __init__(
+        self, machine: Machine, code: Code | Tiles, bias: Any = None, activation: str = "none", place: Callable[[Any], Memory] | None = None
+    ) -> None:
         self.machine = machine
-        self.weights: Tiles = pack(code)
+        self.weights: Tiles = pack(code) if isinstance(code, Code) else code
         self.activation = select_by_name("activation", activation, ACTIVATIONS)
-        w = self.weights
-        given = {"codes": w.codes, "high": w.high, "scales": w.scales, "zeros": w.zeros, "tables": w.tables, "row_scale": w.row_scale}
-        self.memory = {name: machine.put(array) if array.size else None for name, array in given.items()}
+        w, place = self.weights, place or machine.put
+        given = {part: getattr(w, part) for part in PARTS}
+        self.memory = {name: place(array) if array.size else None for name, array in given.items()}
         self.memory["bias"] = None if bias is None else machine.put(np.asarray(bias, np.float32))
         self.sizes = {"rows": w.rows, "cols": w.cols, "steps": w.steps, "groups": w.groups}
         self.sizes |= {"group_shift": w.group.bit_length() - 1 if w.group else 0, "row_tables": int(len(w.tables) > 1)}
@@ -75,19 +81,28 @@ class Linear:
         return 8 if tokens > 64 and self.weights.bits in (4, 8) and not self.weights.tables.size else 4
 
     def launch(
-        self, x: Memory, out: Memory, residual: Memory | None = None, factor: Memory | None = None, x_scale: Memory | None = None
+        self,
+        x: Memory,
+        out: Memory,
+        residual: Memory | None = None,
+        factor: Memory | None = None,
+        x_scale: Memory | None = None,
+        bias: Memory | None = None,
+        scratch: Scratch | None = None,
     ) -> Launch:
         """x float16 [M, stride ≥ cols, a multiple of 8]; out, residual and factor [M, stride ≥ rows], all float16 or all float32; x_scale float32 [M].
 
-        Raises `InputError` for memory of another shape or type.
+        `bias` float32 [rows], in place of the layer's own; `scratch`: where sums lie that blocks share, in place of memory of its own. Raises
+        `InputError` for memory of another shape or type.
         """
         tokens = x.shape[0]
         self._fit(x, out, [m for m in (residual, factor) if m is not None], x_scale)
         strides = {"x_stride": x.shape[1], "out_stride": out.shape[1]}
         given = {"x": x, "out": out, "residual": residual, "factor": factor, "x_scale": x_scale}
         values = {**self.memory, **self.sizes, **strides, **given, "tokens": tokens, "activation": self.activation}
+        values["bias"] = self.memory["bias"] if bias is None else bias
         kernel = self.kernel(tokens, out.dtype == np.float16)
-        return self._few(kernel, values, tokens) if tokens <= FEW else self._many(kernel, values, tokens)
+        return self._few(kernel, values, tokens, scratch or Scratch(self.machine)) if tokens <= FEW else self._many(kernel, values, tokens)
 
     def _fit(self, x: Memory, out: Memory, extras: list[Memory], x_scale: Memory | None) -> None:
         w, (tokens, stride) = self.weights, x.shape
@@ -109,16 +124,13 @@ class Linear:
         grid = (-(-w.tiles // 8), -(-tokens // (16 * eights)))
         return launch(kernel, grid, values, prefill_shared(w.bits, w.tables.size > 0, eights))
 
-    def _few(self, kernel: Kernel, values: dict[str, Any], tokens: int) -> Launch:
+    def _few(self, kernel: Kernel, values: dict[str, Any], tokens: int, scratch: Scratch) -> Launch:
         eights, tiles = self.tiles_of(tokens)
         w = self.weights
         blocks = -(-w.tiles // tiles)
         size = TILE * tiles * 8 * eights
         splits = max(1, min(w.steps // (2 * WARPS), 4 * self.machine.units // blocks))
         if splits > 1:
-            values |= {
-                "partial": self.machine.empty((splits, blocks, size), np.float32),
-                "arrived": self.machine.put(np.zeros(blocks, np.int32)),
-            }
+            values |= {"partial": scratch.sums(splits * blocks * size), "arrived": scratch.counters(blocks)}
         shared = 4 * WARPS * size + (TILE * tiles * 32 if w.tables.size else 0)
         return launch(kernel, (blocks, splits), values, shared)

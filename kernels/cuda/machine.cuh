@@ -1,14 +1,8 @@
 // What the kernels need of a GPU (compute capability 8.0 or later), under plain names. Two numbers in half precision stand in one u32, the
 // first in the low half. `emulated.h` has the same functions for a CPU, where EMULATED is defined.
 #pragma once
+#include "words.cuh"
 #ifndef EMULATED
-
-using u8 = unsigned char;
-using u16 = unsigned short;
-using u32 = unsigned int;
-using i8 = signed char;
-struct alignas(8) Words2 { u32 v[2]; };
-struct alignas(16) Words4 { u32 v[4]; };
 
 #define ON_GPU __device__ __forceinline__
 // A kernel of its own: `args` is the one value that it takes.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ class Memory:
     address: int
     shape: tuple[int, ...]
     dtype: Any
-    owner: Any = field(repr=False, compare=False)  # frees it
+    owner: Any = field(default=None, repr=False, compare=False)  # frees it
 
     @property
     def nbytes(self) -> int:
@@ -39,9 +40,36 @@ class Launch:
     args: bytes
     keeps: tuple[Memory, ...] = ()
 
+    def patched(self, places: Mapping[int, int]) -> Launch:
+        """The same with other addresses: byte of the struct → address."""
+        args = bytearray(self.args)
+        for at, address in places.items():
+            struct.pack_into("P", args, at, address)
+        return replace(self, args=bytes(args))
+
+
+@dataclass(frozen=True)
+class Copy:
+    """As many bytes as `source` has, from one memory to another: the machine's own, or what it shares with the host."""
+
+    to: Memory
+    source: Memory
+
+
+Work = Any
+"""A `Launch` or a `Copy`."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Memory of the host that the machine reads and writes where it is: bytes as numpy sees them, and as the machine does."""
+
+    array: Any
+    memory: Memory
+
 
 class Machine(Protocol):
-    """Work is done in the order in which it is given. `put` and `get` wait for it, `run` and what `graph` gives do not."""
+    """Work is done in the order in which it is given. `put` and `get` wait for it, `run` and what `graph` gives do not; `wait` does."""
 
     name: str
     units: int
@@ -50,12 +78,36 @@ class Machine(Protocol):
     def empty(self, shape: Sequence[int], dtype: Any) -> Memory: ...
     def put(self, array: Any, into: Memory | None = None) -> Memory: ...
     def get(self, memory: Memory) -> Any: ...
-    def run(self, launches: Sequence[Launch]) -> None: ...
-    def graph(self, launches: Sequence[Launch]) -> Callable[[], None]: ...
+    def shared(self, nbytes: int) -> Shared: ...
+    def run(self, work: Sequence[Work]) -> None: ...
+    def graph(self, work: Sequence[Work]) -> Callable[[], None]: ...
+    def wait(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Scratch:
+    """Memory of launches that follow one another: sums that blocks share, and counters that are 0 before and after each of them."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self._sums: Memory | None = None
+        self._counters: Memory | None = None
+
+    def sums(self, count: int) -> Memory:
+        """Room for so many float32."""
+        if self._sums is None or self._sums.shape[0] < count:
+            self._sums = self.machine.empty((count,), np.float32)
+        return self._sums
+
+    def counters(self, count: int) -> Memory:
+        if self._counters is None or self._counters.shape[0] < count:
+            self._counters = self.machine.put(np.zeros(count, np.int32))
+        return self._counters
 
 
 def launch(kernel: Kernel, grid: Sequence[int], values: Mapping[str, Any], shared_bytes: int = 0) -> Launch:
     """A launch whose struct has these values; a `Memory` stands for its address, None for 0. Raises `InputError` for a name that is no field."""
     plain = {n: v.address if isinstance(v, Memory) else 0 if v is None else v for n, v in values.items()}
     x, y, z = (*grid, 1, 1)[:3]
-    return Launch(kernel, (x, y, z), shared_bytes, packed_args(kernel, plain), tuple(v for v in values.values() if isinstance(v, Memory)))
+    kept = tuple(v for v in values.values() if isinstance(v, Memory))
+    return Launch(kernel, (x, y, z), shared_bytes, packed_args(kernel.args, plain), kept)

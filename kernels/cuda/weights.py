@@ -21,6 +21,11 @@ WIDTH = 64
 """Columns are filled up to whole steps and to a multiple of this, which x meets with zeros."""
 
 
+PARTS = ("codes", "high", "scales", "zeros", "tables", "row_scale")
+LAYOUT = 1
+"""Raised by one whenever tiles are laid out anew: programs of another number are refused."""
+
+
 @dataclass(frozen=True)
 class Tiles:
     """`codes` uint32 [tiles, steps, 32 lanes, 4]; `high` (3 bits) uint32 [tiles, steps, 32, 2]; `scales` float16 and `zeros` uint8
@@ -53,7 +58,7 @@ class Tiles:
     @property
     def nbytes(self) -> int:
         """Bytes that a product reads of the weights."""
-        return sum(int(a.nbytes) for a in (self.codes, self.high, self.scales, self.zeros, self.tables, self.row_scale))
+        return sum(int(getattr(self, part).nbytes) for part in PARTS)
 
 
 def pack(code: Code) -> Tiles:

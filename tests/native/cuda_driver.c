@@ -31,7 +31,7 @@ int cuModuleGetFunction(void **function, void *module, const char *name) {
     return module != HANDLE(3);
 }
 int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned bx, unsigned by, unsigned bz, unsigned shared, void *stream, void **args, void **extra) {
-    const int *numbers = (const int *)((void **)args[0] + 3); /* of a struct of three addresses */
+    const int *numbers = (const int *)((void **)args[0] + 4); /* of a struct of four addresses */
     SAY("launch %u %u %u, %u %u %u, shared %u, numbers %d %d\n", x, y, z, bx, by, bz, shared, numbers[0], numbers[1]);
     return function != HANDLE(4) || stream != HANDLE(2) || extra;
 }
