@@ -1,6 +1,7 @@
 """The kernels of a target by name, however they were made: addresses of functions with one signature, their args, and what runs them.
 
 gemv_4_block, gemm_8_row, embed_2_block_zeros  weights of so many bits; a scale a block of 32 columns or a row; with zeros of their own
+gemv_4_row_table, gemm_3_block_tables, …       codes that stand for numbers in a table: see KINDS
 gemv_8_row_2of4, gemm_4_block_blocks, …       without weights that are zero: two of every four, or blocks (`panels.SparsePanels`)
 gemv_32, gemm_16, embed_16                     weights in float32 or float16 (`panels.FloatPanels`), inputs in float32
 embed, pick, sparse                            a table in float32; a row of each batch; the few weights that are kept apart
@@ -20,10 +21,11 @@ from .cpu import host_targets
 
 LINEAR_ARGS = (
     "codes", "scales", "zeros", "row_scale", "sums", "q", "q_sums", "q_scale", "q_zero",
-    "m", "blocks", "panel_bytes", "scale_bytes", "zero_bytes", "bias", "residual", "out", "stride",
+    "m", "blocks", "panel_bytes", "scale_bytes", "zero_bytes", "bias", "residual", "out", "stride", "tables", "table_bytes",
 )  # fmt: skip
 """y = q_scale · (row_scale · Σ scale · (code - zero) · q - q_zero · sums) + bias + residual → out. int64 each: addresses, and at the end
-counts. `bias`, `residual`: 0 for none. `stride`: bytes of a row of `out` and of `residual`. Parts: panels of a gemv, groups of a gemm."""
+counts. `bias`, `residual`: 0 for none. `stride`: bytes of a row of `out` and of `residual`. `table_bytes`: from a panel's tables to the next's,
+0 where all share one. Parts: panels of a gemv, groups of a gemm."""
 KEPT_ARGS = (*LINEAR_ARGS, "starts", "kept")
 """The same over the blocks that are kept: those of panel p are kept[starts[p]] … kept[starts[p + 1] - 1], int32. Codes, and where blocks have
 scales and zeros those, lie in that order."""
@@ -35,7 +37,7 @@ with; `weight`, `bias` (or 0) and `eps` (the bits of a float32) of a norm over `
 Parts: the M rows."""
 EMBED_ARGS = (
     "ids", "codes", "scales", "zeros", "row_scale", "panel_bytes", "scale_bytes", "zero_bytes", "blocks", "factor", "places", "at", "offset",
-    "out", "stride",
+    "out", "stride", "tables", "table_bytes",
 )  # fmt: skip
 """ids int64 [M] → out float32 [M, 32 · blocks], rows of `stride` bytes: factor (bits of a float32) · row id, + row at[m] + offset of `places`
 (float32, rows of `stride` bytes; at int64 [M]) where it is not 0. `codes`: panels, or in float32 rows of `stride` bytes. Parts: the M ids."""
@@ -85,11 +87,13 @@ def bits_of(value: float) -> int:
 
 FLOATS = ("32", "16")
 """Forms of weights that are floats: their bits."""
+KINDS = ("table", "tables")
+"""Codes that are no steps of a grid: they stand for int8 numbers in a table, one for all rows or one a row."""
 
 
-def form(bits: int, per_block: bool, zeros: bool) -> str:
+def form(bits: int, per_block: bool, zeros: bool, kind: str = "") -> str:
     """The part of a kernel's name that says how weights are stored."""
-    return f"{bits}_{'block' if per_block else 'row'}{'_zeros' * zeros}"
+    return "_".join([str(bits), "block" if per_block else "row", *["zeros"] * zeros, *filter(None, [kind])])
 
 
 class Library(Protocol):

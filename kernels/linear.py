@@ -43,5 +43,5 @@ class Linear:
         self.tape = Tape(self.library, self.threads)
         self._x: Rows = self.tape.room(rows, p.cols)
         self._out, self._residual = (self.tape.room(rows, p.rows) for _ in range(2))
-        rounded = self.tape.round(self._x, self.library.shift_of(p.bits))
+        rounded = self.tape.round(self._x, self.library.shift_of(p.value_bits))
         self._args = self.tape.linear(p, rounded, self._out, bias=self.bias)

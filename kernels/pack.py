@@ -10,23 +10,38 @@ from edgesdk.packed import Code, groups_of, spread
 
 from .panels import BLOCK, Panels, UnfitWeights, aligned
 
+LOST = 0.02
+"""Of the weights (root mean square): what may be lost where panels keep them less exactly than they are stored."""
+
 
 def refuse_unfit(code: Code) -> None:
-    """Raises `UnfitWeights` for what the kernels do not read: anything but grids of 2, 3, 4 or 8 bits with whole zeros."""
-    if code.kind != "grid" or len(code.shape) != 2:
-        raise UnfitWeights(f"a code of kind {code.kind} and shape {code.shape} is no grid of rows and columns")
-    (bits, group), zero = code.numbers, code.arrays[2]
-    if bits not in (2, 3, 4, 8):
-        raise UnfitWeights(f"{bits} bits: the kernels read 2, 3, 4 and 8")
+    """Raises `UnfitWeights` for what the kernels do not read: anything but grids of 2, 3, 4 or 8 bits with whole zeros, and tables of 2, 3 or 4
+    bits that int8 holds."""
+    if code.kind not in ("grid", "table") or len(code.shape) != 2:
+        raise UnfitWeights(f"a code of kind {code.kind} and shape {code.shape} is no grid and no table of rows and columns")
+    bits, group = code.numbers
+    known = (2, 3, 4, 8) if code.kind == "grid" else (2, 3, 4)
+    if bits not in known:
+        raise UnfitWeights(f"{bits} bits: the kernels read {', '.join(map(str, known))} of a {code.kind}")
     if group < code.shape[1] and group % BLOCK:
         raise UnfitWeights(f"groups of {group} columns: the kernels read multiples of {BLOCK} and whole rows")
+    if code.kind == "table":
+        if (lost := _rounded_tables(code)[2]) > LOST:
+            raise UnfitWeights(f"a table whose numbers int8 holds with an error of {lost:.1%} of the weights: the kernels take {LOST:.0%}")
+        return
+    zero = code.arrays[2]
     if zero.size and ((zero != np.rint(zero)).any() or zero.min() < 0 or zero.max() >= 1 << bits):
         raise UnfitWeights("zeros that are no codes: the kernels read whole zeros from 0 to 2^bits - 1")
 
 
 def pack(code: Code, lanes: int, together: int = 1, half: bool = True) -> Panels:
-    """The panels of a `grid` code of 2, 3, 4 or 8 bits, their number a multiple of `together`; `half`: scales in float16. Raises `UnfitWeights`."""
+    """The panels of a code, their number a multiple of `together`; `half`: scales in float16. Raises `UnfitWeights`."""
     refuse_unfit(code)
+    return (_table if code.kind == "table" else _grid)(code, lanes, lanes * together, half)
+
+
+def _grid(code: Code, lanes: int, unit: int, half: bool) -> Panels:
+    """`unit`: what the number of rows is made a multiple of."""
     (bits, group), (q, scale, zero) = code.numbers, code.arrays
     rows, cols = code.shape
     group = 0 if group >= cols else group
@@ -40,7 +55,7 @@ def pack(code: Code, lanes: int, together: int = 1, half: bool = True) -> Panels
     row_scale[row_scale == 0] = 1
     relative = scale / row_scale[:, None]
     asymmetric = bool((offset != middle).any())
-    padded = -(-rows // (lanes * together)) * lanes * together
+    padded = -(-rows // unit) * unit
     width = -(-cols // BLOCK) * BLOCK
     ints = np.full((padded, width), middle, np.int16)
     ints[:rows] = spread(offset, width, group)  # columns beyond the last one weigh nothing
@@ -59,6 +74,65 @@ def pack(code: Code, lanes: int, together: int = 1, half: bool = True) -> Panels
         zeros=_paneled(np.repeat(offset, times, 1)[:, :per], padded, lanes, np.int8) if asymmetric else np.zeros(0, np.int8),
         row_scale=_padded(row_scale, padded), sums=_padded(values.sum(1, dtype=np.float64), padded),
     )  # fmt: skip
+
+
+def _table(code: Code, lanes: int, unit: int, half: bool) -> Panels:
+    (bits, group), (q, _, scale) = code.numbers, code.arrays
+    rows, cols = code.shape
+    group = 0 if group >= cols else group
+    numbers, step, _ = _rounded_tables(code)
+    scale = np.broadcast_to(scale.astype(np.float32) if scale.size else np.float32(1), (rows, groups_of(cols, group)))
+    row_scale = np.abs(scale).max(1)
+    row_scale[row_scale == 0] = 1
+    padded, width = -(-rows // unit) * unit, -(-cols // BLOCK) * BLOCK
+    ints = np.zeros((padded, width), np.int16)
+    ints[: len(q)] = np.abs(numbers[:, : 1 << bits]).argmin(1)[
+        :, None
+    ]  # columns beyond the last one meet inputs of zero, `sums` counts them
+    ints[:rows, :cols] = q
+    per, times = (1, 1) if group == 0 else (width // BLOCK, group // BLOCK)
+    found = np.take_along_axis(np.broadcast_to(numbers, (rows, 16)), ints[:rows].astype(np.intp), 1)
+    kept = kept_scales(scale, half) * step
+    sums = (found * spread(kept, width, group)).sum(1, dtype=np.float64)
+    own = len(numbers) > 1
+    tables = np.zeros((padded if own else 1, 16), np.int8)
+    tables[: len(numbers)] = numbers
+    return Panels(
+        rows=rows, cols=cols, bits=bits, group=group, lanes=lanes, codes=laid(ints, bits, lanes),
+        scales=_paneled(np.repeat(scale / row_scale[:, None], times, 1)[:, :per], padded, lanes, np.float16 if half else np.float32),
+        zeros=np.zeros(0, np.int8), row_scale=_padded(row_scale * step[:, 0], padded), sums=_padded(sums, padded),
+        kind="tables" if own else "table",
+        tables=aligned(tables.reshape(-1, lanes // 4, 4, 16).transpose(0, 2, 1, 3)).view(np.int8).reshape(-1, 16 * lanes) if own else tables,
+    )  # fmt: skip
+
+
+def _rounded_tables(code: Code) -> tuple[Any, Any, float]:
+    """Tables as panels keep them → int8 [1 or rows, 16], the step they count in [1 or rows, 1], the error of that, of the weights (root mean
+    square, before their scales). Of the steps that int8 allows the best is taken; entries that no weight has count nothing."""
+    bits, (q, table, _) = code.numbers[0], code.arrays
+    rows, count = len(table), 1 << bits
+    used = np.stack([(q == e).sum(1) for e in range(count)], 1).reshape(rows, -1, count).sum(1)
+    values = np.where(used > 0, table[:, :count].astype(np.float64), 0)
+    most = np.abs(values).max(1, keepdims=True)
+    most[most == 0] = 1
+    best, least = most / 127, np.full((rows, 1), np.inf)
+    for top in range(127, 79, -1):
+        step = most / top
+        lost = (used * (np.rint(values / step) * step - values) ** 2).sum(1, keepdims=True)
+        best, least = np.where(lost < least, step, best), np.minimum(lost, least)
+    best = best.astype(np.float32)
+    numbers = np.zeros((rows, 16), np.int8)
+    numbers[:, :count] = np.rint(values / best)
+    whole = (used * values**2).sum()
+    return numbers, best, float(np.sqrt(least.sum() / whole)) if whole else 0.0
+
+
+def as_kept(code: Code, half: bool = True) -> Code:
+    """The code of what panels keep, where that is less exact than what is stored: tables in int8."""
+    if code.kind != "table":
+        return code
+    numbers, step, _ = _rounded_tables(code)
+    return Code("table", code.shape, code.numbers, (code.arrays[0], (numbers * step)[:, : 1 << code.numbers[0]], code.arrays[2]))
 
 
 def kept_scales(scale: Any, half: bool) -> Any:

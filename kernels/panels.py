@@ -2,8 +2,9 @@
 
     y[m, n] = xs[m] · (rs[n] · Σ_g scale[n, g] · Σ_k (c[n, k] - zero[n, g]) · q[m, k] - xz[m] · sums[n])      x[m, k] ≈ xs[m] · (q[m, k] - xz[m])
 
-`c` are the weights' codes, `q` the inputs rounded to int8 when the kernel is called. Scales are kept as float16 of at most 1 beside one
-float32 a row, so that no weight is too small or too large for them. One layout serves every target; only the rows of a panel differ.
+`c` are the weights' codes, or the int8 numbers that they stand for in a table; `q` the inputs rounded to int8 when the kernel is called. Scales
+are kept as float16 of at most 1 beside one float32 a row, so that no weight is too small or too large for them. One layout serves every target;
+only the rows of a panel differ.
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from .library import form
+from .library import KINDS, form
 
 BLOCK = 32
 """Columns that are summed in integers before a scale is applied; a group is one or more whole blocks, or the whole row."""
 
 
-LAYOUT = 2
+LAYOUT = 3
 """Raised by one whenever panels are laid out anew: programs of another number are refused."""
+
+
+PARTS = ("codes", "scales", "zeros", "row_scale", "sums", "tables")
+"""The arrays of `Panels`."""
 
 
 class UnfitWeights(ValueError):
@@ -30,7 +35,8 @@ class UnfitWeights(ValueError):
 @dataclass(frozen=True)
 class Panels:
     """`codes` uint8, a panel after the other; `scales` float16 (of 8 bits, or without `half`: float32) [panels, blocks or 1, lanes]; `zeros` int8 of the same shape, or empty
-    where every zero is 2^(bits-1); `row_scale`, `sums` (Σ of the row's weights) float32 [padded rows]."""
+    where every zero is 2^(bits-1); `row_scale`, `sums` (Σ of the row's weights) float32 [padded rows]. `kind`: see `library.KINDS`. `tables` int8
+    [1, 16] of "table", [panels, 4, lanes / 4, 16] of "tables": row 4i + j of a panel at [j, i]."""
 
     rows: int
     cols: int
@@ -42,11 +48,18 @@ class Panels:
     zeros: Any
     row_scale: Any
     sums: Any
+    kind: str = ""
+    tables: Any = field(default_factory=lambda: np.zeros(0, np.int8))
 
     @property
     def form(self) -> str:
         """What the names of their kernels end in."""
-        return form(self.bits, self.group != 0, self.zeros.size > 0)
+        return form(self.bits, self.group != 0, self.zeros.size > 0, self.kind)
+
+    @property
+    def value_bits(self) -> int:
+        """Bits of what meets the inputs, as `Library.shift_of` takes them."""
+        return 8 if self.kind in KINDS else self.bits
 
     @property
     def panels(self) -> int:
@@ -63,7 +76,7 @@ class Panels:
     @property
     def nbytes(self) -> int:
         """Bytes that a product reads of the weights."""
-        return sum(int(a.nbytes) for a in (self.codes, self.scales, self.zeros, self.row_scale, self.sums))
+        return sum(int(getattr(self, part).nbytes) for part in PARTS)
 
 
 NONE = np.zeros(0, np.int32)

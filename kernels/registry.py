@@ -8,9 +8,10 @@ from typing import Any
 
 from . import reference
 from .cpu import TARGETS
-from .library import ACTIVATIONS, NORMS, form
+from .library import ACTIVATIONS, KINDS, NORMS, form
 
 BITS = (8, 4, 3, 2)
+TABLE_BITS = (4, 3, 2)
 ARM = ("arm-i8mm", "arm-dotprod", "arm-neon")
 
 
@@ -38,6 +39,14 @@ def _linear() -> list[Kernel]:
                     for made, targets in (("llvm", tuple(TARGETS)), ("c", ARM)):
                         found.append(Kernel(f"{kind}_{name}", operation, weights, targets, made, reference.linear, 2e-3))
                 found.append(Kernel(f"embed_{name}", "embedding", weights, tuple(TARGETS), "llvm", reference.embedding, 1e-3))
+    for bits in TABLE_BITS:
+        for kind in KINDS:
+            for per_block in (False, True):
+                name, rows = form(bits, per_block, False, kind), "one" if kind == "table" else "one a row"
+                weights = f"a table of {1 << bits} numbers, {rows}, a scale {'a group' if per_block else 'a row'}"
+                for family, operation in (("gemv", "linear, one token"), ("gemm", "linear, many tokens"), ("embed", "embedding")):
+                    what = reference.embedding if family == "embed" else reference.linear
+                    found.append(Kernel(f"{family}_{name}", operation, weights, tuple(TARGETS), "llvm", what, 2e-3))
     return found
 
 

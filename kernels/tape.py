@@ -93,7 +93,10 @@ class Tape:
         if unknown:
             raise KeyError(f"{name} has no {', '.join(sorted(unknown))}")
         self._kept += [v for v in values.values() if isinstance(v, np.ndarray)]
-        given = {n: v.ctypes.data if isinstance(v, np.ndarray) else v.address if isinstance(v, Rows) else int(v) for n, v in values.items()}
+        given = {
+            n: v.ctypes.data * bool(v.size) if isinstance(v, np.ndarray) else v.address if isinstance(v, Rows) else int(v)
+            for n, v in values.items()
+        }
         args = np.array([given.get(n, 0) for n in names], np.int64)
         self._kept.append(args)
         self._rows.append((self.library.address(name), args.ctypes.data, parts, max(1, least)))
@@ -150,7 +153,7 @@ class Tape:
         more = kept | {n: v for n, v in (("bias", bias), ("residual", residual)) if v is not None}
         return self.add(
             f"{kernel}_{p.form}", parts, least,
-            codes=p.codes, scales=p.scales, zeros=p.zeros, row_scale=p.row_scale, sums=p.sums,
+            codes=p.codes, scales=p.scales, zeros=p.zeros, row_scale=p.row_scale, sums=p.sums, tables=p.tables,
             q=x.q, q_sums=x.q_sums, q_scale=x.q_scale, q_zero=x.q_zero, m=x.rows, blocks=x.blocks, out=out, stride=out.stride, **panel_sizes(p), **more,
         )  # fmt: skip
 
@@ -173,6 +176,7 @@ def panel_sizes(p: Panels) -> dict[str, int]:
         "panel_bytes": p.codes.nbytes // p.panels,
         "scale_bytes": p.scales.nbytes // p.panels,
         "zero_bytes": p.zeros.nbytes // p.panels,
+        "table_bytes": p.tables.nbytes // p.panels if len(p.tables) == p.panels else 0,
     }
 
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from edgesdk.kernels.cpu import host_targets, targets_of
 from edgesdk.kernels.linear import Linear
-from edgesdk.kernels.pack import pack
+from edgesdk.kernels.pack import LOST, as_kept, pack
 from edgesdk.kernels.panels import UnfitWeights
 from edgesdk.kernels.reference import linear, round_inputs
-from edgesdk.packed import Code
+from edgesdk.packed import Code, decode
 
 TOLERANCE = 2e-3
 """Of the largest output: scales in float16 (2^-11), and an input at the middle of two codes that goes the other way."""
@@ -25,6 +25,15 @@ def grid(seed: int, rows: int, cols: int, bits: int, group: int, zeros: bool, si
     scale = (rng.random((rows, groups)) + 0.1).astype(np.float32) * np.float32(size)
     zero = rng.integers(0, 1 << bits, (rows, groups)).astype(np.uint8) if zeros else np.zeros(0, np.uint8)
     return Code("grid", (rows, cols), (bits, group), (q, scale, zero))
+
+
+def table(seed: int, rows: int, cols: int, bits: int, group: int, own: bool) -> Code:
+    """Codes of a table of normal numbers, one for all rows or one a row; scales where there are groups."""
+    rng = np.random.default_rng(seed)
+    q = rng.integers(0, 1 << bits, (rows, cols)).astype(np.uint8)
+    numbers = np.sort(rng.standard_normal((rows if own else 1, 1 << bits)), 1).astype(np.float16)
+    scale = (rng.random((rows, -(-cols // group) if group else 0)) + 0.1).astype(np.float32)
+    return Code("table", (rows, cols), (bits, group), (q, numbers, scale))
 
 
 def far(y: np.ndarray, wanted: np.ndarray) -> float:
@@ -44,6 +53,20 @@ def test_products_are_those_of_float64(target: str, bits: int, group: int, zeros
         x = rng.standard_normal((m, cols)).astype(np.float32)
         assert far(layer(x, residual), linear(x, code, bias, residual)) < TOLERANCE
         assert far(layer(x), linear(x, code, bias)) < TOLERANCE
+
+
+@pytest.mark.parametrize("target", host_targets())
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("group", [0, 32])
+@pytest.mark.parametrize("own", [False, True], ids=["one", "own"])
+def test_products_of_tables_are_those_of_float64(target: str, bits: int, group: int, own: bool) -> None:
+    rng = np.random.default_rng(bits + group)
+    for rows, cols, m in ((64, 512, 1), (3, 33, 17), (130, 288, 2), (65, 500, 21)):
+        code, bias = table(rows, rows, cols, bits, group, own), rng.standard_normal(rows).astype(np.float32)
+        x = rng.standard_normal((m, cols)).astype(np.float32)
+        y, wanted = Linear(code, target, bias)(x), linear(x, as_kept(code), bias)
+        assert far(y, wanted) < TOLERANCE
+        assert 0 < far(linear(x, code, bias), wanted) < LOST
 
 
 @settings(max_examples=60, deadline=None)
@@ -83,7 +106,14 @@ def test_zero_stays_zero_when_inputs_are_rounded() -> None:
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        (Code("dense", (4, 4), (), (np.zeros((4, 4), np.float32),)), "no grid"),
+        (Code("dense", (4, 4), (), (np.zeros((4, 4), np.float32),)), "no grid and no table"),
+        (Code("table", (4, 64), (5, 0), (np.zeros((4, 64), np.uint8), np.ones((1, 32), np.float16), np.zeros(0))), "5 bits"),
+        (
+            Code(
+                "table", (1, 4000), (2, 0), (np.arange(4000)[None] % 2 + (np.arange(4000) == 9), np.array([[1, 1.3, 60, 0]]), np.zeros(0))
+            ),
+            "int8 holds",
+        ),
         (grid(0, 4, 64, 5, 0, False), "5 bits"),
         (grid(0, 4, 64, 4, 16, False), "groups of 16"),
     ],
@@ -93,10 +123,25 @@ def test_weights_that_the_kernels_do_not_read_are_refused(code: Code, words: str
         pack(code, 16)
 
 
+def test_a_table_keeps_what_its_numbers_and_their_use_allow() -> None:
+    """An entry that no weight has costs nothing; of one that none is near to zero, what lies beyond the last column counts nothing."""
+    code = table(0, 40, 70, 4, 0, True)
+    q, numbers, scale = code.arrays
+    numbers[:, 15] = 60000
+    kept = decode(as_kept(Code("table", code.shape, code.numbers, (np.minimum(q, 14), numbers, scale))))
+    wanted = np.take_along_axis(numbers.astype(np.float64), np.minimum(q, 14).astype(int), 1)
+    assert np.sqrt(((kept - wanted) ** 2).mean() / (wanted**2).mean()) < 0.006
+    away = Code("table", code.shape, code.numbers, (q, np.abs(numbers.clip(-3, 3)) + 1, scale))
+    x = np.random.default_rng(1).standard_normal((3, 70)).astype(np.float32) + 5
+    assert far(Linear(away, host_targets()[0])(x), linear(x, as_kept(away))) < TOLERANCE
+
+
 def test_packed_weights_take_the_bytes_that_their_bits_say() -> None:
     for bits, group, each in ((4, 32, 4.5), (8, 0, 8.0), (2, 64, 2.5), (3, 32, 3.5), (4, 0, 4.0)):
         panels = pack(grid(0, 1024, 2048, bits, group, False), 16)
         assert panels.nbytes * 8 / (1024 * 2048) == pytest.approx(each, abs=0.05)
+    for group, own, each in ((0, False, 4.0), (0, True, 4.06), (32, False, 4.5)):
+        assert pack(table(0, 1024, 2048, 4, group, own), 16).nbytes * 8 / (1024 * 2048) == pytest.approx(each, abs=0.05)
 
 
 def test_targets_are_found_by_the_cpu_s_features() -> None:

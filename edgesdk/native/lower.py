@@ -11,8 +11,8 @@ from edgesdk.errors import InputError
 from edgesdk.kernels.cpu import TARGETS, host_targets
 from edgesdk.kernels.library import Library
 from edgesdk.kernels.pack import pack, refuse_unfit
-from edgesdk.kernels.panels import BLOCK, LAYOUT, UnfitWeights
-from edgesdk.native.program import PARTS, write
+from edgesdk.kernels.panels import BLOCK, LAYOUT, PARTS, UnfitWeights
+from edgesdk.native.program import write
 from edgesdk.packed import Code, decode
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class _Lowering:
         return code if code is not None and _whole(code) and not scaled else None
 
     def code(self, path: str) -> Code:
-        """How a matrix is stored: the compressed weight's own grid where the kernels read it, else rounded as the plan says."""
+        """How a matrix is stored: the compressed weight's own grid or table where the kernels read it, else rounded as the plan says."""
         own = self.own(path)
         if own is not None:
             return own.parts[0] if own.kind == "sum" else own
@@ -107,7 +107,7 @@ class _Lowering:
 
     def add_panels(self, name: str, code: Code) -> None:
         p = pack(code, self.kernels.lanes, self.kernels.together, self.kernels.half)
-        self.panels[name] = {"rows": p.rows, "cols": p.cols, "bits": p.bits, "group": p.group, "lanes": p.lanes}
+        self.panels[name] = {"rows": p.rows, "cols": p.cols, "bits": p.bits, "group": p.group, "lanes": p.lanes, "kind": p.kind}
         for part in PARTS:
             self.arrays[f"{name}.{part}"] = getattr(p, part)
 
@@ -117,7 +117,8 @@ class _Lowering:
         for path in paths:
             code = self.code(path)
             whole_rows = code.shape[0] % BLOCK == 0  # what comes next begins at a block
-            key = (code.numbers, bool(code.arrays[2].size)) if whole_rows else path
+            shared = code.kind == "table" and len(code.arrays[1]) == 1  # one table for all its rows
+            key = (code.kind, code.numbers, bool(code.arrays[2].size)) if whole_rows and not shared else path
             groups.setdefault(key, []).append((path, code))
         for members in groups.values():
             name, first = members[0][0], 0
@@ -158,7 +159,9 @@ class _Lowering:
         elif head is not None and self.panels["head"]["bits"] == 8 and np.array_equal(weight, 2 * self.state["head.weight"]):
             entry |= {"panels": "head", "factor": 2 * factor}
         else:
-            self.add_panels(path, self.code(path) if path in self.codes else self.nearest(weight, 8, 0))
+            own = self.codes.get(path)
+            stored = own is not None and (own.kind == "grid" or weight.shape[1] % BLOCK == 0)  # of others columns beyond the last are not 0
+            self.add_panels(path, self.code(path) if stored else self.nearest(weight, 8, 0))
             entry["panels"] = path
         self.linears[path] = entry
 
@@ -184,7 +187,7 @@ class _Lowering:
 
 
 def _whole(code: Code) -> bool:
-    """Whether a matrix runs as it is stored: a grid, or a grid and what it keeps apart."""
+    """Whether a matrix runs as it is stored: a grid or a table, alone or with what it keeps apart."""
     if code.kind == "sum":
         return _readable(code.parts[0]) and all(p.kind in ("lowrank", "sparse") for p in code.parts[1:])
     return _readable(code)
@@ -208,12 +211,12 @@ def _codes(spec: ModelSpec) -> dict[str, Code]:
 
 
 def _joined(codes: list[Code]) -> Code:
-    """Grids of one form, one below the other."""
+    """Codes of one form, one below the other."""
     if len(codes) == 1:
         return codes[0]
     rows = sum(c.shape[0] for c in codes)
     arrays = tuple(np.concatenate([c.arrays[i] for c in codes]) for i in range(3))
-    return Code("grid", (rows, codes[0].shape[1]), codes[0].numbers, arrays)
+    return Code(codes[0].kind, (rows, codes[0].shape[1]), codes[0].numbers, arrays)
 
 
 def _padded(values: Any) -> Any:

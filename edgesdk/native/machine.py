@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from edgesdk.kernels.library import Library, args_of, bits_of, library
-from edgesdk.kernels.panels import Panels
+from edgesdk.kernels.panels import PARTS, Panels
 from edgesdk.kernels.tape import Rows, Tape, panel_sizes
 
 from .masks import Masks
 from .parts import Part, Reshaped, Taken, Weights, wide, window
-from .program import PARTS, Program
+from .program import Program
 
 LIBRARY = "libedgekernels.so"
 """Beside a program, for a device that compiles nothing."""
@@ -135,8 +135,8 @@ class Method:
                 continue
             down, up = (self.machine.panels(f"{name}.{part}") for part in ("down", "up"))
             thin = self.tape.room(out.rows, down.rows, "thin")
-            self.tape.linear(down, x.rounded(self.kernels.shift_of(down.bits)), thin)
-            self.tape.linear(up, self.tape.round(thin, self.kernels.shift_of(up.bits), key="thin"), out, residual=out)
+            self.tape.linear(down, x.rounded(self.kernels.shift_of(down.value_bits)), thin)
+            self.tape.linear(up, self.tape.round(thin, self.kernels.shift_of(up.value_bits), key="thin"), out, residual=out)
 
     def project(self, paths: Sequence[str], x: Rows, *, norm: str = "", once: bool = True) -> list[Rows]:
         """x, behind the norm at path `norm`, times each matrix. What is used `once`, before the next layer, makes room for the next layer's."""
@@ -145,7 +145,7 @@ class Method:
             w = self.machine.weights(path)
             if w.name not in made:
                 made[w.name] = self.tape.room(x.rows, w.panels.rows, path.rpartition(".")[2] * once)
-                self.tape.linear(w.panels, taken.rounded(self.kernels.shift_of(w.panels.bits)), made[w.name], bias=w.bias)
+                self.tape.linear(w.panels, taken.rounded(self.kernels.shift_of(w.panels.value_bits)), made[w.name], bias=w.bias)
             found.append(made[w.name].part(w.first, w.rows))
         for path, out in zip(paths, found):  # noqa: B905 (Python 3.9)
             self.apart(path, taken, out)
@@ -161,7 +161,14 @@ class Method:
         if "panels" in entry:
             p = self.machine.panels(entry["panels"])
             name = f"embed_{p.form}"
-            values |= {"codes": p.codes, "scales": p.scales, "zeros": p.zeros, "row_scale": p.row_scale, **panel_sizes(p)}
+            values |= {
+                "codes": p.codes,
+                "scales": p.scales,
+                "zeros": p.zeros,
+                "row_scale": p.row_scale,
+                "tables": p.tables,
+                **panel_sizes(p),
+            }
         else:
             values["codes"] = wide(self.program.array(f"{path}.table"), out)
         table = self._places(side, cols)
@@ -279,7 +286,7 @@ class Method:
         pre = self.config["norm_place"] == "pre"
         after = x if pre else self.tape.room(x.rows, x.cols, "added")
         w = self.machine.weights(path)
-        self.tape.linear(w.panels, inner.rounded(self.kernels.shift_of(w.panels.bits)), after, bias=w.bias, residual=x)
+        self.tape.linear(w.panels, inner.rounded(self.kernels.shift_of(w.panels.value_bits)), after, bias=w.bias, residual=x)
         self.apart(path, inner, after)
         if not pre:
             self.tape.norm(after, self.norm, self.norm_of(norm), x)
@@ -399,6 +406,6 @@ class Method:
         w, scale, out = self.machine.weights("head"), np.float32(self.config["logit_scale"]), self.tape.room(x.rows, self.config["vocab"])
         panels = replace(w.panels, row_scale=w.panels.row_scale * scale, sums=w.panels.sums * scale) if scale != 1 else w.panels
         taken = self.taken(x, norm=norm)
-        self.tape.linear(panels, taken.rounded(self.kernels.shift_of(panels.bits)), out, bias=w.bias)
+        self.tape.linear(panels, taken.rounded(self.kernels.shift_of(panels.value_bits)), out, bias=w.bias)
         self.apart("head", taken, out)
         self.outputs.append(Reshaped(out, shape))

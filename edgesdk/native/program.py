@@ -20,7 +20,6 @@ from edgesdk.kernels.panels import LAYOUT
 
 MAGIC = b"EDGENATV"
 _ALIGNED = 64
-PARTS = ("codes", "scales", "zeros", "row_scale", "sums")
 
 
 class ProgramError(ValueError):

@@ -8,7 +8,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from edgesdk.kernels.library import ROUNDINGS
+from edgesdk.kernels.library import KINDS, ROUNDINGS
 from edgesdk.kernels.sparse import BLOCKS, PATTERNS
 
 from .attention import ATTENTION, attention_module
@@ -40,8 +40,8 @@ def _emitted(target: str, kind: str, detail: str) -> tuple[ir.Module, dict[str, 
         module = sparse_module(target, int(bits), scale == "block", more[0] == "zeros", more[-1])
         return module, {f"{n}_{detail}": n for n in ("gemv", "gemm")}
     if kind in ("product", "embed"):
-        bits, scale, *zeros = detail.split("_")
-        form = (int(bits), scale == "block", bool(zeros))
+        bits, scale, *more = detail.split("_")
+        form = (int(bits), scale == "block", "zeros" in more, more[-1] if more and more[-1] in KINDS else "")
         if kind == "embed":
             return embed_module(target, *form), {f"embed_{detail}": "embed"}
         return product_module(target, *form), {f"{n}_{detail}": n for n in ("gemv", "gemm")}

@@ -45,14 +45,19 @@ def halves(target: str) -> bool:
 class Product(Emitter):
     """Emits one function of one form of weights."""
 
-    def __init__(self, module: ir.Module, name: str, target: str, bits: int, per_block: bool, zeros: bool) -> None:
+    def __init__(self, module: ir.Module, name: str, target: str, bits: int, per_block: bool, zeros: bool, kind: str = "") -> None:
         super().__init__(module, name, target, LINEAR_ARGS)
-        self.bits, self.per_block, self.zeros = bits, per_block, zeros
-        self.signed = bits == 8 or target in VNNI
+        self.bits, self.per_block, self.zeros, self.kind = bits, per_block, zeros, kind
+        self.signed = bits == 8 or bool(kind) or target in VNNI
         self.block_bytes = BLOCK * self.s.rows * bits // 8
         self.scale_kind = ir.VectorType(F16 if bits != 8 and halves(target) else F32, self.s.rows)
 
     # ---- parts
+
+    @property
+    def top(self) -> bool:
+        """Whether codes stand at the top of their bytes (`Simd.tops`)."""
+        return self.signed and self.bits != 8 and not self.kind
 
     def panel(self, p: Any) -> dict[str, Any]:
         """The addresses of a panel."""
@@ -62,6 +67,7 @@ class Product(Emitter):
             "scales": b.add(a["scales"], b.mul(p, a["scale_bytes"])),
             "zeros": b.add(a["zeros"], b.mul(p, a["zero_bytes"])),
             "at": self.times(p, 4 * self.s.rows),
+            "tables": self.s.tables(b.add(a["tables"], b.mul(p, a["table_bytes"])), self.kind == "tables") if self.kind else [],
         }
 
     def blocks(self, panel: dict[str, Any]) -> Any:
@@ -73,11 +79,13 @@ class Product(Emitter):
         if prefetch:
             for line in range(0, self.block_bytes, 64):
                 self.s.prefetch(here, AHEAD[self.bits] + line)
-        return self.codes(here, 0, QUADS)
+        return self.codes(here, 0, QUADS, panel["tables"])
 
-    def codes(self, at: Any, first: int, count: int) -> list[Any]:
-        """Quads of a block: codes, or where the CPU multiplies signed weights by unsigned inputs as fast, the middle taken off (`Simd.tops`)."""
-        return (self.s.tops if self.signed else self.s.quads)(at, self.bits, first, count)
+    def codes(self, at: Any, first: int, count: int, tables: list[Any]) -> list[Any]:
+        """Quads of a block: what codes stand for in the tables, or they themselves; where the CPU multiplies signed weights by unsigned inputs as
+        fast, with the middle taken off (`Simd.tops`)."""
+        found = (self.s.tops if self.top else self.s.quads)(at, self.bits, first, count)
+        return [self.s.lookup(tables, quad, self.bits) for quad in found] if tables else found
 
     def scale(self, panel: dict[str, Any], g: Any) -> Any:
         """The scales of a block, float32 lanes; of the row with g = None."""
@@ -90,7 +98,7 @@ class Product(Emitter):
         """What Σ q of a block (of the row with g = None) is multiplied with, so that codes count from their zeros."""
         s, b = self.s, self.b
         zero = b.sext(s.load(panel["zeros"], 0 if g is None else self.times(g, s.rows), ir.VectorType(I8, s.rows)), s.ints)
-        if self.signed and self.bits != 8:
+        if self.top:
             zero = b.shl(b.sub(zero, s.fill(s.ints, 1 << (self.bits - 1))), s.fill(s.ints, 8 - self.bits))
         return b.neg(zero)
 
@@ -117,7 +125,7 @@ class Product(Emitter):
         """y = q_scale · (row_scale · value - q_zero · sums) + bias + residual → out."""
         s, b, a = self.s, self.b, self.a
         row_scale = s.load(a["row_scale"], panel["at"], s.floats)
-        if self.signed and self.bits != 8:
+        if self.top:
             row_scale = b.fmul(row_scale, ir.Constant(s.floats, [2.0 ** (self.bits - 8)] * s.rows))
         sums = s.load(a["sums"], panel["at"], s.floats)
         at4 = self.times(m, 4)
@@ -213,9 +221,9 @@ class Product(Emitter):
             for line in range(0, self.block_bytes, 64):
                 s.prefetch(at, NEAR + line)
                 s.prefetch(following, line, near=2)
-        step = 1 if self.signed else QUADS if self.bits == 3 else 8 // self.bits  # few at a time: registers hold the sums
+        step = 1 if self.top else QUADS if self.bits == 3 else 8 // self.bits  # few at a time: registers hold the sums
         for first in range(0, QUADS, step):
-            quads = [self.codes(at, first, step) for at in codes]
+            quads = [self.codes(at, first, step, p["tables"]) for at, p in zip(codes, panels)]  # noqa: B905 (Python 3.9)
             for k in range(step):
                 for i, row in enumerate(values):
                     x = s.spread(s.load(q, BLOCK * i + 4 * (first + k), I32))
@@ -223,9 +231,9 @@ class Product(Emitter):
         return values
 
 
-def product_module(target: str, bits: int, per_block: bool, zeros: bool) -> ir.Module:
+def product_module(target: str, bits: int, per_block: bool, zeros: bool, kind: str = "") -> ir.Module:
     """`gemv` and `gemm` for one form of weights."""
-    module = ir.Module(f"product-{target}-{bits}-{per_block}-{zeros}")
-    Product(module, "gemv", target, bits, per_block, zeros).gemv()
-    Product(module, "gemm", target, bits, per_block, zeros).gemm()
+    module = ir.Module(f"product-{target}-{bits}-{per_block}-{zeros}-{kind}")
+    Product(module, "gemv", target, bits, per_block, zeros, kind).gemv()
+    Product(module, "gemm", target, bits, per_block, zeros, kind).gemm()
     return module

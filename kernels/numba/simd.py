@@ -231,6 +231,57 @@ class Simd:
         two = self.mask(self.shift_left(low, at) if at > 0 else self.shift_right(low, -at), 0x60)
         return self.b.or_(two, self.mask(self.shift_left(high, 7 - j), 0x80))
 
+    # ---- weights looked up
+
+    def tables(self, address: Any, own: bool) -> list[Any]:
+        """What `lookup` takes: one vector, 16 bytes in each 128 bits of it; with tables of their `own`, four, those of rows j, 4 + j, 8 + j … in vector j."""
+        sixteen = ir.VectorType(I8, 16)
+        if own:
+            return [self.load(address, 4 * self.rows * j, self.bytes) for j in range(4)]
+        places = ir.Constant(ir.VectorType(I32, 4 * self.rows), list(range(16)) * (self.rows // 4))
+        return [self.b.shuffle_vector(self.load(address, 0, sixteen), ir.Constant(sixteen, ir.Undefined), places)]
+
+    def lookup(self, tables: list[Any], codes: Any, bits: int) -> Any:
+        """A quad of codes below 2^bits → the bytes they stand for."""
+        if self.target == "plain":
+            return self._chosen(self._entries(tables, bits), codes)
+        if self.target.startswith("x86"):
+            name = "llvm.x86.avx512.pshuf.b.512" if self.rows == 16 else "llvm.x86.avx2.pshuf.b"
+            found = self._call(name, self.bytes, [tables[0], codes])
+            for j, table in enumerate(tables[1:], 1):
+                mine = ir.Constant(ir.VectorType(I1, 4 * self.rows), [i // 4 % 4 == j for i in range(4 * self.rows)])
+                found = self.b.select(mine, self._call(name, self.bytes, [table, codes]), found)
+            return found
+        if len(tables) > 1:
+            codes = self.b.or_(codes, ir.Constant(self.bytes, [16 * (i // 4) for i in range(16)]))
+        return self._call(f"llvm.aarch64.neon.tbl{len(tables)}.v16i8", self.bytes, [*tables, codes])
+
+    def _entries(self, tables: list[Any], bits: int) -> list[Any]:
+        """Entry e of every row's table, 2^bits vectors, as `codes` lie in a quad."""
+        count, joined = 4 * self.rows, tables[0]
+        if len(tables) > 1:
+            pairs = [self._side_by_side(*tables[i : i + 2]) for i in (0, 2)]
+            joined = self._side_by_side(*pairs)
+        out = []
+        for e in range(1 << bits):
+            rows = [i // 4 for i in range(count)]
+            places = [(r % 4 * count + r // 4 * 16 if len(tables) > 1 else 0) + e for r in rows]
+            kind = ir.Constant(ir.VectorType(I32, count), places)
+            out.append(self.b.shuffle_vector(joined, ir.Constant(joined.type, ir.Undefined), kind))
+        return out
+
+    def _side_by_side(self, x: Any, y: Any) -> Any:
+        return self.b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, 2 * x.type.count), list(range(2 * x.type.count))))
+
+    def _chosen(self, entries: list[Any], codes: Any) -> Any:
+        """By one bit of the codes after the other, in any vector unit."""
+        bit = 1
+        while len(entries) > 1:
+            odd = self.b.icmp_unsigned("!=", self.mask(codes, bit), self.zero(codes.type))
+            entries = [self.b.select(odd, y, x) for x, y in zip(entries[::2], entries[1::2])]  # noqa: B905 (Python 3.9)
+            bit *= 2
+        return entries[0]
+
     def _three(self, address: Any, offset: int) -> list[Any]:
         size = 4 * self.panel
         low = [self.load(address, offset + i * size, self.bytes) for i in range(2)]

@@ -17,9 +17,11 @@ from .simd import F16, F32, I8, I32, I64, Simd
 class Embed(Emitter):
     """Parts: the M ids. `bits` 0: a table in float32."""
 
-    def __init__(self, module: ir.Module, name: str, target: str, bits: int, per_block: bool = False, zeros: bool = False) -> None:
+    def __init__(
+        self, module: ir.Module, name: str, target: str, bits: int, per_block: bool = False, zeros: bool = False, kind: str = ""
+    ) -> None:
         super().__init__(module, name, target, EMBED_ARGS)
-        self.bits, self.per_block, self.zeros = bits, per_block, zeros
+        self.bits, self.per_block, self.zeros, self.kind = bits, per_block, zeros, kind
         self.one = Simd(self.b, target, one=True)
 
     def emit(self) -> None:
@@ -63,12 +65,29 @@ class Embed(Emitter):
             place = b.add(self.times(g, lanes), lane) if self.per_block else lane
             scale = one.load(scales, self.times(place, 2 if half else 4), F16 if half else F32)
             step = b.fmul(b.fpext(scale, F32) if half else scale, factor)
-            middle = self.real(0.0 if self.bits == 8 else float(1 << (self.bits - 1)))
+            middle = self.real(0.0 if self.bits == 8 or self.kind else float(1 << (self.bits - 1)))
             zero = b.sitofp(one.load(zeros, place, I8), F32) if self.zeros else middle
             found = one.quads(b.add(codes, self.times(g, BLOCK * lanes * self.bits // 8)), self.bits, 0, BLOCK // 4)
-            for i, value in enumerate(found):
+            for i, value in enumerate(self._looked(found, panel, lane) if self.kind else found):
                 real = b.fsub(b.sitofp(value, quad), one.spread(zero, 4))
                 one.store(b.fmul(real, one.spread(step, 4)), b.add(out, self.times(g, 4 * BLOCK)), 16 * i)
+
+    def _looked(self, quads: list[Any], panel: Any, lane: Any) -> list[Any]:
+        """What the codes of a row stand for, one after the other."""
+        a, b, one = self.a, self.b, self.one
+        table = b.add(a["tables"], b.mul(panel, a["table_bytes"]))
+        if self.kind == "tables":
+            vector, place = b.srem(lane, self.number(4)), b.sdiv(lane, self.number(4))
+            table = self.add(table, self.times(vector, 4 * one.panel), self.times(place, 16))
+        out = []
+        for codes in quads:
+            found = codes
+            for i in range(4):
+                place = ir.Constant(I32, i)
+                code = b.zext(b.extract_element(codes, place), I64)
+                found = b.insert_element(found, one.load(b.add(table, code), 0, I8), place)
+            out.append(found)
+        return out
 
 
 class Pick(Emitter):
@@ -109,10 +128,10 @@ class Sparse(Emitter):
         b.ret_void()
 
 
-def embed_module(target: str, bits: int, per_block: bool, zeros: bool) -> ir.Module:
+def embed_module(target: str, bits: int, per_block: bool, zeros: bool, kind: str = "") -> ir.Module:
     """`embed` of one form of weights."""
-    module = ir.Module(f"embed-{target}-{bits}-{per_block}-{zeros}")
-    Embed(module, "embed", target, bits, per_block, zeros).emit()
+    module = ir.Module(f"embed-{target}-{bits}-{per_block}-{zeros}-{kind}")
+    Embed(module, "embed", target, bits, per_block, zeros, kind).emit()
     return module
 
 
