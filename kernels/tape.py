@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .library import Library, args_of, bits_of
-from .panels import BLOCK, Panels, SparsePanels, aligned
+from .panels import BLOCK, FloatPanels, Panels, SparsePanels, aligned
 
 THREAD_BYTES = 1 << 17
 """Bytes of weights (or of inputs, times the rows they meet) that are worth a thread of their own."""
@@ -155,6 +155,20 @@ class Tape:
             f"{kernel}_{p.form}", parts, least,
             codes=p.codes, scales=p.scales, zeros=p.zeros, row_scale=p.row_scale, sums=p.sums, tables=p.tables,
             q=x.q, q_sums=x.q_sums, q_scale=x.q_scale, q_zero=x.q_zero, m=x.rows, blocks=x.blocks, out=out, stride=out.stride, **panel_sizes(p), **more,
+        )  # fmt: skip
+
+    def floats(self, weights: FloatPanels, x: Rows, out: Rows, *, bias: Any = None, residual: Rows | None = None) -> Any:
+        """The same with weights and inputs that are floats."""
+        p, together = weights, self.library.together
+        each = p.nbytes // p.panels
+        if x.rows == 1:
+            kernel, parts, least = "gemv", p.panels, THREAD_BYTES // each
+        else:
+            kernel, parts, least = "gemm", p.panels // together, THREAD_BYTES // (each * together * min(x.rows, 16))
+        more = {n: v for n, v in (("bias", bias), ("residual", residual)) if v is not None}
+        return self.add(
+            f"{kernel}_{p.form}", parts, least, codes=p.codes, row_scale=p.row_scale, x=x, x_stride=x.stride, m=x.rows, cols=p.cols,
+            panel_bytes=p.codes.nbytes // p.panels, out=out, stride=out.stride, **more,
         )  # fmt: skip
 
     @property

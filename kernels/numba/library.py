@@ -8,11 +8,12 @@ from typing import Any
 
 from llvmlite import ir
 
-from edgesdk.kernels.library import KINDS, ROUNDINGS
+from edgesdk.kernels.library import FLOATS, KINDS, ROUNDINGS
 from edgesdk.kernels.sparse import BLOCKS, PATTERNS
 
 from .attention import ATTENTION, attention_module
 from .compiled import loaded, object_code
+from .floats import floats_module
 from .products import halves, product_module, wide
 from .rounding import rounding_module
 from .simd import ROWS, VNNI
@@ -26,6 +27,8 @@ def _module(name: str) -> tuple[str, str]:
     family, _, rest = name.partition("_")
     if family in ("heads", "attend"):
         return "attention", name.rpartition("_")[2]
+    if family in ("gemv", "gemm", "embed") and rest in FLOATS:
+        return "floats", rest
     if family in ("gemv", "gemm"):
         return "product", rest
     if family in ("embed", "pick", "sparse"):
@@ -35,6 +38,8 @@ def _module(name: str) -> tuple[str, str]:
 
 def _emitted(target: str, kind: str, detail: str) -> tuple[ir.Module, dict[str, str]]:
     """A module, and its functions by the names of `kernels.library`."""
+    if kind == "floats":
+        return floats_module(target, int(detail)), {f"{n}_{detail}": n for n in ("gemv", "gemm", "embed")}
     if kind == "product" and detail.rpartition("_")[2] in (*PATTERNS, BLOCKS):
         bits, scale, *more = detail.split("_")
         module = sparse_module(target, int(bits), scale == "block", more[0] == "zeros", more[-1])

@@ -15,12 +15,14 @@ from edgesdk.kernels.library import KEPT_ARGS
 from edgesdk.kernels.panels import BLOCK
 from edgesdk.kernels.sparse import BLOCKS, PATTERNS, place_bits, unit
 
-from .products import AHEAD, NEAR, Product, wide
+from .products import NEAR, Product, wide
 from .simd import I8, I32, I64
 
 WINDOW = 16
 """Columns out of which a shuffle chooses."""
-TILE = {"x86-avx512vnni": ((6, 4, 2, 1), (6, 4, 2, 1)), "x86-avxvnni": ((4, 2, 1), (2, 1)), "x86-avx2": ((2, 1), (1,))}
+AHEAD = 4096
+"""Bytes by which a GEMV of n of m fetches weights before they are needed."""
+TILE = {"x86-avx512vnni": ((8, 4, 2, 1), (4, 2, 1)), "x86-avxvnni": ((4, 2, 1), (2, 1)), "x86-avx2": ((2, 1), (1,))}
 """Target → rows of inputs of a GEMM's tile, where a row has one scale, and where blocks have."""
 ALONE = {"x86-avx512vnni": (12, 6, 4, 1), "x86-avxvnni": (6, 4, 1), "x86-avx2": (4, 1)}
 """The same over blocks, whose GEMM works on one panel at a time: no other has the same."""
@@ -111,7 +113,7 @@ class Pattern(Product):
             with self.loop(self.number(0), units) as u:
                 at = b.add(panel["codes"], self.times(u, self.block_bytes))
                 for line in range(0, self.block_bytes, 64):
-                    s.prefetch(at, AHEAD[self.bits] + line)
+                    s.prefetch(at, AHEAD + line)
                 for j, g in enumerate(self.blocks_of(u)):
                     q, _ = self.q_at(g, self.number(0))
                     total = s.zero(s.ints) if self.per_block else b.load(whole)
