@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgesdk.graph.arena import Held, greedy_by_size
+from edgesdk.native.formats import is_native, stored_bytes
 from edgesdk.plan.types import MemoryAnswer
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def weight_bytes(unit: Unit, precision: str, runtime: str) -> int:
     """Stored bytes of a unit's weight, scales, zero points and bias.
 
     int8: one byte, and a float32 scale a channel (LiteRT's flatbuffer adds an int64 zero point a channel; XNNPACK's static int8 stores
-    the bias' scale, too); int4-g32: half a byte, and a bfloat16 scale for each 32 along the reduction.
+    the bias' scale, too); int4-g32: half a byte, and a bfloat16 scale for each 32 along the reduction; native-…: as panels hold it.
     """
     n, bias = unit.weight_elements, unit.bias_elements * 4
     if n == 0:
@@ -31,6 +32,8 @@ def weight_bytes(unit: Unit, precision: str, runtime: str) -> int:
     if precision in ("int8-static", "int8-dynamic", "int8-weight-only"):
         scales = unit.rows * (4 if executorch else 12)
         return n + scales + bias * (2 if executorch and precision == "int8-static" else 1)
+    if is_native(precision):
+        return stored_bytes(unit.rows, unit.cols, precision) + bias
     if precision == "int4-g32":
         return unit.rows * -(-unit.cols // 2) + -(-unit.cols // GROUP) * unit.rows * 2 + bias
     if precision == "fp16":
@@ -149,7 +152,7 @@ def memory_answer(
     inside = sum(m.peak_activation_bytes for m in graph.methods)
     copies = packed_again(graph, runtime)
     held = {
-        u.weight: weight_bytes(u, precisions.get((m.name, u.name), "fp32"), runtime)
+        u.weight: 0 if is_native(p := precisions.get((m.name, u.name), "fp32")) else weight_bytes(u, p, runtime)
         for m in graph.methods
         for u in m.units
         if u.weight in copies

@@ -27,22 +27,27 @@ def choice_of(plan: Plan) -> dict[tuple[str, str], str]:
     return {(u.method, u.unit): u.precision for u in plan.units}
 
 
-def lower(spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str], say: Callable[[str], None] = lambda text: None) -> bytes:
-    """The program's bytes for a runtime, kept in the cache by content.
+def lower(
+    spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str], say: Callable[[str], None] = lambda text: None, target: str = ""
+) -> bytes:  # fmt: skip
+    """The program's bytes for a runtime, kept in the cache by content. `target`: the instructions of single units on our own kernels, "" for
+    this machine's.
 
     Raises `MissingTool`, `InputError`, and `CheckFailed` when the program does not hold a unit in the precision of `choice`.
     """
     from edgesdk import __version__
     from edgesdk.cache import cache_dir
     from edgesdk.lower.held import refuse_difference
+    from edgesdk.lower.native_units import any_native
     from edgesdk.runner import installed
 
-    by = [installed(), __version__, *(_native_form(runtime) if runtime.startswith("native") else [])]
+    own = runtime if runtime.startswith("native") else f"native-{target}" if target else "native" if any_native(choice.values()) else ""
+    by = [installed(), __version__, *(_native_form(own) if own else [])]
     key = json.dumps(["kept", spec.digest, runtime, sorted([*k, p] for k, p in choice.items()), *by])
     path = cache_dir("lowered") / hashlib.sha256(key.encode()).hexdigest()[:40]
     if path.exists():
         return path.read_bytes()
-    content = _lower(spec, runtime, choice, say)
+    content = _lower(spec, runtime, choice, say, target)
     if not runtime.startswith("native"):  # whose program is written by this package, unit by unit
         refuse_difference(spec, runtime, choice, content)
     part = path.with_suffix(".part")
@@ -73,7 +78,7 @@ def _remember(spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str],
         remember(plan, spec.digest, choice.values())
 
 
-def _lower(spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str], say: Callable[[str], None]) -> bytes:
+def _lower(spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str], say: Callable[[str], None], target: str) -> bytes:
     if runtime in ("litert", "tflite-runtime"):
         from edgesdk.lower.litert import lower_litert
 
@@ -83,7 +88,7 @@ def _lower(spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str], sa
 
         if spec.flatbuffer is not None:
             raise InputError(f"{spec.name}: a .tflite cannot become a .pte", "plan it with --runtime litert, or give the PyTorch model")
-        return lower_executorch(spec, choice, say, runtime.removeprefix("executorch").lstrip("-") or "xnnpack")
+        return lower_executorch(spec, choice, say, runtime.removeprefix("executorch").lstrip("-") or "xnnpack", target=target)
     if runtime.startswith("native"):
         from edgesdk.native.lower import lower_native
 
@@ -110,10 +115,16 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
     if plan.digests.get("model") != spec.digest:
         raise InputError(f"the plan was made for another '{plan.model}'", "plan again: the model's code or weights have changed")
     choice = choice_of(plan)
-    runtime = _lowered_as(plan)
-    program = lower(spec, runtime, choice, lambda text: step(text, 0.1))
+    target = _target(plan)
+    runtime = f"native-{target}" if plan.runtime == "native" else plan.runtime
+    program = lower(spec, runtime, choice, lambda text: step(text, 0.1), target)
     name, stored, sizes = _stored(plan.runtime, program, spec)
-    members: dict[str, bytes] = {name: stored, "plan.json": plan.to_json().encode(), **_files(plan, spec), **_kernels(runtime, program)}
+    members: dict[str, bytes] = {
+        name: stored,
+        "plan.json": plan.to_json().encode(),
+        **_files(plan, spec),
+        **_kernels(plan, program, target),
+    }
     fields: dict[str, Any] = {
         "host_check": {},
         "golden": (),
@@ -124,7 +135,11 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
     if plan.runtime in ("executorch", "litert", "tflite-runtime", "native"):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, name)
-            path.write_bytes(stored if _runs_here(runtime) else lower(spec, plan.runtime, choice))
+            if _runs_here(target):
+                for member in (name, *(n for n in members if n.startswith("libedge"))):
+                    Path(folder, member).write_bytes(members[member])
+            else:
+                _twin(plan, spec, path)
             with silent():
                 runner = open_program(str(path), plan.runtime, plan.threads)
                 inputs = golden_inputs(spec)
@@ -144,33 +159,48 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
     return Path(out)
 
 
-def _lowered_as(plan: Plan) -> str:
-    """The runtime, of our own kernels with the instructions of the plan's device."""
-    if plan.runtime != "native":
-        return plan.runtime
+def _target(plan: Plan) -> str:
+    """The instructions of the plan's device that our own kernels are made for; "" where the plan has none of them."""
+    from edgesdk.lower.native_units import any_native
+
+    if plan.runtime != "native" and not any_native(u.precision for u in plan.units):
+        return ""
     from edgesdk.devices import load_device
     from edgesdk.kernels.cpu import target_of
 
     device = load_device(plan.device)
-    return f"native-{target_of(device.unit(next(r.unit for r in device.runtimes if r.name == 'native')).isa)}"
+    return target_of(device.unit(next(r.unit for r in device.runtimes if r.name == plan.runtime)).isa)
 
 
-def _kernels(runtime: str, program: bytes) -> dict[str, bytes]:
-    """The library that a native program's device runs it with, where that is no machine that compiles kernels itself."""
-    if not runtime.startswith("native-arm"):
+def _kernels(plan: Plan, program: bytes, target: str) -> dict[str, bytes]:
+    """The library that the device runs our own kernels with: of a native program, where that is no machine that compiles them itself; of single
+    units on ExecuTorch, their operator."""
+    if target and plan.runtime == "executorch":
+        from edgesdk.lower.native_units import library_of
+        from edgesdk.runner import OPERATORS
+
+        return {OPERATORS: library_of(program, target)}
+    if not target.startswith("arm"):
         return {}
     from edgesdk.native.shared import LIBRARY, shared_library
 
     return {LIBRARY: shared_library(program)}
 
 
-def _runs_here(runtime: str) -> bool:
-    """Whether this host's CPU has the instructions that a program is for."""
-    if not runtime.startswith("native"):
-        return True
+def _runs_here(target: str) -> bool:
+    """Whether this host's CPU has the instructions that a program's kernels are for."""
     from edgesdk.kernels.cpu import host_targets
 
-    return runtime.removeprefix("native-") in host_targets()
+    return not target or target in host_targets()
+
+
+def _twin(plan: Plan, spec: ModelSpec, path: Path) -> None:
+    """The plan's program with the same weights for this machine, at `path`, with what it needs beside it."""
+    from edgesdk.kernels.cpu import host_targets
+
+    path.write_bytes(program := lower(spec, plan.runtime, choice_of(plan)))
+    for name, content in _kernels(plan, program, host_targets()[0]).items():
+        path.with_name(name).write_bytes(content)
 
 
 def _files(plan: Plan, spec: ModelSpec) -> dict[str, bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from edgesdk.errors import CheckFailed
+from edgesdk.native.formats import like
 
 if TYPE_CHECKING:
     from edgesdk.model import ModelSpec
@@ -57,7 +58,7 @@ def golden_inputs(spec: ModelSpec, cases: int = 4) -> dict[str, list[list[Any]]]
 
 def check_program(run: Any, expected: Any, inputs: dict[str, list[list[Any]]], precisions: set[str], what: str) -> dict[str, float]:
     """Worst relative error of each method. Raises `CheckFailed` when one is above the limit of the precisions used."""
-    limit = max((LIMITS[p] for p in precisions), default=LIMITS["fp32"])
+    limit = max((LIMITS[like(p)] for p in precisions), default=LIMITS["fp32"])
     errors: dict[str, float] = {}
     for method, cases in inputs.items():
         for case in cases:

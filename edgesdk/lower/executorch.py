@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from edgesdk.errors import InputError, MissingTool
 from edgesdk.graph.torch_trace import fresh, takes_caches
+from edgesdk.kernels.cpu import host_targets
 from edgesdk.lower.inject import codes_by_module, inject
+from edgesdk.lower.native_units import any_native, put_in
 from edgesdk.lower.quiet import quiet, silent
+from edgesdk.native.formats import is_native
 from edgesdk.plan.fake_quant import samples
 
 if TYPE_CHECKING:
@@ -36,7 +39,8 @@ def refuse_unapplied(spec: ModelSpec, choice: Choice) -> None:
         weight = getattr(module, "weight", None)
         if weight is None and precision in ("fp32", "int8-static"):
             continue
-        if precision not in kinds or not isinstance(module, kinds[precision]):
+        allowed = kinds.get(precision, linear if is_native(precision) else None)
+        if allowed is None or not isinstance(module, allowed):
             raise InputError(f"{method}/{unit}: {precision} cannot be applied in a .pte", "plan again, or choose --runtime litert")
         where, other = taken.setdefault(id(weight), (f"{method}/{unit}", precision))
         if other != precision:
@@ -45,9 +49,9 @@ def refuse_unapplied(spec: ModelSpec, choice: Choice) -> None:
             )
 
 
-def quantized_modules(spec: ModelSpec, choice: Choice) -> dict[str, Any]:
+def quantized_modules(spec: ModelSpec, choice: Choice, target: str = "") -> dict[str, Any]:
     """A copy of the methods' modules with the dynamic precisions applied (weights shared by methods stay shared): they compute what the
-    program does, but for the order of sums and for XNNPACK's approximation of GELU."""
+    program does, but for the order of sums and for XNNPACK's approximation of GELU. `target`: of units on our own kernels; "" for this machine's."""
     import torch
     from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
     from torchao.quantization.granularity import PerAxis, PerGroup
@@ -77,6 +81,7 @@ def quantized_modules(spec: ModelSpec, choice: Choice) -> dict[str, Any]:
                 if precision == "int4-g32":  # as XNNPACK holds them
                     m.weight.scale.copy_(m.weight.scale.to(torch.bfloat16).to(m.weight.scale.dtype))
     _round_tables(modules, choice)
+    put_in(spec, modules, choice, target or host_targets()[0])
     return modules
 
 
@@ -149,9 +154,15 @@ def _follows(units: set[str]) -> Callable[[Any], bool]:
 
 
 def lower_executorch(
-    spec: ModelSpec, choice: Choice, say: Callable[[str], None], delegate: str = "xnnpack", partitioner: list[Any] | None = None
+    spec: ModelSpec,
+    choice: Choice,
+    say: Callable[[str], None],
+    delegate: str = "xnnpack",
+    partitioner: list[Any] | None = None,
+    target: str = "",
 ) -> bytes:
-    """The `.pte` bytes. `delegate`: "xnnpack", "vulkan", "coreml" or "portable"; `partitioner`: another way to cut the graph for it.
+    """The `.pte` bytes. `delegate`: "xnnpack", "vulkan", "coreml" or "portable"; `partitioner`: another way to cut the graph for it; `target`: the
+    instructions of units on our own kernels, "" for this machine's.
 
     Raises `MissingTool` where the SDK is absent.
     """
@@ -166,7 +177,7 @@ def lower_executorch(
     refuse_unapplied(spec, choice)
     with torch.no_grad(), quiet():
         say("quantizing")
-        modules = quantized_modules(spec, choice)
+        modules = quantized_modules(spec, choice, target)
         programs = {}
         for name, module in modules.items():
             static = {_module_name(unit) for (method, unit), p in choice.items() if method == name and p == "int8-static"}
@@ -182,7 +193,9 @@ def lower_executorch(
         # caches stay where their owner keeps them: a program that takes any has no room of its own for its inputs, and copies none
         kept = {name: takes_caches(spec.methods[name], program) for name, program in programs.items()}
         planning = {name: MemoryPlanningPass(alloc_graph_input=not kept[name]) for name in programs}
-        return bytes(lowered.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning)).buffer)
+        aligned = 64 if any_native(choice.values()) else None
+        backend = ExecutorchBackendConfig(memory_planning_pass=planning, constant_tensor_alignment=aligned)
+        return bytes(lowered.to_executorch(backend).buffer)
 
 
 def _with_strides(program: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgesdk.errors import CheckFailed
 from edgesdk.graph.tflite_read import Table
+from edgesdk.native.formats import is_native
 from edgesdk.runner import method_of
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def refuse_difference(spec: ModelSpec, runtime: str, choice: Mapping[tuple[str, 
             planned = choice.get((method.name, unit.name), "fp32")
             if planned == "as-is":
                 continue
-            twin = _twin(unit, left)
+            twin = _twin(unit, left, planned)
             if twin is not None:
                 left.remove(twin)
             held = twin.precision if twin else "fp32"
@@ -64,10 +65,12 @@ def refuse_difference(spec: ModelSpec, runtime: str, choice: Mapping[tuple[str, 
     return compared
 
 
-def _twin(unit: Unit, left: list[Held]) -> Held | None:
-    """The first operator left with the unit's weight shape: both lists are in the order in which they compute."""
-    shape, embedding = {unit.rows, unit.cols}, unit.op == "embedding"
-    return next((h for h in left if {h.rows, h.cols} == shape and h.embedding == embedding), None)
+def _twin(unit: Unit, left: list[Held], planned: str) -> Held | None:
+    """The first operator left with the unit's weight shape, on our kernels or not as planned: both lists are in the order in which they compute,
+    but for our kernels' operators, which are listed after the delegates'."""
+    shape, embedding, native = {unit.rows, unit.cols}, unit.op == "embedding", is_native(planned)
+    alike = [h for h in left if {h.rows, h.cols} == shape and h.embedding == embedding]
+    return next((h for h in alike if is_native(h.precision) == native), alike[0] if alike else None)
 
 
 _WEIGHT_AT = {3: 1, 4: 1, 7: 1, 9: 1, 36: 0, 67: 1}
@@ -131,6 +134,7 @@ def pte_operators(content: bytes) -> list[Held] | None:
     """The weighted operators that XNNPACK computes in a `.pte`; None where another delegate holds some of them, in its own form."""
     from executorch.exir._serialize._program import deserialize_pte_binary
 
+    from edgesdk.lower.native_units import calls
     from edgesdk.lower.quiet import quiet
 
     with quiet():
@@ -142,6 +146,7 @@ def pte_operators(content: bytes) -> list[Held] | None:
             if delegate.id != "XnnpackBackend":
                 return None
             found += list(_xnnpack(plan.name, bytes(program.backend_delegate_data[delegate.processed.index].data)))
+        found += [Held(plan.name, False, int(h["rows"]), int(h["cols"]), h["precision"].decode()) for h in calls(program, plan)]
         found += list(_tables(plan))
     return found
 

@@ -84,7 +84,7 @@ def packed(code: Code, kernels: Library, bias: Any = None, precision: str = "nat
 
 def head_of(content: Any) -> Any:
     """The head of an operator's weights. Raises `CheckFailed` where they are none of this layout."""
-    content = np.asarray(content, np.uint8)
+    content = np.frombuffer(content, np.uint8) if isinstance(content, bytes) else np.asarray(content, np.uint8)
     if content.size >= _HEAD.itemsize:
         head = np.frombuffer(content[: _HEAD.itemsize].tobytes(), _HEAD)[0]
         if head["layout"] == LAYOUT:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgesdk.native.formats import bits_and_group, is_native, stored_bytes
 from edgesdk.plan.types import Estimate
 
 if TYPE_CHECKING:
@@ -55,13 +56,15 @@ def dtype_of(unit: Unit, precision: str) -> Dtype:
     """The arithmetic a precision runs in."""
     if precision == "as-is":
         return "int8" if unit.act_bytes == 1 else "fp32"
-    return _DTYPE.get(precision, "fp32")
+    return "int8" if is_native(precision) else _DTYPE.get(precision, "fp32")
 
 
 def weight_traffic(unit: Unit, precision: str) -> float:
     """Bytes of weights a call reads."""
     if unit.op == "embedding":
         return 0.0  # a row or two, counted as output
+    if is_native(precision):
+        return stored_bytes(unit.rows, unit.cols, precision) + 4.0 * unit.bias_elements
     per = {"int4-g32": 0.5 + 2 / 32, "fp32": 4.0, "fp16": 2.0, "int8-weight-only": 4.0}.get(precision, 1.0)  # unpacked to float when loaded
     if precision == "as-is":
         per = 1.0 if unit.weight_dtype in ("int8", "uint8") else 4.0
@@ -171,6 +174,8 @@ def _row(efficiency: Efficiency, unit: Unit, precision: str) -> OpRate | None:
     """The row of a unit; a flatbuffer's operators cost like static int8 or float ones."""
     if precision == "as-is":
         precision = "int8-static" if unit.act_bytes == 1 else "fp32"
+    if found := bits_and_group(precision):  # calibrated in two forms; the others compute as fast as the nearer of them
+        precision = "native-int8" if found[0] == 8 else "native-int4-g32"
     known = {r.op for r in efficiency.rows}
     kind = next((k for k in (kind_of(unit), unit.op, _LIKE.get(unit.op, "*")) if k in known), unit.op)
     return efficiency.row(kind, precision)

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from edgesdk.native.formats import bits_and_group, is_native, name_of
+
 if TYPE_CHECKING:
     import torch
 
@@ -22,6 +24,8 @@ def round_weight(weight: torch.Tensor, precision: str) -> torch.Tensor:
     import torch
 
     flat = weight.reshape(weight.shape[0], -1)
+    if form := bits_and_group(precision):
+        return _on_our_kernels(flat, *form).reshape(weight.shape)
     if precision == "int4-g32":
         groups = flat.reshape(flat.shape[0], -1, 32)
         scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 7.5
@@ -31,6 +35,16 @@ def round_weight(weight: torch.Tensor, precision: str) -> torch.Tensor:
         scale = flat.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127.0
         return (torch.clamp(torch.round(flat / scale), -127, 127) * scale).reshape(weight.shape)
     return weight.half().float() if precision == "fp16" else weight
+
+
+def _on_our_kernels(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """As the kernels hold it. What is such a grid already, as a compressed weight is, comes back all but as it was."""
+    import torch
+
+    from edgesdk.kernels.nearest import nearest
+    from edgesdk.packed import decode
+
+    return torch.from_numpy(decode(nearest(weight.numpy(), bits, group, True))).to(weight.dtype)
 
 
 def _round_dynamic(x: torch.Tensor) -> torch.Tensor:
@@ -79,7 +93,9 @@ def quantized(spec: ModelSpec, graph: ModelGraph, choice: Mapping[str, str], ran
             precision = choice.get(name, "fp32")
             if precision in ("fp32", "as-is") or parameter is None:
                 continue
-            if parameter.data_ptr() not in seen:
+            stored = spec.codes.get(name)
+            as_stored = stored is not None and is_native(precision) and name_of(stored) == precision
+            if parameter.data_ptr() not in seen and not as_stored:
                 seen.add(parameter.data_ptr())
                 before = parameter.data.clone()
                 undo.callback(parameter.data.copy_, before)
@@ -97,7 +113,7 @@ def round_inputs(module: Any, precision: str, limits: tuple[float, float] | None
         x = inputs[0]
         if precision == "int8-static" and limits is not None:
             x = _round_static(x, limits)
-        elif precision in ("int8-dynamic", "int4-g32"):
+        elif precision in ("int8-dynamic", "int4-g32") or is_native(precision):
             x = _round_dynamic(x)
         return (x, *inputs[1:])
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from edgesdk.native.formats import like
 from edgesdk.noun import Noun, Part
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Harm(Noun):
     rows: tuple[HarmRow, ...]
 
     def of(self, weight: str, precision: str) -> float:
+        precision = like(precision)
         return next((r.harm for r in self.rows if r.weight == weight and r.precision == precision), 0.0)
 
     def table(self) -> dict[tuple[str, str], float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from edgesdk.errors import InputError
@@ -60,8 +61,11 @@ def _own_module(unit: Unit) -> bool:
     return unit.weight == f"{unit.name.split('#')[0]}.weight"
 
 
-def options(unit: Unit, method: str, runtime: str, device: DeviceProfile, *, source: str = "torch", static: bool = True) -> list[Precision]:
-    """Precisions that `unit` can take; never empty. `static`: whether there is data to set static ranges from.
+def options(
+    unit: Unit, method: str, runtime: str, device: DeviceProfile, *, source: str = "torch", static: bool = True, native: Sequence[Precision] = ()
+) -> list[Precision]:  # fmt: skip
+    """Precisions that `unit` can take; never empty. `static`: whether there is data to set static ranges from; `native`: what linear layers of
+    this program may take on our own kernels.
 
     Raises `InputError` when the device has no such runtime.
     """
@@ -82,6 +86,8 @@ def options(unit: Unit, method: str, runtime: str, device: DeviceProfile, *, sou
             continue
         if precision in allowed or (runtime == "executorch" and unit.op == "embedding"):  # int8 tables are made of plain operators
             found.append(precision)
+    if unit.op == "linear" and runtime == "executorch" and _own_module(unit):
+        found += native
     return found or ["fp32"]
 
 

@@ -13,10 +13,11 @@ from edgesdk.graph.memory import weight_bytes
 from edgesdk.graph.memory_plan import dry_plan
 from edgesdk.graph.types import ModelGraph, Unit
 from edgesdk.model import SEPARATOR
+from edgesdk.native.formats import is_native
 from edgesdk.plan.answering import answering, answers_of
 from edgesdk.plan.cost import Z80, UnitCost, call_seconds, fused, total, working_set
 from edgesdk.plan.harm import Step, harm_of, quality_of
-from edgesdk.plan.setting import Setting, cost_of, group_of, memory_of, need_power, offered_by, runtimes_of, setting_of, table_of
+from edgesdk.plan.setting import Setting, cost_of, group_of, harm_at, memory_of, need_power, offered_by, runtimes_of, setting_of, table_of
 from edgesdk.plan.solve import Solution, solve
 from edgesdk.plan.subject import Subject
 from edgesdk.plan.types import Budget, BudgetCheck, Candidate, Estimate, Plan, Precision, UnitPlan, Workload
@@ -274,10 +275,11 @@ def _plan(
             estimate = Estimate(value=cost.seconds, low=cost.low, high=cost.high)
             size = 0 if group in seen else weight_bytes(unit, precision, s.runtime)
             seen.add(group)
-            harm = s.harm.of(unit.weight or "", precision) if unit.weight_elements else 0.0
+            harm = harm_at(s, unit, precision) if unit.weight_elements else 0.0
             units.append(
                 UnitPlan.model_validate({
-                    "unit": unit.name, "method": method.name, "op": unit.op, "precision": precision, "weight_bytes": size, "latency": estimate,
+                    "unit": unit.name, "method": method.name, "op": unit.op, "precision": precision,
+                    "runtime": "native" if is_native(precision) else s.runtime, "weight_bytes": size, "latency": estimate,
                     "bound": cost.bound, "harm": harm, "why": _why(s, unit, precision, offered, touched),
                 })
             )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 from edgesdk.device import ComputeUnit, DeviceProfile
 from edgesdk.efficiency import Efficiency
@@ -10,6 +11,7 @@ from edgesdk.errors import InputError, UnknownName
 from edgesdk.graph.memory import memory_answer, packed_again, weight_bytes
 from edgesdk.graph.memory_plan import known
 from edgesdk.graph.types import ModelGraph, Unit
+from edgesdk.native.formats import ROUNDED, is_native
 from edgesdk.plan.cost import UnitCost, call_seconds, fused, unit_cost, working_set
 from edgesdk.plan.harm import Harm
 from edgesdk.plan.options import options
@@ -34,6 +36,7 @@ class Setting:
     harm: Harm
     workload: Workload
     lost: float = 0.0  # quality that compressing the model before has cost already
+    native: tuple[Precision, ...] = ()  # of single linear layers on our own kernels, where they were measured and can be built
     whole: bool = False  # the whole model in static int8, nothing rounded in between; else each weight for itself
 
 
@@ -68,7 +71,20 @@ def setting_of(
     n = threads or target_for(device).default_threads
     if n > compute.cores:
         raise InputError(f"--threads {n}: {device.name}'s {compute.name} has {compute.cores} cores", "ask for fewer threads")
-    return Setting(subject, graph, device, compute, runtime, n, efficiency_for(device, compute, runtime, n), harm, workload)
+    efficiency = efficiency_for(device, compute, runtime, n)
+    native = native_units(compute, runtime, efficiency)
+    return Setting(subject, graph, device, compute, runtime, n, efficiency, harm, workload, native=native)
+
+
+def native_units(compute: ComputeUnit, runtime: str, efficiency: Efficiency) -> tuple[Precision, ...]:
+    """What linear layers of an ExecuTorch program may take on our own kernels: what was measured there, where the operator can be compiled here."""
+    measured = tuple(p for p in ROUNDED if any(r.op == "linear" and r.precision == p for r in efficiency.rows))
+    if runtime != "executorch" or not measured:
+        return ()
+    from edgesdk.kernels.cpu import target_of
+    from edgesdk.native.operator_build import missing
+
+    return () if missing(target_of(compute.isa)) else measured
 
 
 def group_of(method: str, unit: Unit) -> str:
@@ -90,7 +106,9 @@ def cost_of(s: Setting, unit: Unit, precision: str, touched: float) -> UnitCost:
 def offered_by(s: Setting, unit: Unit, method: str) -> list[Precision]:
     """Precisions of a unit; static int8 needs data for its ranges, and no attention masks, which would stretch every range."""
     static = s.subject.facts.layout == "plain" and s.subject.facts.has_calibration
-    found = options(unit, method, s.runtime, s.device, source=s.graph.source, static=static)
+    stored = s.subject.facts.formats.get(unit.weight or "")
+    native = [cast(Precision, stored)] if stored and s.native else s.native
+    found = options(unit, method, s.runtime, s.device, source=s.graph.source, static=static, native=native)
     if s.whole:
         return ["int8-static"] if "int8-static" in found else found[:1]
     return found if unit.weight_elements else found[:1]
@@ -133,12 +151,12 @@ def table_of(s: Setting, slower: bool) -> tuple[list[Option], dict[str, float], 
                 continue
             choices[group] = [p for p in offered if p in choices.get(group, offered)]
             for precision in offered:
-                held = weight_bytes(unit, precision, s.runtime) * (1 + copies.get(unit.weight or "", 0))
+                held = weight_bytes(unit, precision, s.runtime) * (1 + (0 if is_native(precision) else copies.get(unit.weight or "", 0)))
                 use = uses.setdefault((group, precision), {"memory": held, "latency": 0.0, "harm": 0.0})
                 value = cost_of(s, unit, precision, touched).seconds
                 use["latency"] += value * method.unroll
                 use[f"latency:{method.name}"] = use.get(f"latency:{method.name}", 0.0) + value
-                use["harm"] += s.harm.of(unit.weight or "", precision)
+                use["harm"] += harm_at(s, unit, precision)
                 use["storage"] = stored_bytes(s, unit, precision)
     kept = [Option(g, p, u) for (g, p), u in uses.items() if p in choices[g]]
     fast = [o for o in kept if slower or o.use["latency"] <= uses[(o.group, choices[o.group][0])]["latency"] * 1.0001]
@@ -153,11 +171,17 @@ def table_of(s: Setting, slower: bool) -> tuple[list[Option], dict[str, float], 
     return fast, fixed, len(kept) - len(fast)
 
 
+def harm_at(s: Setting, unit: Unit, precision: str) -> float:
+    """Of a weight that our kernels read as it is stored: that of rounding what it meets."""
+    as_stored = s.subject.facts.formats.get(unit.weight or "") == precision
+    return s.harm.of(unit.weight or "", "int8-dynamic" if as_stored else precision)
+
+
 def stored_bytes(s: Setting, unit: Unit, precision: str) -> float:
     """Bytes of a weight in the program's file: its code, where the model is compressed, with what the precision adds to it."""
     held = float(weight_bytes(unit, precision, s.runtime))
     code = s.subject.facts.coded.get(unit.weight or "")
-    if code is None or (precision == "int4-g32" and unit.weight not in s.subject.facts.int4):
+    if code is None or is_native(precision) or (precision == "int4-g32" and unit.weight not in s.subject.facts.int4):
         return held
     return min(held, code + (4.0 * unit.rows if precision.startswith("int8") else 0.0))
 

@@ -31,6 +31,7 @@ class Facts(Noun):
     coded: dict[str, int] = Field(default_factory=dict)  # weights that are stored compressed → their bytes
     native: bool = False  # whether our own kernels run it whole
     int4: tuple[str, ...] = ()  # those of them that int4-g32 holds as they are
+    formats: dict[str, str] = Field(default_factory=dict)  # those of them that our kernels read as they are → the precision that it is
 
 
 def _content_key(ref: str) -> str | None:
@@ -88,19 +89,22 @@ class Subject:
 
         self.ref, self._sizes = ref, (workload or Workload()).sizes
         key = _content_key(ref)
-        self.facts = cached("facts", f"{key}-{self._sizes}-{__version__}", Facts, self._facts) if key else self._facts()
+        self.facts = cached("facts", f"{key}-{self._sizes}-{__version__}-formats", Facts, self._facts) if key else self._facts()
         saved = cache_dir("graphs") / f"{self.facts.model_digest[:32]}-{__version__}.json"
         self._saved_graph = saved if saved.exists() else None
 
     def _facts(self) -> Facts:
         from edgesdk.lower.inject import is_grid
+        from edgesdk.native.formats import name_of
         from edgesdk.packed import pack
 
         spec = self.spec
+        formats = {n: name for n, c in spec.codes.items() if (name := name_of(c))}
         return Facts(
             name=spec.name, model_digest=spec.digest, layout=spec.layout, alternatives=spec.alternatives, quality_name=spec.quality_name,
             has_calibration=spec.calibration is not None, has_evaluate=spec.evaluate is not None,
             native=_native(spec), coded={n: len(pack(c)) for n, c in spec.codes.items()}, int4=tuple(n for n, c in spec.codes.items() if is_grid(c, 4, 32)),
+            formats=formats,
         )  # fmt: skip
 
     @cached_property

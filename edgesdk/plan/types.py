@@ -10,8 +10,12 @@ from edgesdk.noun import Noun, Part
 from edgesdk.plan.lengths import Lengths
 from edgesdk.sequence.sizes import Sizes
 
-Precision = Literal["fp32", "fp16", "int8-static", "int8-dynamic", "int8-weight-only", "int4-g32", "as-is"]
-"""int4-g32: int4 weights in groups of 32, int8 dynamic activations (8da4w). as-is: a quantized flatbuffer kept."""
+Precision = Literal[
+    "fp32", "fp16", "int8-static", "int8-dynamic", "int8-weight-only", "int4-g32", "as-is", "native-int8", "native-int8-g32", "native-int4",
+    "native-int4-g32", "native-int3", "native-int3-g32", "native-int2", "native-int2-g32",
+]  # fmt: skip
+"""int4-g32: int4 weights in groups of 32, int8 dynamic activations (8da4w). as-is: a quantized flatbuffer kept. native-…: a unit of an ExecuTorch
+program on our own kernels (`native.formats`)."""
 
 
 class Workload(Part):
@@ -83,6 +87,7 @@ class UnitPlan(Part):
     method: str
     op: str
     precision: Precision
+    runtime: str = ""  # what runs it: the plan's, or "native" for our own kernels inside it
     weight_bytes: int  # with scales and zero points; 0 for a weight counted at its first use
     latency: Estimate  # seconds a call
     bound: str  # "compute", "L1", "L2", "L3", "memory", "overhead"
