@@ -160,7 +160,7 @@ class Product(Emitter):
                 if self.per_block:
                     b.store(s.fma(s.to_float(self.dots(start, quads, q)), self.scale(panel, g), b.load(whole)), whole)
                 else:
-                    b.store(self.dots(b.add(b.load(ints), start), quads, q), ints)
+                    b.store(b.add(b.load(ints), self.dots(start, quads, q)), ints)  # a block's products do not wait for the last one's
             value = b.load(whole) if self.per_block else b.fmul(s.to_float(b.load(ints)), self.scale(panel, None))
             self.write(value, panel, self.number(0))
         b.ret_void()
