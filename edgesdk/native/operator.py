@@ -58,7 +58,7 @@ def packed(code: Code, kernels: Library, bias: Any = None, precision: str = "nat
         whole = np.zeros(padded, np.float32)
         whole[: p.rows] = bias
         arrays.append(whole)
-    shift = asked.shift_of(p.bits)
+    shift = asked.shift_of(p.value_bits)
     args = tape.linear(p, tape.round(tape.room(1, p.cols), shift), Rows(np.zeros((1, padded), np.float32), p.rows), bias=whole)
     places, at = {}, -(-_HEAD.itemsize // _ALIGNED) * _ALIGNED
     for array in arrays:
