@@ -24,7 +24,12 @@ def round_inputs(x: Any) -> tuple[Any, Any, Any]:
 def linear(x: Any, code: Code, bias: Any = None, residual: Any = None) -> Any:
     """y [M, rows] = x̂ · Wᵀ + bias + residual, where x̂ is x [M, cols] rounded to 8 bits and W what `code` decodes to."""
     q, scale, zero = round_inputs(np.asarray(x, np.float32))
-    y = (scale[:, None] * (q - zero[:, None])) @ decode(code).astype(np.float64).T
+    return matrix(scale[:, None] * (q - zero[:, None]), decode(code), bias, residual)
+
+
+def matrix(x: Any, weights: Any, bias: Any = None, residual: Any = None) -> Any:
+    """y [M, rows] = x [M, cols] · Wᵀ + bias + residual, W [rows, cols]."""
+    y = np.asarray(x, np.float64) @ np.asarray(weights, np.float64).T
     y = y if bias is None else y + np.asarray(bias, np.float64)
     return y if residual is None else y + np.asarray(residual, np.float64)
 

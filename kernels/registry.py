@@ -8,7 +8,9 @@ from typing import Any
 
 from . import reference
 from .cpu import TARGETS
-from .library import ACTIVATIONS, KINDS, NORMS, form
+from .library import ACTIVATIONS, FLOATS, KINDS, NORMS, form
+from .sparse import BITS as NM_BITS
+from .sparse import BLOCKS, PATTERNS, pays
 
 BITS = (8, 4, 3, 2)
 TABLE_BITS = (4, 3, 2)
@@ -50,6 +52,27 @@ def _linear() -> list[Kernel]:
     return found
 
 
+def _sparse() -> list[Kernel]:
+    """Products without zero weights, and those with weights in floats."""
+    found, families = [], (("gemv", "linear, one token"), ("gemm", "linear, many tokens"))
+    forms = [
+        (bits, per_block, False, pattern) for bits in NM_BITS for per_block in (False, True) for pattern in PATTERNS if pays(bits, pattern)
+    ]
+    forms += [(bits, per_block, zeros, BLOCKS) for bits in BITS for per_block in (False, True) for zeros in (False, True)]
+    for bits, per_block, zeros, pattern in forms:
+        which = "blocks that are not zero" if pattern == BLOCKS else f"{pattern.replace('of', ' of every ')} columns"
+        weights = f"int{bits}, {which}, a scale {'a group' if per_block else 'a row'}{', zeros' * zeros}"
+        for family, operation in families:
+            name = f"{family}_{form(bits, per_block, zeros)}_{pattern}"
+            found.append(Kernel(name, operation, weights, tuple(TARGETS), "llvm", reference.linear, 2e-3))
+    for name in FLOATS:
+        targets = tuple(t for t in TARGETS if name == "32" or t != "plain")
+        for family, operation in (*families, ("embed", "embedding")):
+            what = reference.embedding if family == "embed" else reference.matrix
+            found.append(Kernel(f"{family}_{name}", operation, f"float{name}", targets, "llvm", what, 5e-6))
+    return found
+
+
 def _rest() -> list[Kernel]:
     every, floats = tuple(TARGETS), "float32"
     found = [
@@ -57,7 +80,17 @@ def _rest() -> list[Kernel]:
         Kernel("pick", "rows by number", floats, every, "llvm", reference.pick, 0.0),
         Kernel("sparse", "linear, single weights", floats, every, "llvm", reference.sparse, 1e-5),
         Kernel("attend", "attention", "caches in float32", every, "llvm", reference.attention, 2e-5),
+        Kernel("attend_half", "attention", "caches in float16", every, "llvm", reference.attention, 2e-5),
         Kernel("attend_int8", "attention", "caches in int8, a scale a token and head", every, "llvm", reference.attention, 2e-5),
+        Kernel(
+            "attend_int4",
+            "attention",
+            "caches in int4, a scale and a least value a token and 64 columns",
+            every,
+            "llvm",
+            reference.attention,
+            2e-5,
+        ),
         *(
             Kernel("round", "inputs to int8", floats, every if made == "llvm" else ARM, made, reference.round_inputs, 0.51 / 255)
             for made in ("llvm", "c")
@@ -77,4 +110,4 @@ def _rest() -> list[Kernel]:
 
 def kernels() -> list[Kernel]:
     """Those of CPUs, by one list of args (`library.args_of`). Those of GPUs have launches of their own: `kernels.cuda`."""
-    return [*_linear(), *_rest()]
+    return [*_linear(), *_sparse(), *_rest()]

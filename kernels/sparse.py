@@ -24,6 +24,14 @@ def place_bits(m: int) -> int:
     return m.bit_length() - 1
 
 
+def pays(bits: int, pattern: str) -> bool:
+    """Whether a pattern takes fewer bytes than all weights of so many bits."""
+    if pattern == BLOCKS:
+        return True
+    n, m = PATTERNS[pattern]
+    return n * (bits + place_bits(m)) < bits * m
+
+
 def unit(bits: int, n: int, m: int) -> int:
     """Blocks that are stored as one: as many as fill a vector of places."""
     vectors = BLOCK * n // m // 4  # of a block
@@ -37,9 +45,9 @@ def of_pattern(code: Code, pattern: str, lanes: int, together: int = 1, half: bo
     """
     n, m = PATTERNS[pattern]
     p = pack(code, lanes, together, half) if dense is None else dense
-    if p.bits not in BITS or p.zeros.size:
+    if p.bits not in BITS or p.zeros.size or not pays(p.bits, pattern):
         raise UnfitWeights(
-            f"{p.bits} bits{' with zeros' * bool(p.zeros.size)}: kernels of {pattern} read {' and '.join(map(str, BITS))} without"
+            f"{p.bits} bits{', zeros of their own' * bool(p.zeros.size)}: {pattern} is for {' and '.join(map(str, BITS))} where it saves bytes"
         )
     groups = _centred(code, len(p.row_scale), BLOCK * unit(p.bits, n, m)).reshape(len(p.row_scale), -1, m)
     used = groups != 0
@@ -79,7 +87,7 @@ def smallest(code: Code, lanes: int, together: int = 1, half: bool = True) -> Pa
     if not values.all():
         if p.bits in BITS and not p.zeros.size:
             for pattern, (n, m) in PATTERNS.items():
-                if (values.reshape(code.shape[0], -1, m) != 0).sum(2).max() <= n:
+                if pays(p.bits, pattern) and (values.reshape(code.shape[0], -1, m) != 0).sum(2).max() <= n:
                     found.append(of_pattern(code, pattern, lanes, together, half, p))
         found.append(of_blocks(code, lanes, together, half, p))
     return min(found, key=lambda panels: panels.nbytes)
