@@ -128,11 +128,13 @@ def _rounded_tables(code: Code) -> tuple[Any, Any, float]:
 
 
 def as_kept(code: Code, half: bool = True) -> Code:
-    """The code of what panels keep, where that is less exact than what is stored: tables in int8."""
+    """The code of what panels keep, where that is less exact than what is stored: tables in int8; scales in float16, with `half`."""
     if code.kind != "table":
         return code
     numbers, step, _ = _rounded_tables(code)
-    return Code("table", code.shape, code.numbers, (code.arrays[0], (numbers * step)[:, : 1 << code.numbers[0]], code.arrays[2]))
+    q, _, scale = code.arrays
+    scale = kept_scales(scale.astype(np.float32), half) if scale.size else scale
+    return Code("table", code.shape, code.numbers, (q, (numbers * step)[:, : 1 << code.numbers[0]], scale))
 
 
 def kept_scales(scale: Any, half: bool) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 from edgesdk.cache import cache_dir
 from edgesdk.kernels.library import LINEAR_ARGS, ROUND_ARGS
 from edgesdk.kernels.neon import build
-from edgesdk.kernels.panels import BLOCK, Panels
+from edgesdk.kernels.panels import BLOCK, PARTS, Panels
 from edgesdk.kernels.tape import panel_sizes
 
 HARNESS = Path(__file__).parent / "native" / "harness.c"
@@ -61,7 +61,7 @@ def product(
     """A product of given bytes: q (uint8 [blocks, M, 32], sums, scale, zero); `more`: bias, residual, both padded; out starts as 777."""
     case = Case()
     rows = q[0].shape[1]
-    for name in ("codes", "scales", "zeros", "row_scale", "sums"):
+    for name in PARTS:
         if getattr(panels, name).size:
             case.add(name, getattr(panels, name), shift)
     for name, array in zip(("q", "q_sums", "q_scale", "q_zero"), q, strict=True):
