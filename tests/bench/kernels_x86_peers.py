@@ -65,7 +65,8 @@ def folder() -> Path:
 
 
 def install() -> None:
-    """ONNX Runtime by pip beside (not in) this environment; ggml compiled for this CPU from the source package of llama-cpp-python."""
+    """ONNX Runtime by pip beside (not in) this environment; llama.cpp, and ggml with it, compiled for this CPU from the source package of
+    llama-cpp-python, which stays beside it."""
     pip = [sys.executable, "-m", "pip"]
     packages = ["onnxruntime", "onnx", "ml_dtypes"]
     subprocess.run([*pip, "install", "-q", "--upgrade", "--no-deps", "--target", str(folder() / "python"), *packages], check=True)
@@ -75,14 +76,15 @@ def install() -> None:
     if not source.exists():
         command = [*pip, "download", "-q", "--no-deps", "--no-binary=llama-cpp-python", "-d", str(source), "llama-cpp-python"]
         subprocess.run(command, check=True)
-    unpacked = folder() / "ggml-host"
+    unpacked = folder() / "llama-host"
     with tarfile.open(next(source.glob("*.tar.gz"))) as t:
-        t.extractall(unpacked, [m for m in t.getmembers() if "/vendor/llama.cpp/ggml/" in m.name], filter="data")
-    root = next(unpacked.glob("*/vendor/llama.cpp/ggml"))
-    (root / "ggml.pc.in").touch()  # left out of the source package; only pkg-config would read it
+        t.extractall(unpacked, filter="data")
+    root = next(unpacked.glob("*/vendor/llama.cpp"))
+    (root / "ggml" / "ggml.pc.in").touch()  # left out of the source package; only pkg-config would read it
     options = ["-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", "-DGGML_NATIVE=ON"]
+    options += [f"-DLLAMA_BUILD_{what}=OFF" for what in ("COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP")]
     subprocess.run([shutil.which("cmake") or "cmake", "-S", str(root), "-B", str(unpacked / "build"), *options], check=True)
-    subprocess.run([shutil.which("cmake") or "cmake", "--build", str(unpacked / "build"), "-j1"], check=True)
+    subprocess.run([shutil.which("cmake") or "cmake", "--build", str(unpacked / "build"), "-j2", "--target", "llama"], check=True)
 
 
 def peers(task: Task) -> dict[str, Callable[[], Contestant]]:
@@ -304,7 +306,7 @@ class _Init(ctypes.Structure):
 def ggml_path() -> Path | None:
     """Where ggml's libraries are: EDGESDK_GGML, or what `install` built."""
     named = os.environ.get("EDGESDK_GGML")
-    found = sorted(Path(named).rglob("libggml-cpu.so")) if named else sorted((folder() / "ggml-host").rglob("libggml-cpu.so"))
+    found = sorted(Path(named).rglob("libggml-cpu.so")) if named else sorted((folder() / "llama-host").rglob("libggml-cpu.so"))
     return found[0].parent if found else None
 
 

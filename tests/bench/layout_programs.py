@@ -3,7 +3,7 @@
     python tests/bench/layout_programs.py lower CONFIG.json FILE --runtime executorch --weights int8 --source 512 --slots 128
     python tests/bench/layout_programs.py time CONFIG.json FILE --runtime executorch --seconds 4
 
-Both are called by `layouts_330m.py` and `layouts_pick.py`: one model at a time is in memory.
+Both are called by `layouts_330m.py`, `layouts_pick.py` and `native_330m.py`: one model at a time is in memory. For `llama.cpp` see `llama_peer.py`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,52 @@ def spec_of(config: SequenceConfig, source: int, slots: int, batch: int) -> Any:
     return sequence_spec(
         SequenceModel(config), name=config.layout, source_lengths=(source,), cache_lengths=(cache,), batch=batch, start=START
     )
+
+
+def prompt(config: SequenceConfig, source: int) -> Any:
+    """Token ids int64 [source], always the same."""
+    import numpy as np
+
+    return np.random.default_rng(1).integers(1, config.vocab, source)
+
+
+def lower_llama(config: SequenceConfig, path: Path, kind: str, source: int) -> float:
+    """The weights of `spec_of` as llama.cpp reads them; beside them what the model in float32 says to the prompt."""
+    import numpy as np
+    import torch
+
+    from edgesdk.sequence.model import SequenceModel
+    from tests.bench.llama_peer import write
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, tokens, start = SequenceModel(config).eval(), torch.from_numpy(prompt(config, source))[None], time.process_time()
+    wanted = path.with_name(f"{config.layout}-{config.parameters // 10**6}M-{source}.npy")
+    if not wanted.exists():
+        with torch.no_grad():
+            seen = torch.zeros(tokens.shape)
+            answer = model(tokens, seen, torch.zeros((1, 1), dtype=torch.int64)) if config.encoder else model(None, None, tokens)
+        np.save(wanted, answer[0, -1].numpy())
+    write(config, {k: v.numpy() for k, v in model.state_dict().items()}, path, kind)
+    return time.process_time() - start
+
+
+def logits_of(runner: Any, config: SequenceConfig, source: int) -> list[float]:
+    """What a program of ours says to the prompt: its last token's logits, or those of a first token behind an encoder."""
+    import numpy as np
+
+    from edgesdk.sequence.caches import HIDDEN
+
+    tokens = prompt(config, source)[None]
+    if config.encoder is None:
+        at = np.arange(source)[None]
+        return list(map(float, runner.run("prefill", [tokens, at, np.array([source - 1]), np.zeros((1, source), np.float32)])[0][0]))
+    seen = np.zeros((1, source), np.float32)
+    arrays = [np.zeros(shape, dtype) for shape, dtype in runner.inputs("decode")]
+    cross = runner.run("encode", [tokens, seen])
+    arrays[2][..., :-1] = HIDDEN
+    arrays[4 : 4 + len(cross)] = cross
+    return list(map(float, runner.run("decode", arrays)[0][0, 0]))
 
 
 def lower_to(config: SequenceConfig, path: Path, runtime: str, weights: str, source: int, slots: int, batch: int = 1) -> float:
@@ -80,8 +126,9 @@ def arrays_of(runner: Any, method: str) -> list[Any]:
     ]
 
 
-def timed(path: Path, runtime: str, threads: int, seconds: float) -> dict[str, Any]:
-    """Raw times of every program's calls, by the clock and of the processor, and the process's memory before and after."""
+def timed(path: Path, runtime: str, threads: int, seconds: float, config: SequenceConfig | None = None, source: int = 0) -> dict[str, Any]:
+    """Raw times of every program's calls, by the clock and of the processor, and the process's memory before and after; with a `config`
+    what the model says to the prompt."""
     from edgesdk.runner import open_program
 
     before = status_bytes()
@@ -103,6 +150,8 @@ def timed(path: Path, runtime: str, threads: int, seconds: float) -> dict[str, A
             times.append(time.perf_counter() - at)
         found["samples_s"][method], found["cpu_samples_s"][method] = times, cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if config is not None:
+        found["logits"] = logits_of(runner, config, source)
     return found | {"before": before, "after": status_bytes(), "peak_bytes": peak, "file_bytes": path.stat().st_size}
 
 
@@ -123,14 +172,25 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--answer", action="store_true", help="time: what the model says to the prompt, too")
     args = parser.parse_args()
+    config = SequenceConfig.load(args.config)
     if args.what == "lower":
-        config = SequenceConfig.load(args.config)
-        cpu = lower_to(config, args.file.with_suffix(".part"), args.runtime, args.weights, args.source, args.slots, args.batch)
-        args.file.with_suffix(".part").replace(args.file)
+        part = args.file.with_suffix(".part")
+        if args.runtime == "llama.cpp":
+            cpu = lower_llama(config, part, args.weights, args.source)
+        else:
+            cpu = lower_to(config, part, args.runtime, args.weights, args.source, args.slots, args.batch)
+        part.replace(args.file)
         sys.stdout.write(json.dumps({"cpu_s": cpu}) + "\n")
+    elif args.runtime == "llama.cpp":
+        from tests.bench.llama_peer import timed as timed_llama
+
+        tokens = prompt(config, args.source)
+        sys.stdout.write(json.dumps(timed_llama(args.file, config, args.threads, args.seconds, tokens, args.slots, status_bytes)) + "\n")
     else:
-        sys.stdout.write(json.dumps(timed(args.file, args.runtime, args.threads, args.seconds)) + "\n")
+        answer = (config, args.source) if args.answer else ()
+        sys.stdout.write(json.dumps(timed(args.file, args.runtime, args.threads, args.seconds, *answer)) + "\n")
 
 
 if __name__ == "__main__":
