@@ -95,35 +95,6 @@ def test_activations_of_extreme_values(name: str) -> None:
 
 
 @pytest.mark.parametrize("target", host_targets())
-@pytest.mark.parametrize("size", [2, 8, 24, 64, 80])
-@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
-def test_attention_over_slots_and_new_tokens(target: str, size: int, int8: bool) -> None:
-    rng = np.random.default_rng(size)
-    for b, n, heads, kv, slots in ((2, 3, 4, 2, 19), (1, 1, 3, 3, 40), (1, 2, 4, 1, 1)):
-        q, keys, values, new_keys, new_values = (
-            rng.standard_normal((b, h, t, size)).astype(np.float32) for h, t in ((heads, n), (kv, slots), (kv, slots), (kv, n), (kv, n))
-        )
-        mask = np.where(rng.random((b, n, slots + n)) < 0.4, -1e4, rng.standard_normal((b, n, slots + n))).astype(np.float32)
-        mask[..., slots] = 0
-        mask[0, :, slots // 2 : slots] = -1e4  # nothing there to see: not read
-        out, held, more = np.full((b * n, heads * size), np.nan, np.float32), (keys, values), {}
-        if int8:
-            scales = [rng.random((b, kv, slots)).astype(np.float32) * 0.02 for _ in range(2)]
-            held = tuple(rng.integers(-127, 128, keys.shape).astype(np.int8) for _ in range(2))
-            more = {"key_scales": scales[0], "value_scales": scales[1]}
-            keys, values = (h * s[..., None] for h, s in zip(held, scales, strict=True))
-        tape = Tape(library(target))
-        tape.add(
-            f"attend_int8_{size}" if int8 else f"attend_{size}", b * heads, q=q, keys=held[0], values=held[1], slots=slots, new_keys=new_keys,
-            new_values=new_values, tokens=n, mask=mask, mask_batch=mask.strides[0], mask_row=mask.strides[1], n=n, heads=heads, shared=heads // kv, out=out,
-            stride=out.strides[0], scores=np.full((b * heads, slots + n), np.nan, np.float32), **more,
-        )  # fmt: skip
-        tape.run()
-        both = [np.concatenate(x, 2) for x in ((keys, new_keys), (values, new_values))]
-        assert np.abs(out - reference.attention(q, *both, mask[:, None])).max() < 2e-5 * size**0.5
-
-
-@pytest.mark.parametrize("target", host_targets())
 @pytest.mark.parametrize("size", [2, 24, 64])
 def test_heads_are_normed_turned_and_scaled(target: str, size: int) -> None:
     rng = np.random.default_rng(3)

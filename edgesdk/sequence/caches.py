@@ -10,6 +10,10 @@ import numpy as np
 from .card import Card, SequenceError
 
 HIDDEN = np.float32(-1e4)
+GROUP = 64
+"""Columns of a head that share a scale in caches of 4 bits."""
+HALF_MOST = np.float32(65504)
+"""The largest float16."""
 
 
 def codes(array: Any) -> tuple[Any, Any]:
@@ -18,17 +22,48 @@ def codes(array: Any) -> tuple[Any, Any]:
     return np.rint(array / np.where(scale, scale, 1)[..., None]).astype(np.int8), scale
 
 
+def groups(head: int) -> int:
+    """Into how many groups of columns a head of so many is divided where each has a scale of its own."""
+    return head // GROUP if head % GROUP == 0 else 1
+
+
+def small_codes(array: Any) -> tuple[Any, Any]:
+    """uint8 codes of keys or values [..., K, N, D], two a byte [..., D / 2]: column i in the low half, column i + D / 2 in the high one; and
+    float16 [..., 2 · groups], a scale and the least value of each group of columns: a number is scale · code + least."""
+    size = array.shape[-1]
+    parts = np.clip(array, -HALF_MOST, HALF_MOST).reshape(*array.shape[:-1], groups(size), -1)
+    least, most = parts.min(-1), parts.max(-1)
+    beside = np.stack([(most - least) * np.float32(1 / 15), least], -1).astype(np.float16)
+    scale, least = (np.asarray(beside[..., i, None], np.float32) for i in (0, 1))
+    found = np.clip(np.rint((parts - least) / np.where(scale, scale, 1)), 0, 15).astype(np.uint8).reshape(array.shape)
+    return found[..., : size // 2] | found[..., size // 2 :] << 4, beside.reshape(*array.shape[:-1], -1)
+
+
 def held(pairs: Sequence[Any], bits: int) -> list[Any]:
-    """Keys and values, pair by pair, as programs with caches of `bits` take them: with 8, both codes, then both scales."""
+    """Keys and values, pair by pair, as programs with caches of `bits` take them: with 8 and 4 both codes, then what stands beside each."""
     if bits == 32:
         return list(pairs)
-    values, scales = codes(np.stack([np.asarray(p, np.float32) for p in pairs]))  # all are of one shape
+    if bits == 16:
+        return [np.clip(p, -HALF_MOST, HALF_MOST).astype(np.float16) for p in pairs]
+    values, scales = (codes if bits == 8 else small_codes)(np.stack([np.asarray(p, np.float32) for p in pairs]))  # all are of one shape
     return [a for i in range(0, len(pairs), 2) for a in (values[i], values[i + 1], scales[i], scales[i + 1])]
 
 
+def empty(bits: int, *shape: int) -> list[Any]:
+    """A pair of keys and values `shape` [rows, K, slots, D] as `held` gives it, all zero."""
+    rows = shape[:-1]
+    kinds: dict[int, tuple[Any, Any]] = {
+        32: ((np.float32, shape), None),
+        16: ((np.float16, shape), None),
+        8: ((np.int8, shape), (np.float32, rows)),
+        4: ((np.uint8, (*rows, shape[-1] // 2)), (np.float16, (*rows, 2 * groups(shape[-1])))),
+    }
+    return [np.zeros(size, kind) for kind, size in (k for k in kinds[bits] if k) for _ in "kv"]
+
+
 class Caches:
-    """`arrays`: keys and values in the order of the inputs, float32 [rows, K, slots, D], or int8 with scales [rows, K, slots] behind each pair;
-    `each`: so many a cache. `lengths` [rows]: tokens kept of each row.
+    """`arrays`: keys and values in the order of the inputs, [rows, K, slots, …] as `held` gives them for the card's bits; `each`: so many a cache.
+    `lengths` [rows]: tokens kept of each row.
 
     A token's slot is its position; in a layer with a window W it is the position modulo W.
     """
@@ -43,10 +78,7 @@ class Caches:
         self.bits = card.cache_bits
         self.arrays: list[Any] = []
         for c, window in zip(card.caches, self.windows):  # noqa: B905 (Python 3.9)
-            shape = (rows, int(c["heads"]), window or slots, int(c["head"]))
-            kind = np.float32 if self.bits == 32 else np.int8
-            self.arrays += [np.zeros(shape, kind), np.zeros(shape, kind)]
-            self.arrays += [] if self.bits == 32 else [np.zeros(shape[:3], np.float32), np.zeros(shape[:3], np.float32)]
+            self.arrays += empty(self.bits, rows, int(c["heads"]), window or slots, int(c["head"]))
         self.each = len(self.arrays) // max(1, len(self.windows))
 
     @property

@@ -51,6 +51,21 @@ class Emitter:
         b.branch(head)
         b.position_at_end(done)
 
+    @contextmanager
+    def whilst(self, *conditions: Callable[[], Any]) -> Iterator[None]:
+        """As long as all conditions hold; one is looked at only where those before it hold."""
+        b, function = self.b, self.b.function
+        head, done = function.append_basic_block("while"), function.append_basic_block("over")
+        b.branch(head)
+        b.position_at_end(head)
+        for condition in conditions:
+            held = function.append_basic_block("held")
+            b.cbranch(condition(), held, done)
+            b.position_at_end(held)
+        yield
+        b.branch(head)
+        b.position_at_end(done)
+
     def variable(self, kind: Any) -> Any:
         """Room for one vector; LLVM keeps it in a register."""
         with self.b.goto_entry_block():

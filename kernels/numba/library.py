@@ -11,9 +11,10 @@ from llvmlite import ir
 from edgesdk.kernels.library import FLOATS, KINDS, ROUNDINGS
 from edgesdk.kernels.sparse import BLOCKS, PATTERNS
 
-from .attention import ATTENTION, attention_module
+from .attention import attention_module
 from .compiled import loaded, object_code
 from .floats import floats_module
+from .heads import HEADS, heads_module
 from .products import halves, product_module, wide
 from .rounding import rounding_module
 from .simd import ROWS, VNNI
@@ -26,7 +27,7 @@ def _module(name: str) -> tuple[str, str]:
     """The module that holds a kernel: its kind, and what it is made for."""
     family, _, rest = name.partition("_")
     if family in ("heads", "attend"):
-        return "attention", name.rpartition("_")[2]
+        return family, name.rpartition("_")[2] if family == "heads" else rest
     if family in ("gemv", "gemm", "embed") and rest in FLOATS:
         return "floats", rest
     if family in ("gemv", "gemm"):
@@ -50,8 +51,11 @@ def _emitted(target: str, kind: str, detail: str) -> tuple[ir.Module, dict[str, 
         if kind == "embed":
             return embed_module(target, *form), {f"embed_{detail}": "embed"}
         return product_module(target, *form), {f"{n}_{detail}": n for n in ("gemv", "gemm")}
-    if kind == "attention":
-        return attention_module(target, int(detail)), {f"{n}_{detail}": n for n in ATTENTION}
+    if kind == "heads":
+        return heads_module(target, int(detail)), {f"{n}_{detail}": n for n in HEADS}
+    if kind == "attend":
+        what, _, size = detail.rpartition("_")
+        return attention_module(target, int(size), what), {f"attend_{detail}": "attend"}
     if kind == "tables":
         return tables_module(target), {n: n for n in ("embed", "pick", "sparse")}
     return rounding_module(target), {n: n for n in ROUNDINGS}
