@@ -9,12 +9,13 @@ only the rows of a panel differ.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from .library import KINDS, form
+from .library import FLOATS, KINDS, form
 
 BLOCK = 32
 """Columns that are summed in integers before a scale is applied; a group is one or more whole blocks, or the whole row."""
@@ -108,6 +109,24 @@ class FloatPanels(Panels):
     @property
     def form(self) -> str:
         return str(self.bits)
+
+
+SIZES = ("rows", "cols", "bits", "group", "lanes", "kind")
+
+
+def written(p: Panels) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sizes, which JSON holds, and arrays by name: what `read` takes."""
+    more = {"pattern": p.pattern} if isinstance(p, SparsePanels) else {}
+    parts = (*PARTS, "starts", "kept") if isinstance(p, SparsePanels) else PARTS
+    return {name: getattr(p, name) for name in SIZES} | more, {part: getattr(p, part) for part in parts}
+
+
+def read(sizes: dict[str, Any], array: Callable[[str], Any]) -> Panels:
+    """Panels of these sizes, whose arrays `array` gives by name."""
+    arrays = {part: array(part) for part in PARTS}
+    if "pattern" in sizes:
+        return SparsePanels(**sizes, **arrays, starts=array("starts"), kept=array("kept"))
+    return (FloatPanels if str(sizes["bits"]) in FLOATS else Panels)(**sizes, **arrays)
 
 
 def aligned(array: Any, boundary: int = 64) -> Any:

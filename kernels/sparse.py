@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 
-from edgesdk.packed import Code, places, spread
+from edgesdk.packed import Code, decode, places, spread
 
+from .floats import pack_floats
 from .pack import laid, pack
 from .panels import BLOCK, Panels, SparsePanels, UnfitWeights, aligned
 
@@ -38,13 +39,13 @@ def unit(bits: int, n: int, m: int) -> int:
     return max(1, 8 // place_bits(m) // vectors, 8 // bits // vectors)
 
 
-def of_pattern(code: Code, pattern: str, lanes: int, together: int = 1, half: bool = True, dense: Panels | None = None) -> SparsePanels:
-    """A symmetric grid of 8 or 4 bits of which at most n of every m columns are not zero. `dense`: what `pack` makes of it, if that is known.
+def of_pattern(code: Code, pattern: str, lanes: int, together: int = 1, half: bool = True) -> SparsePanels:
+    """A symmetric grid of 8 or 4 bits of which at most n of every m columns are not zero.
 
     In panels: for every `unit` of blocks the codes that stay, four a row and vector, then their places. Raises `UnfitWeights`.
     """
     n, m = PATTERNS[pattern]
-    p = pack(code, lanes, together, half) if dense is None else dense
+    p = pack(code, lanes, together, half)
     if p.bits not in BITS or p.zeros.size or not pays(p.bits, pattern):
         raise UnfitWeights(
             f"{p.bits} bits{', zeros of their own' * bool(p.zeros.size)}: {pattern} is for {' and '.join(map(str, BITS))} where it saves bytes"
@@ -66,9 +67,9 @@ def of_pattern(code: Code, pattern: str, lanes: int, together: int = 1, half: bo
     return _with(p, pattern=pattern, codes=aligned(np.concatenate(parts, 2)), scales=scales)
 
 
-def of_blocks(code: Code, lanes: int, together: int = 1, half: bool = True, dense: Panels | None = None) -> SparsePanels:
+def of_blocks(code: Code, lanes: int, together: int = 1, half: bool = True) -> SparsePanels:
     """A grid without the blocks, a panel's rows by 32 columns, that are all zero. Raises `UnfitWeights`."""
-    p = pack(code, lanes, together, half) if dense is None else dense
+    p = pack(code, lanes, together, half)
     used = (_centred(code, len(p.row_scale), BLOCK).reshape(p.panels, lanes, -1, BLOCK) != 0).any((1, 3))
     panel, kept = np.nonzero(used)
     starts = np.concatenate([[0], np.cumsum(used.sum(1))]).astype(np.int32)
@@ -78,23 +79,39 @@ def of_blocks(code: Code, lanes: int, together: int = 1, half: bool = True, dens
     return _with(p, pattern=BLOCKS, starts=starts, kept=kept.astype(np.int32), **more)
 
 
-def smallest(code: Code, lanes: int, together: int = 1, half: bool = True) -> Panels:
-    """A grid's panels in the form that takes the fewest bytes: whole, n of m, or without empty blocks. Raises `UnfitWeights`."""
-    p = pack(code, lanes, together, half)
+def pattern_of(code: Code, lanes: int) -> str:
+    """The pattern in which a code takes the fewest bytes; "" for all weights as they are."""
     if code.kind != "grid":
-        return p
-    values, found = _centred(code, code.shape[0], BLOCK), [p]
-    if not values.all():
-        if p.bits in BITS and not p.zeros.size:
-            for pattern, (n, m) in PATTERNS.items():
-                if pays(p.bits, pattern) and (values.reshape(code.shape[0], -1, m) != 0).sum(2).max() <= n:
-                    found.append(of_pattern(code, pattern, lanes, together, half, p))
-        found.append(of_blocks(code, lanes, together, half, p))
-    return min(found, key=lambda panels: panels.nbytes)
+        return ""
+    values = _centred(code, code.shape[0], BLOCK)
+    used = values != 0
+    if used[:, : code.shape[1]].all():
+        return ""
+    bits, group = code.numbers
+    scale = 0 if group == 0 or group >= code.shape[1] else (16 if bits != 8 else 32) / BLOCK
+    sizes = {"": bits + scale}
+    symmetric = not code.arrays[2].size or bool((code.arrays[2] == 1 << (bits - 1)).all())
+    for pattern, (n, m) in PATTERNS.items() if bits in BITS and symmetric else ():
+        if pays(bits, pattern) and used.reshape(len(used), -1, m).sum(2).max() <= n:
+            sizes[pattern] = n * (bits + place_bits(m)) / m + scale
+    kept = np.add.reduceat(used.reshape(len(used), -1, BLOCK).any(2), np.arange(0, len(used), lanes)) > 0
+    sizes[BLOCKS] = float(kept.mean()) * (bits + scale + 32 / (BLOCK * lanes))
+    return min(sizes, key=lambda pattern: sizes[pattern])
+
+
+def packed(code: Code, pattern: str, lanes: int, together: int = 1, half: bool = True) -> Panels:
+    """The panels of a code in a pattern of `pattern_of`; a dense code stays floats, of as many bits as its number says. Raises `UnfitWeights`."""
+    if code.kind == "dense":
+        return pack_floats(decode(code), code.numbers[0] if half else 32, lanes, together)
+    if pattern == BLOCKS:
+        return of_blocks(code, lanes, together, half)
+    return of_pattern(code, pattern, lanes, together, half) if pattern else pack(code, lanes, together, half)
 
 
 def as_grid(code: Code) -> Code:
-    """A grid with weights of zero in place of what a masked or sparse code of a grid leaves out; any other code as it is."""
+    """A grid with weights of zero in place of what a masked or sparse code of a grid leaves out, alone or in a sum; any other code as it is."""
+    if code.kind == "sum":
+        return replace(code, parts=(as_grid(code.parts[0]), *code.parts[1:]))
     if code.kind not in ("masked", "sparse") or code.parts[0].kind != "grid":
         return code
     inner = code.parts[0]

@@ -13,7 +13,6 @@ from edgesdk.kernels import sparse
 from edgesdk.kernels.cpu import host_targets
 from edgesdk.kernels.floats import pack_floats, unpacked
 from edgesdk.kernels.library import args_of, bits_of, library
-from edgesdk.kernels.pack import pack
 from edgesdk.kernels.panels import FloatPanels, Panels, UnfitWeights
 from edgesdk.kernels.reference import embedding, linear, matrix
 from edgesdk.kernels.tape import Tape, panel_sizes
@@ -45,8 +44,7 @@ def mask(rng: np.random.Generator, rows: int, cols: int, pattern: str) -> Any:
 
 def packed(code: Code, pattern: str, target: str) -> Panels:
     lib = library(target)
-    sizes = (lib.lanes, lib.together, lib.half)
-    return sparse.of_blocks(code, *sizes) if pattern == sparse.BLOCKS else sparse.of_pattern(code, pattern, *sizes)
+    return sparse.packed(code, pattern, lib.lanes, lib.together, lib.half)
 
 
 def product(p: Panels, target: str, x: Any, bias: Any = None, residual: Any = None, threads: int = 1) -> Any:
@@ -157,7 +155,7 @@ def test_the_form_of_fewest_bytes_is_taken(bits: int, pattern: str, wanted: str)
     code = grid(0, 256, 512, bits, 0, pattern or "8of16")
     if not pattern:
         code.arrays[0][code.arrays[0] == 1 << (bits - 1)] += 1
-    assert sparse.smallest(code, 4).form == wanted
+    assert sparse.packed(code, sparse.pattern_of(code, 4), 4).form == wanted
 
 
 @pytest.mark.parametrize(
@@ -229,9 +227,3 @@ def test_rows_of_float_panels_are_looked_up(target: str, bits: int) -> None:
 def test_names_have_their_args() -> None:
     assert "kept" in args_of("gemm_4_block_zeros_blocks") and "x_stride" in args_of("gemv_16")
     assert args_of("gemv_8_row_2of4") == args_of("gemv_8_row")
-
-
-def test_dense_panels_are_not_changed() -> None:
-    code = grid(0, 64, 64, 4, 32, "2of4")
-    dense = pack(code, 16)
-    assert sparse.of_pattern(code, "2of4", 16, dense=dense).sums is dense.sums

@@ -10,8 +10,9 @@ import numpy as np
 from edgesdk.errors import InputError
 from edgesdk.kernels.cpu import TARGETS, host_targets
 from edgesdk.kernels.library import Library
-from edgesdk.kernels.pack import pack, refuse_unfit
-from edgesdk.kernels.panels import BLOCK, LAYOUT, PARTS, UnfitWeights
+from edgesdk.kernels.pack import refuse_unfit
+from edgesdk.kernels.panels import BLOCK, LAYOUT, UnfitWeights, written
+from edgesdk.kernels.sparse import as_grid, packed, pattern_of
 from edgesdk.native.program import write
 from edgesdk.packed import Code, decode
 
@@ -24,6 +25,9 @@ PREFIX = "native-"
 """Of a runtime's name; behind it stands the kernels' target."""
 BITS = {"int8-dynamic": (8, 0), "int8-weight-only": (8, 0), "int4-g32": (4, 32)}
 """Precision → bits, columns of a group."""
+FLOATS = {"fp32": 32, "fp16": 16}
+"""Precision → bits of weights that stay floats: their inputs do, too, and a token reads 4 or 2 bytes of each."""
+_TABLES = ("embed", "source_embed")
 _TOGETHER = (("q", "k", "v"), ("gate", "up"))
 
 
@@ -49,6 +53,8 @@ def sequence_of(spec: ModelSpec) -> SequenceModel:
 
 
 class _Lowering:
+    floats = FLOATS
+
     def __init__(self, spec: ModelSpec, choice: Mapping[tuple[str, str], str], kernels: Library) -> None:
         self.model, self.kernels = sequence_of(spec), kernels
         self.config: SequenceConfig = self.model.config
@@ -57,7 +63,7 @@ class _Lowering:
         self.panels: dict[str, Any] = {}
         self.linears: dict[str, Any] = {}
         self.choice = {self._path(unit): precision for (_, unit), precision in choice.items()}
-        self.codes = _codes(spec)
+        self.codes = {path: as_grid(code) for path, code in _codes(spec).items()}
 
     @staticmethod
     def _path(unit: str) -> str:
@@ -83,8 +89,12 @@ class _Lowering:
         if own is not None:
             return own.parts[0] if own.kind == "sum" else own
         precision = self._precision(path)
+        if precision in self.floats:
+            weight = self.state[f"{path}.weight"]
+            return Code("dense", weight.shape, (self.floats[precision],), (weight,))
         if precision not in BITS:
-            raise InputError(f"{path} is planned in {precision}, which the native target has not", f"known: {', '.join(sorted(set(BITS)))}")
+            known = ", ".join(sorted({*BITS, *self.floats}))
+            raise InputError(f"{path} is planned in {precision}, which the native target has not", f"known: {known}")
         return self.nearest(self.state[f"{path}.weight"], *BITS[precision])
 
     def add_apart(self, path: str) -> list[str]:
@@ -105,21 +115,34 @@ class _Lowering:
             self.arrays[f"{name}.values"] = values[rows, columns].astype(np.float32)
         return [part.kind for part in own.parts[1:]]
 
-    def add_panels(self, name: str, code: Code) -> None:
-        p = pack(code, self.kernels.lanes, self.kernels.together, self.kernels.half)
-        self.panels[name] = {"rows": p.rows, "cols": p.cols, "bits": p.bits, "group": p.group, "lanes": p.lanes, "kind": p.kind}
-        for part in PARTS:
-            self.arrays[f"{name}.{part}"] = getattr(p, part)
+    def pattern(self, path: str, code: Code) -> str:
+        """Which zeros of a matrix are left out (`kernels.sparse`): none of one in whose panels a table's rows are looked up."""
+        looked_up = path == "head" and any(self.shares_head(table) for table in _TABLES)
+        return "" if looked_up else pattern_of(code, self.kernels.lanes)
+
+    def shares_head(self, table: str) -> bool:
+        """Whether a table is the head's matrix."""
+        weight, head = (self.state.get(f"{name}.weight") for name in (table, "head"))
+        return weight is not None and head is not None and np.array_equal(weight, 2 * head)
+
+    def add_panels(self, name: str, code: Code, pattern: str = "") -> None:
+        made = packed(code, pattern, self.kernels.lanes, self.kernels.together, self.kernels.half)
+        self.panels[name], arrays = written(made)
+        self.arrays |= {f"{name}.{part}": array for part, array in arrays.items()}
 
     def add_linears(self, paths: list[str]) -> None:
         """Matrices that take the same inputs: one set of panels for those of one form, one after the other."""
         groups: dict[Any, list[tuple[str, Code]]] = {}
+        patterns: dict[str, str] = {}
         for path in paths:
             code = self.code(path)
             whole_rows = code.shape[0] % BLOCK == 0  # what comes next begins at a block
             shared = code.kind == "table" and len(code.arrays[1]) == 1  # one table for all its rows
-            key = (code.kind, code.numbers, bool(code.arrays[2].size)) if whole_rows and not shared else path
+            pattern = self.pattern(path, code)
+            zeros = code.kind == "grid" and bool(code.arrays[2].size)
+            key = (code.kind, code.numbers, zeros, pattern) if whole_rows and not shared else path
             groups.setdefault(key, []).append((path, code))
+            patterns[path] = pattern
         for members in groups.values():
             name, first = members[0][0], 0
             biases = [self.state.get(f"{p}.bias") for p, _ in members]
@@ -128,7 +151,7 @@ class _Lowering:
                 if apart := self.add_apart(path):
                     self.linears[path]["plus"] = apart
                 first += code.shape[0]
-            self.add_panels(name, _joined([c for _, c in members]))
+            self.add_panels(name, _joined([c for _, c in members]), patterns[name])
             if any(b is not None for b in biases):
                 bias = np.zeros(len(self.arrays[f"{name}.row_scale"]), np.float32)
                 parts = [np.zeros(c.shape[0], np.float32) if b is None else b for b, (_, c) in zip(biases, members, strict=True)]
@@ -145,19 +168,19 @@ class _Lowering:
                 self.arrays[name] = _padded(value)
             elif not path.endswith("embed"):
                 self.arrays[name] = _padded(value) if path.endswith("position") else value
-        for path in ("embed", "source_embed"):
+        for path in _TABLES:
             if f"{path}.weight" in self.state:
                 self._embedding(path)
 
     def _embedding(self, path: str) -> None:
         """A table in int8, the head's own panels where it is the head's matrix, or in float32. `factor`: what its rows are multiplied with."""
         weight, factor = self.state[f"{path}.weight"], float(self.config.embed_scale)
-        head = self.linears.get("head")
         entry: dict[str, Any] = {"cols": weight.shape[1], "factor": factor}
-        if self._precision(path) == "fp32" and self.choice:
-            self.arrays[f"{path}.table"] = _padded(weight)
-        elif head is not None and self.panels["head"]["bits"] == 8 and np.array_equal(weight, 2 * self.state["head.weight"]):
+        floats = self._precision(path) == "fp32" and bool(self.choice)
+        if self.shares_head(path) and self.panels["head"]["bits"] == (32 if floats else 8):
             entry |= {"panels": "head", "factor": 2 * factor}
+        elif floats:
+            self.arrays[f"{path}.table"] = _padded(weight)
         else:
             own = self.codes.get(path)
             stored = own is not None and (own.kind == "grid" or weight.shape[1] % BLOCK == 0)  # of others columns beyond the last are not 0
@@ -181,9 +204,8 @@ class _Lowering:
                     self.add_linears([path])
 
     def _matrices(self) -> list[str]:
-        skip = ("embed", "source_embed")
         found = [n.removesuffix(".weight") for n, v in self.state.items() if n.endswith(".weight") and v.ndim == 2]
-        return [p for p in found if p not in skip and not p.endswith((".position", ".relative"))]
+        return [p for p in found if p not in _TABLES and not p.endswith((".position", ".relative"))]
 
 
 def _whole(code: Code) -> bool:
@@ -215,7 +237,7 @@ def _joined(codes: list[Code]) -> Code:
     if len(codes) == 1:
         return codes[0]
     rows = sum(c.shape[0] for c in codes)
-    arrays = tuple(np.concatenate([c.arrays[i] for c in codes]) for i in range(3))
+    arrays = tuple(np.concatenate(parts) for parts in zip(*(c.arrays for c in codes), strict=True))
     return Code(codes[0].kind, (rows, codes[0].shape[1]), codes[0].numbers, arrays)
 
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from edgesdk.kernels.attention import kernel, room
 from edgesdk.kernels.library import Library, args_of, bits_of, library
-from edgesdk.kernels.panels import PARTS, Panels
+from edgesdk.kernels.panels import FloatPanels, Panels, read
 from edgesdk.kernels.tape import Rows, Tape, panel_sizes
 
 from .masks import Masks
@@ -42,8 +41,7 @@ class Machine:
 
     def panels(self, name: str) -> Panels:
         if name not in self._panels:
-            parts = {part: self.program.array(f"{name}.{part}") for part in PARTS}
-            self._panels[name] = Panels(**self.program.panels[name], **parts)
+            self._panels[name] = read(self.program.panels[name], lambda part: self.program.array(f"{name}.{part}"))
         return self._panels[name]
 
     def weights(self, path: str) -> Weights:
@@ -122,6 +120,13 @@ class Method:
         out = self.tape.room(x.rows, x.cols, "normed")
         return Taken(self.tape, out, lambda shift: self.tape.round(x, shift, before=self.norm, norm=self.norm_of(norm), out=out))
 
+    def product(self, panels: Panels, x: Taken, out: Rows, **more: Any) -> None:
+        """out = x · Wᵀ, and `more` of what the tape's products take."""
+        if isinstance(panels, FloatPanels):
+            self.tape.floats(panels, x.floats(), out, **more)
+        else:
+            self.tape.linear(panels, x.rounded(self.kernels.shift_of(panels.value_bits)), out, **more)
+
     def apart(self, path: str, x: Taken, out: Rows) -> None:
         """Add what of a matrix is kept apart: products of two thin ones, and single weights."""
         for i, kind in enumerate(self.program.linears[path].get("plus", ())):
@@ -136,7 +141,7 @@ class Method:
                 continue
             down, up = (self.machine.panels(f"{name}.{part}") for part in ("down", "up"))
             thin = self.tape.room(out.rows, down.rows, "thin")
-            self.tape.linear(down, x.rounded(self.kernels.shift_of(down.value_bits)), thin)
+            self.product(down, x, thin)
             self.tape.linear(up, self.tape.round(thin, self.kernels.shift_of(up.value_bits), key="thin"), out, residual=out)
 
     def project(self, paths: Sequence[str], x: Rows, *, norm: str = "", once: bool = True) -> list[Rows]:
@@ -146,7 +151,7 @@ class Method:
             w = self.machine.weights(path)
             if w.name not in made:
                 made[w.name] = self.tape.room(x.rows, w.panels.rows, path.rpartition(".")[2] * once)
-                self.tape.linear(w.panels, taken.rounded(self.kernels.shift_of(w.panels.value_bits)), made[w.name], bias=w.bias)
+                self.product(w.panels, taken, made[w.name], bias=w.bias)
             found.append(made[w.name].part(w.first, w.rows))
         for path, out in zip(paths, found):  # noqa: B905 (Python 3.9)
             self.apart(path, taken, out)
@@ -216,7 +221,7 @@ class Method:
         slots, tokens = old.tokens, new.tokens if new is not None else 0
         values: dict[str, Any] = {
             "q": q, "slots": slots, "tokens": tokens, "n": n, "heads": h, "shared": h // stack["kv_heads"], "out": out, "stride": out.stride,
-            "mask_batch": mask[1], "mask_head": mask[2], "mask_row": mask[3],
+            "mask_batch": mask[1], "mask_head": mask[2], "mask_row": mask[3], "scores": np.zeros((b * h, slots + tokens), np.float32),
         }  # fmt: skip
         later = [] if old.scales is None else list(zip(("key_scales", "value_scales"), old.scales))  # noqa: B905 (Python 3.9)
         for part, (key, value) in ((old, ("keys", "values")), (new, ("new_keys", "new_values"))):
@@ -229,18 +234,11 @@ class Method:
             later.append(("mask", mask[0]))
         else:
             values["mask"] = mask[0]
-        form = self._form(old)
-        name = kernel(form, size)
-        values["scores"] = room(form, size, b * h, slots + tokens)
+        name = f"attend_{size}" if old.scales is None else f"attend_int8_{size}"
         args = self.tape.add(name, b * h, max(1, 32768 // (n * (slots + tokens) * size)), **values)
         for arg, what in later:
             self.patch(name, args, arg, what)
         return out
-
-    def _form(self, part: Part) -> str:
-        """What its keys and values are held in, of `kernels.attention.FORMS`."""
-        kind = str(self.dtypes[self.number[part.keys]]) if isinstance(part.keys, str) else "float32"
-        return {"float32": "", "float16": "half", "int8": "int8", "uint8": "int4"}[kind]
 
     # ---- layers
 
@@ -294,7 +292,7 @@ class Method:
         pre = self.config["norm_place"] == "pre"
         after = x if pre else self.tape.room(x.rows, x.cols, "added")
         w = self.machine.weights(path)
-        self.tape.linear(w.panels, inner.rounded(self.kernels.shift_of(w.panels.value_bits)), after, bias=w.bias, residual=x)
+        self.product(w.panels, inner, after, bias=w.bias, residual=x)
         self.apart(path, inner, after)
         if not pre:
             self.tape.norm(after, self.norm, self.norm_of(norm), x)
@@ -414,6 +412,6 @@ class Method:
         w, scale, out = self.machine.weights("head"), np.float32(self.config["logit_scale"]), self.tape.room(x.rows, self.config["vocab"])
         panels = replace(w.panels, row_scale=w.panels.row_scale * scale, sums=w.panels.sums * scale) if scale != 1 else w.panels
         taken = self.taken(x, norm=norm)
-        self.tape.linear(panels, taken.rounded(self.kernels.shift_of(panels.value_bits)), out, bias=w.bias)
+        self.product(panels, taken, out, bias=w.bias)
         self.apart("head", taken, out)
         self.outputs.append(Reshaped(out, shape))

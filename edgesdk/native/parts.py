@@ -30,6 +30,12 @@ class Taken:
         self.tape, self.rows, self._first = tape, rows, first
         self._by: dict[int, Rounded] = {}
 
+    def floats(self) -> Rows:
+        """The rows themselves, behind what comes before them."""
+        if self._first is not None:
+            self.rounded(0)
+        return self.rows
+
     def rounded(self, shift: int) -> Rounded:
         if shift not in self._by:
             first, self._first = self._first, None
