@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from edgesdk.kernels.attention import kernel, room
 from edgesdk.kernels.library import Library, args_of, bits_of, library
 from edgesdk.kernels.panels import FloatPanels, Panels, read
 from edgesdk.kernels.tape import Rows, Tape, panel_sizes
@@ -221,7 +222,7 @@ class Method:
         slots, tokens = old.tokens, new.tokens if new is not None else 0
         values: dict[str, Any] = {
             "q": q, "slots": slots, "tokens": tokens, "n": n, "heads": h, "shared": h // stack["kv_heads"], "out": out, "stride": out.stride,
-            "mask_batch": mask[1], "mask_head": mask[2], "mask_row": mask[3], "scores": np.zeros((b * h, slots + tokens), np.float32),
+            "mask_batch": mask[1], "mask_head": mask[2], "mask_row": mask[3],
         }  # fmt: skip
         later = [] if old.scales is None else list(zip(("key_scales", "value_scales"), old.scales))  # noqa: B905 (Python 3.9)
         for part, (key, value) in ((old, ("keys", "values")), (new, ("new_keys", "new_values"))):
@@ -234,11 +235,18 @@ class Method:
             later.append(("mask", mask[0]))
         else:
             values["mask"] = mask[0]
-        name = f"attend_{size}" if old.scales is None else f"attend_int8_{size}"
+        form = self._form(old)
+        name = kernel(form, size)
+        values["scores"] = room(form, size, b * h, slots + tokens)
         args = self.tape.add(name, b * h, max(1, 32768 // (n * (slots + tokens) * size)), **values)
         for arg, what in later:
             self.patch(name, args, arg, what)
         return out
+
+    def _form(self, part: Part) -> str:
+        """What its keys and values are held in, of `kernels.attention.FORMS`."""
+        kind = str(self.dtypes[self.number[part.keys]]) if isinstance(part.keys, str) else "float32"
+        return {"float32": "", "float16": "half", "int8": "int8", "uint8": "int4"}[kind]
 
     # ---- layers
 
