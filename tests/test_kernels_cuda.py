@@ -14,7 +14,8 @@ from edgesdk.errors import InputError
 from edgesdk.kernels.cuda.compile import ARCHITECTURES, PTX, Kernel, codes, compiled, fields, packed_args
 from edgesdk.kernels.cuda.linear import Linear, prefill_kernel, product_kernel
 from edgesdk.kernels.cuda.machine import Machine, Memory
-from edgesdk.kernels.cuda.weights import STEP, Tiles, pack
+from edgesdk.kernels.cuda.tiles import STEP, Tiles
+from edgesdk.kernels.cuda.weights import pack
 from edgesdk.kernels.panels import UnfitWeights
 from edgesdk.packed import Code, decode
 from tests.cuda_kernels import (

@@ -52,7 +52,7 @@ def sequence_of(spec: ModelSpec) -> SequenceModel:
     return found  # type: ignore[no-any-return]
 
 
-class _Lowering:
+class Lowering:
     floats = FLOATS
 
     def __init__(self, spec: ModelSpec, choice: Mapping[tuple[str, str], str], kernels: Library) -> None:
@@ -77,11 +77,25 @@ class _Lowering:
 
         return nearest(weight, bits, group, self.kernels.half)
 
+    def readable(self, code: Code) -> bool:
+        """Whether the kernels read a matrix as it is stored."""
+        try:
+            refuse_unfit(code)
+        except UnfitWeights:
+            return False
+        return True
+
+    def _whole(self, code: Code) -> bool:
+        """Whether a matrix runs as it is stored: a grid or a table, alone or with what it keeps apart."""
+        if code.kind == "sum":
+            return self.readable(code.parts[0]) and all(p.kind in ("lowrank", "sparse") for p in code.parts[1:])
+        return self.readable(code)
+
     def own(self, path: str) -> Code | None:
         """What a compressed weight is stored as, where it runs so. A head whose result is scaled keeps nothing apart."""
         code = self.codes.get(path)
         scaled = path == "head" and self.config.logit_scale != 1 and code is not None and code.kind == "sum"
-        return code if code is not None and _whole(code) and not scaled else None
+        return code if code is not None and self._whole(code) and not scaled else None
 
     def code(self, path: str) -> Code:
         """How a matrix is stored: the compressed weight's own grid or table where the kernels read it, else rounded as the plan says."""
@@ -208,21 +222,6 @@ class _Lowering:
         return [p for p in found if p not in _TABLES and not p.endswith((".position", ".relative"))]
 
 
-def _whole(code: Code) -> bool:
-    """Whether a matrix runs as it is stored: a grid or a table, alone or with what it keeps apart."""
-    if code.kind == "sum":
-        return _readable(code.parts[0]) and all(p.kind in ("lowrank", "sparse") for p in code.parts[1:])
-    return _readable(code)
-
-
-def _readable(code: Code) -> bool:
-    try:
-        refuse_unfit(code)
-    except UnfitWeights:
-        return False
-    return True
-
-
 def _codes(spec: ModelSpec) -> dict[str, Code]:
     """Module path → the code its compressed weight is stored as."""
     if not spec.codes:
@@ -249,19 +248,29 @@ def _padded(values: Any) -> Any:
 def lower_native(
     spec: ModelSpec, runtime: str, choice: Mapping[tuple[str, str], str], say: Callable[[str], None] = lambda text: None
 ) -> bytes:
-    """The program. `runtime`: "native-" and a target of `kernels.cpu`. Raises `InputError`."""
-    from edgesdk import __version__
+    """The program. `runtime`: "native-" and a target of `kernels.cpu`, or of a GPU ("cuda-sm87"). Raises `InputError`."""
+    target = target_of(runtime)
+    if target.startswith("cuda"):
+        from edgesdk.native.cuda_lower import lower_cuda
+
+        return lower_cuda(spec, target, choice, say)
+    if target not in TARGETS:
+        raise InputError(f"there are no kernels for '{target}'", f"known: {', '.join(TARGETS)}")
     from edgesdk.kernels.numba.library import Compiled
+
+    say("packing weights")
+    work = Lowering(spec, choice, Compiled(target))
+    work.add_matrices()
+    work.add_rest()
+    return write(header_of(spec, work, target), work.arrays)
+
+
+def header_of(spec: ModelSpec, work: Lowering, target: str) -> dict[str, Any]:
+    """What a program says of itself beside its arrays."""
+    from edgesdk import __version__
     from edgesdk.sequence.card import NAME, Card
     from edgesdk.sequence.positions import buckets
 
-    target = target_of(runtime)
-    if target not in TARGETS:
-        raise InputError(f"there are no kernels for '{target}'", f"known: {', '.join(TARGETS)}")
-    say("packing weights")
-    work = _Lowering(spec, choice, Compiled(target))
-    work.add_matrices()
-    work.add_rest()
     card = Card.read(spec.files[NAME])
     methods = {}
     for name, method in spec.methods.items():
@@ -282,7 +291,7 @@ def lower_native(
     }
     if work.config.positions == "relative":
         header["buckets"] = {side: buckets(work.config, side == "encoder") for side in ("encoder", "decoder")}
-    return write(header, work.arrays)
+    return header
 
 
 def _turns(config: SequenceConfig, side: str) -> list[float]:

@@ -35,6 +35,10 @@ class Machine:
     def inputs(self, method: str) -> list[tuple[tuple[int, ...], str]]:
         return [(tuple(shape), dtype) for _, shape, dtype in self.program.methods[method]["inputs"]]
 
+    def tape(self, method: str) -> Any:
+        """What a method is written on."""
+        return Tape(self.kernels, self.threads)
+
     def run(self, method: str, arrays: Sequence[Any]) -> list[Any]:
         if method not in self._open:
             self._open[method] = Method(self, method)
@@ -62,7 +66,7 @@ class Method:
         self.number = {n: i for i, (n, _, _) in enumerate(self.sizes["inputs"])}
         self.dtypes = [np.dtype(d) for _, _, d in self.sizes["inputs"]]
         self.shapes = [tuple(s) for _, s, _ in self.sizes["inputs"]]
-        self.tape = Tape(self.kernels, machine.threads)
+        self.tape: Tape = machine.tape(name)
         self.patches: list[tuple[Any, int, int]] = []
         self.before: list[Callable[[Sequence[Any]], None]] = []
         self.outputs: list[Any] = []

@@ -77,5 +77,9 @@ class Program:
             return np.zeros(place["shape"], place["dtype"])
         return np.frombuffer(self._map, place["dtype"], count, self._start + place["at"]).reshape(place["shape"])
 
+    def first(self, count: int) -> Any:
+        """The first `count` bytes of all arrays, uint8, read only."""
+        return np.frombuffer(self._map, np.uint8, count, self._start)
+
     def has(self, name: str) -> bool:
         return name in self.header["arrays"]

@@ -109,5 +109,8 @@ class Emulated:
     def wait(self) -> None:
         """Nothing is ever under way."""
 
+    def use(self) -> None:
+        """Any thread may."""
+
     def close(self) -> None:
         """Memory is kept until the process ends."""

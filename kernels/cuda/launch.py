@@ -40,7 +40,7 @@ class _Owned:
 
 class Gpu:
     """A `Machine`. `code`: name of a kernel → what was compiled before, machine code or PTX, the first that the driver takes; where it is None
-    kernels are compiled when they are first launched. It is used by the thread that made it, until it is closed.
+    kernels are compiled when they are first launched. It is used by the thread that made it, or that called `use` last, until it is closed.
 
     Raises `MissingTool` without cuda-bindings, and `DeviceError` where there is no driver or no such GPU, or where the driver reports a fault.
     """
@@ -73,7 +73,8 @@ class Gpu:
                 f"{self.name} has compute capability {major}.{minor}", "the kernels need 8.0 or later (Ampere: Jetson Orin and newer)"
             )
         self.arch = f"sm_{major}{minor}"
-        self._do(d.cuCtxSetCurrent, self._do(d.cuDevicePrimaryCtxRetain, device))
+        self._context = self._do(d.cuDevicePrimaryCtxRetain, device)
+        self.use()
         self.stream = self._do(d.cuStreamCreate, int(d.CUstream_flags.CU_STREAM_NON_BLOCKING))
         self._code = code
         self._functions: dict[Kernel, Any] = {}
@@ -139,6 +140,10 @@ class Gpu:
 
     def wait(self) -> None:
         self._do(self._d.cuStreamSynchronize, self.stream)
+
+    def use(self) -> None:
+        """The thread that calls it works with this GPU from now on."""
+        self._do(self._d.cuCtxSetCurrent, self._context)
 
     def close(self) -> None:
         """Waits for what is under way and gives kernels and stream back; memory goes with its last holder."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgesdk.errors import InputError, select_by_name
-from edgesdk.packed import Code
 
 from .compile import Kernel
 from .machine import Launch, Machine, Memory, Scratch, launch
-from .weights import PARTS, STEP, TILE, WIDTH, Tiles, pack
+from .tiles import PARTS, STEP, TILE, WIDTH, Tiles
+
+if TYPE_CHECKING:
+    from edgesdk.packed import Code
 
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 WARPS = 8
@@ -56,7 +59,7 @@ class Linear:
         self, machine: Machine, code: Code | Tiles, bias: Any = None, activation: str = "none", place: Callable[[Any], Memory] | None = None
     ) -> None:
         self.machine = machine
-        self.weights: Tiles = pack(code) if isinstance(code, Code) else code
+        self.weights = code if isinstance(code, Tiles) else _tiles(code)
         self.activation = select_by_name("activation", activation, ACTIVATIONS)
         w, place = self.weights, place or machine.put
         given = {part: getattr(w, part) for part in PARTS}
@@ -64,6 +67,20 @@ class Linear:
         self.memory["bias"] = None if bias is None else machine.put(np.asarray(bias, np.float32))
         self.sizes = {"rows": w.rows, "cols": w.cols, "steps": w.steps, "groups": w.groups}
         self.sizes |= {"group_shift": w.group.bit_length() - 1 if w.group else 0, "row_tables": int(len(w.tables) > 1)}
+
+    @property
+    def rows(self) -> int:
+        return self.weights.rows
+
+    @property
+    def value_bits(self) -> int:
+        return self.weights.bits
+
+    def scaled(self, factor: float) -> Linear:
+        """The same weights times `factor`."""
+        other = copy.copy(self)
+        other.memory = {**self.memory, "row_scale": self.machine.put(self.weights.row_scale * np.float32(factor))}
+        return other
 
     def tiles_of(self, tokens: int) -> tuple[int, int]:
         """Tokens / 8 and rows / 16 of a block: more rows where x is read as much as the weights are."""
@@ -134,3 +151,9 @@ class Linear:
             values |= {"partial": scratch.sums(splits * blocks * size), "arrived": scratch.counters(blocks)}
         shared = 4 * WARPS * size + (TILE * tiles * 32 if w.tables.size else 0)
         return launch(kernel, (blocks, splits), values, shared)
+
+
+def _tiles(code: Code) -> Tiles:
+    from .weights import pack  # which a device does not have
+
+    return pack(code)

@@ -82,6 +82,42 @@ class Machine(Protocol):
     def run(self, work: Sequence[Work]) -> None: ...
     def graph(self, work: Sequence[Work]) -> Callable[[], None]: ...
     def wait(self) -> None: ...
+    def use(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Paper:
+    """A machine that nothing runs on: what is asked of it says which kernels a program is made of, and how much memory it takes."""
+
+    name, units = "paper", 16
+
+    def __init__(self) -> None:
+        self._next = 1 << 20
+
+    def empty(self, shape: Sequence[int], dtype: Any) -> Memory:
+        made = Memory(self._next, tuple(int(n) for n in shape), np.dtype(dtype))
+        self._next += -(-max(made.nbytes, 1) // 256) * 256
+        return made
+
+    def put(self, array: Any, into: Memory | None = None) -> Memory:
+        return into or self.empty(array.shape, array.dtype)
+
+    def get(self, memory: Memory) -> Any:
+        return np.zeros(memory.shape, memory.dtype)
+
+    def shared(self, nbytes: int) -> Shared:
+        return Shared(np.zeros(nbytes, np.uint8), self.empty((nbytes,), np.uint8))
+
+    def run(self, work: Sequence[Work]) -> None:
+        raise NotImplementedError("these kernels are for another machine")
+
+    def graph(self, work: Sequence[Work]) -> Callable[[], None]:
+        return lambda: self.run(work)
+
+    def wait(self) -> None: ...
+
+    def use(self) -> None: ...
+
     def close(self) -> None: ...
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from .compile import Kernel
 from .linear import ACTIVATIONS, Linear
 from .machine import Launch, Memory, launch
-from .weights import STEP
+from .tiles import STEP
 
 THREADS = 256
 
