@@ -80,6 +80,9 @@ LOOKS = [
     look_kernel(8, 24, 8),
     look_kernel(32, 128, 8),
     look_kernel(8, 128, 8),
+    look_kernel(4, 128, 8),
+    look_kernel(16, 64, 1),
+    look_kernel(4, 48, 4),
 ]
 ALL: list[Kernel] = [*PRODUCTS, *PREFILLS, *ROWS, *ATTENTION, HEADS, *LOOKS]
 

@@ -13,6 +13,7 @@ from edgesdk.kernels.cuda import rows as of_rows
 from edgesdk.kernels.cuda.linear import Linear
 from edgesdk.kernels.cuda.look import HEADS, heads, heads_of, look
 from edgesdk.kernels.cuda.machine import Machine, Memory
+from edgesdk.sequence.caches import held
 from tests.cuda_kernels import TOLERANCE, far, poisoned, weights
 
 pytest_plugins = ["tests.cuda_fixture"]
@@ -50,9 +51,16 @@ def test_heads_of_three_are_split_normed_and_turned(machine: Machine, b: int, n:
     assert HEADS.threads == 32
 
 
-def int8(x: Any) -> tuple[Any, Any]:
-    scale = np.abs(x).max(-1) / np.float32(127)
-    return np.rint(x / scale[..., None]).astype(np.int8), scale.astype(np.float32)
+def numbers(kept: list[Any], bits: int) -> Any:
+    """Keys or values [b, kv, slots, D] as float32, of what a session holds: codes, and what stands beside them."""
+    if bits == 8:
+        return kept[0].astype(np.float32) * kept[1][..., None]
+    if bits == 16:
+        return kept[0].astype(np.float32)
+    codes = np.concatenate([kept[0] & 15, kept[0] >> 4], -1).astype(np.float32)
+    beside = kept[1].astype(np.float32).reshape(*kept[1].shape[:-1], -1, 1, 2)
+    parts = codes.reshape(*codes.shape[:-1], beside.shape[-3], -1)
+    return (parts * beside[..., 0] + beside[..., 1]).reshape(codes.shape)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +73,9 @@ def int8(x: Any) -> tuple[Any, Any]:
         (2, 4, 2, 9, 9, 0, 24, 32),  # a prompt that sees itself
         (1, 8, 1, 5, 70, 5, 128, 32),
         (1, 8, 1, 1, 70, 1, 128, 8),
+        (1, 8, 1, 1, 70, 1, 128, 4),  # two groups of columns
+        (1, 2, 2, 1, 70, 1, 64, 16),
+        (1, 4, 2, 2, 90, 2, 48, 4),
     ],
 )
 def test_attention_is_that_of_float64(
@@ -78,10 +89,11 @@ def test_attention_is_that_of_float64(
     )
     mask[..., -1] = 0
     keys, values = (np.concatenate(pair, 2) for pair in zip(old, new, strict=True))
-    if bits == 8:
-        codes = [int8(x) for x in old]
-        keys[:, :, :slots], values[:, :, :slots] = (c.astype(np.float32) * s[..., None] for c, s in codes)
-        caches = {"keys": codes[0][0], "values": codes[1][0], "key_scales": codes[0][1], "value_scales": codes[1][1]}
+    if bits != 32:
+        kept = held(old, bits)
+        each = [kept[i::2] for i in range(2)]
+        keys[:, :, :slots], values[:, :, :slots] = (numbers(e, bits) for e in each)
+        caches = dict(zip(("keys", "values", "key_scales", "value_scales"), kept, strict=False))
     else:
         hidden = (mask[:, :, :, :slots] < -5000).reshape(b, kv, -1, slots).all(2)
         for x in old:
@@ -121,8 +133,8 @@ def test_a_query_that_sees_nothing_gets_zeros_and_forms_that_are_not_there_are_r
     mask = machine.put(np.full((1, 1), -1e4, np.float32))
     machine.run([look(machine, q, {"keys": k, "values": k}, 1, 2, out, mask=mask)])
     assert not machine.get(out).any()
-    for size, kv, bits in ((20, 2, 32), (64, 3, 32), (64, 2, 16)):
-        with pytest.raises(InputError, match="caches have 32 or 8 bits"):
+    for size, kv, bits in ((20, 2, 32), (64, 3, 32), (64, 2, 2), (24, 2, 4)):
+        with pytest.raises(InputError, match="caches have 32, 16, 8 or 4 bits"):
             look(machine, machine.put(np.ones((1, 2, 1, size), np.float32)), {}, 1, kv, out, bits=bits)
 
 

@@ -272,7 +272,7 @@ class CudaMethod(machine.Method):
         return out
 
     def _cache_bits(self, part: Part) -> int:
-        return 8 if part.scales is not None else 32
+        return {"": 32, "half": 16, "int8": 8, "int4": 4}[self._form(part)]
 
     def _logits(self, x: Any, norm: str, shape: tuple[int, ...]) -> None:
         w: Weights = self.machine.weights("head")

@@ -1,5 +1,5 @@
-// Heads of queries, keys and values, and attention over keys and values as a sequence runtime keeps them: float32 or int8 in slots, the newest
-// ones beside them, a mask over all.
+// Heads of queries, keys and values, and attention over keys and values as a sequence runtime keeps them: slots in 32, 16, 8 or 4 bits, the newest
+// ones beside them in float32, a mask over all.
 #pragma once
 #include "attention.cuh"
 
@@ -50,10 +50,10 @@ ON_GPU void heads(const HeadsOfThree& all) {
 
 struct Look {
     const float* q;             // [batch, kv_heads · shared, n, D], scaled
-    const void* keys;           // [batch, kv_heads, slots, D]
+    const void* keys;           // [batch, kv_heads, slots, D]: float32, halves, int8, or half bytes (columns below D / 2 are low, the others high)
     const void* values;
-    const float* key_scales;    // [batch, kv_heads, slots] of int8
-    const float* value_scales;
+    const void* key_scales;     // of int8 float32 [batch, kv_heads, slots]; of half bytes halves, a scale and the least of each group of columns
+    const void* value_scales;
     const float* new_keys;      // [batch, kv_heads, tokens, D]
     const float* new_values;
     const float* mask;          // added to the scores [slots + tokens]; what is hidden by -5000 and more is not read
@@ -71,17 +71,44 @@ struct Look {
     int out_stride;
 };
 
-// Eight int8 numbers, as `number` reads bytes: codes - 128.
-ON_GPU Eight<8> unsigned_codes(Eight<8> e) { return {{e.v[0] ^ 0x80808080u, e.v[1] ^ 0x80808080u}}; }
+// How slots of FORMAT bits are read: the numbers as `number` takes them, and the scale that they are multiplied with later.
+template <int FORMAT, int D> struct Slots {
+    static constexpr int held = FORMAT == 4 ? 32 : FORMAT;                 // bits of what is kept in registers
+    static constexpr int bytes = D * FORMAT / 8;                           // of a vector
+    static constexpr int groups = FORMAT == 4 && D % 64 == 0 ? D / 64 : 1;  // of columns with a scale of their own
+    static constexpr int beside = FORMAT == 8 ? 4 : FORMAT == 4 ? 4 * groups : 0;  // bytes of a vector's scales
 
-// Positions `first` to `last` of keys and values in FORMAT (32: float32, 8: int8), masked from `mask` on.
+    ON_GPU static Eight<held> load(const u8* vectors, const u8* scales, int position, int part, float& scale) {
+        scale = 1.0f;
+        const u8* vector = vectors + static_cast<long long>(position) * bytes;
+        if constexpr (FORMAT == 8) {
+            scale = reinterpret_cast<const float*>(scales)[position];
+            const Eight<8> e = load_eight<8>(vector + part * 8);
+            return {{e.v[0] ^ 0x80808080u, e.v[1] ^ 0x80808080u}};  // codes + 128
+        } else if constexpr (FORMAT == 4) {
+            const bool high = part * 8 >= D / 2;
+            const Eight<8> e = load_eight<8>(vector + part * 8 - (high ? D / 2 : 0));
+            const u16* pair = reinterpret_cast<const u16*>(scales) + (static_cast<long long>(position) * groups + (groups > 1 ? part / 8 : 0)) * 2;
+            const float unit = from_half(pair[0]), least = from_half(pair[1]);
+            Eight<32> out;
+#pragma unroll
+            for (int i = 0; i < 8; i++) out.v[i] = bits_of(unit * static_cast<float>(e.v[i / 4] >> (8 * (i % 4) + (high ? 4 : 0)) & 15) + least);
+            return out;
+        } else {
+            return load_eight<FORMAT>(vector + part * FORMAT);
+        }
+    }
+};
+
+// Positions `first` to `last` of keys and values in FORMAT, masked from `mask` on.
 template <int FORMAT, int D, int ROWS>
-ON_GPU void look_over(Queries<D, ROWS>& mine, const u8* keys, const u8* values, const float* key_scales, const float* value_scales,
+ON_GPU void look_over(Queries<D, ROWS>& mine, const u8* keys, const u8* values, const u8* key_scales, const u8* value_scales,
                       const float* const (&mask)[ROWS], int first, int last) {
     using Q = Queries<D, ROWS>;
+    using S = Slots<FORMAT, D>;
     constexpr float BASE = 1.44269504f;
     for (int start = first; start < last; start += Q::TURN) {
-        Eight<FORMAT> k[Q::AT_ONCE] = {}, v[Q::AT_ONCE] = {};
+        Eight<S::held> k[Q::AT_ONCE] = {}, v[Q::AT_ONCE] = {};
         float ks[Q::AT_ONCE] = {}, vs[Q::AT_ONCE] = {}, bias[ROWS][Q::AT_ONCE];
 #pragma unroll
         for (int u = 0; u < Q::AT_ONCE; u++) {
@@ -94,14 +121,10 @@ ON_GPU void look_over(Queries<D, ROWS>& mine, const u8* keys, const u8* values, 
                 seen = seen || add > -5000.0f;
             }
             if (!seen || !mine.inside) continue;
-            const long long at = static_cast<long long>(position) * (D * FORMAT / 8) + mine.part * FORMAT;
-            k[u] = load_eight<FORMAT>(keys + at);
-            v[u] = load_eight<FORMAT>(values + at);
-            if constexpr (FORMAT == 8) { k[u] = unsigned_codes(k[u]); v[u] = unsigned_codes(v[u]); }
-            ks[u] = FORMAT == 32 ? 1.0f : key_scales[position];
-            vs[u] = FORMAT == 32 ? 1.0f : value_scales[position];
+            k[u] = S::load(keys, key_scales, position, mine.part, ks[u]);
+            v[u] = S::load(values, value_scales, position, mine.part, vs[u]);
         }
-        mine.template see<FORMAT>(k, v, ks, vs, [&](int h, int u) { return bias[h][u]; });
+        mine.template see<S::held>(k, v, ks, vs, [&](int h, int u) { return bias[h][u]; });
     }
 }
 
@@ -123,15 +146,15 @@ template <int FORMAT, int D, int ROWS> ON_GPU void look(const Look& p) {
     }
     const long long all = p.slots + p.tokens;
     const int from = static_cast<int>(all * blockIdx.y / gridDim.y), to = static_cast<int>(all * (blockIdx.y + 1) / gridDim.y);
-    constexpr int BYTES = D * FORMAT / 8;
-    const u8 *keys = static_cast<const u8*>(p.keys) + cache * p.slots * BYTES, *values = static_cast<const u8*>(p.values) + cache * p.slots * BYTES;
-    const float *ks = p.key_scales + cache * p.slots, *vs = p.value_scales + cache * p.slots;
-    if (from < p.slots) look_over<FORMAT>(mine, keys, values, ks, vs, mask, from, min(to, p.slots));
+    using S = Slots<FORMAT, D>;
+    auto of = [&](const void* all_slots, int bytes) { return static_cast<const u8*>(all_slots) + cache * p.slots * bytes; };
+    if (from < p.slots)
+        look_over<FORMAT>(mine, of(p.keys, S::bytes), of(p.values, S::bytes), of(p.key_scales, S::beside), of(p.value_scales, S::beside), mask, from, min(to, p.slots));
     if (to > p.slots) {
         const long long at = cache * p.tokens * D;
 #pragma unroll
         for (int h = 0; h < ROWS; h++) mask[h] = mask[h] ? mask[h] + p.slots : nullptr;
-        look_over<32>(mine, reinterpret_cast<const u8*>(p.new_keys + at), reinterpret_cast<const u8*>(p.new_values + at), ks, vs, mask, max(from, p.slots) - p.slots, to - p.slots);
+        look_over<32>(mine, reinterpret_cast<const u8*>(p.new_keys + at), reinterpret_cast<const u8*>(p.new_values + at), nullptr, nullptr, mask, max(from, p.slots) - p.slots, to - p.slots);
     }
     mine.finish(p.partial, p.arrived, static_cast<long long>(blockIdx.z) * p.kv_heads + kv, [&](int h, int d, float value) {
         if (r + h >= rows) return;

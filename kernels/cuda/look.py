@@ -15,12 +15,14 @@ from .machine import Launch, Machine, Memory, Scratch, launch
 HEADS = Kernel("heads_of_three", "look.cuh", "heads", "HeadsOfThree", 32)
 TOGETHER = 3
 """So many sets of heads in one launch: queries, keys and values."""
+BITS = (32, 16, 8, 4)
+"""Of caches."""
 _MOST_ROWS = 8
 
 
 @lru_cache(maxsize=64)
 def look_kernel(bits: int, dim: int, rows: int) -> Kernel:
-    """Caches in float32 or int8; `rows`: queries that a block takes over the same keys."""
+    """Caches of 32, 16, 8 or 4 bits; `rows`: queries that a block takes over the same keys."""
     return Kernel(f"look_{bits}_{dim}x{rows}", "look.cuh", f"look<{bits}, {dim}, {rows}>", "Look", 128)
 
 
@@ -62,15 +64,16 @@ def look(
 ) -> Launch:
     """out float16 [B · N, stride], heads side by side: attention of q float32 [B, heads, N, D], scaled already.
 
-    `caches`: keys and values [B, kv_heads, slots, D] in float32, or in int8 (`bits` 8) with key_scales and value_scales float32 [B, kv_heads, slots].
+    `caches`: keys and values [B, kv_heads, slots, D] in float32, float16, or, with key_scales and value_scales, in int8 or half bytes, as
+    `edgesdk.sequence.caches.held` gives them for `bits` 32, 16, 8 and 4.
     `new`: the newest [B, kv_heads, tokens, D], float32. `mask`: float32, added to the scores [slots + tokens]; `mask_strides`: numbers from one batch, head
     and row of it to the next. What a mask hides by 5000 or more is not read; a query that sees nothing gets zeros. Raises `InputError`.
     """
     b, count, n, size = q.shape
-    if bits not in (32, 8) or size % 8 or not 8 <= size <= 256 or count % kv_heads:
+    if bits not in BITS or size % (16 if bits == 4 else 8) or not 8 <= size <= 256 or count % kv_heads:
         raise InputError(
             f"attention of {count} heads of {size} over {kv_heads} in {bits} bits",
-            "caches have 32 or 8 bits, heads a multiple of 8 up to 256 numbers, query heads are a multiple of key heads",
+            "caches have 32, 16, 8 or 4 bits, heads a multiple of 8 (of 4 bits: 16) up to 256 numbers, query heads are a multiple of key heads",
         )
     shared = count // kv_heads
     rows = rows_of(n * shared)
