@@ -116,12 +116,15 @@ class Pattern(Product):
                     s.prefetch(at, AHEAD + line)
                 for j, g in enumerate(self.blocks_of(u)):
                     q, _ = self.q_at(g, self.number(0))
-                    total = s.zero(s.ints) if self.per_block else b.load(whole)
+                    total = s.zero(s.ints)
                     for i in range(2 * self.vectors):
                         vector = 2 * self.vectors * j + i
                         x = self.chosen(self.inputs(q, i // self.vectors * WINDOW), self.places(at, vector), vector)
                         total = self.product(total, s.tops(at, self.bits, vector, 1)[0], x)
-                    b.store(s.fma(s.to_float(total), self.scale_at(panel, u, j), b.load(whole)) if self.per_block else total, whole)
+                    if self.per_block:
+                        b.store(s.fma(s.to_float(total), self.scale_at(panel, u, j), b.load(whole)), whole)
+                    else:
+                        b.store(b.add(b.load(whole), total), whole)  # a block's products do not wait for the last one's
             value = b.load(whole) if self.per_block else b.fmul(s.to_float(b.load(whole)), self.scale(panel, None))
             self.write(value, panel, self.number(0))
         b.ret_void()
