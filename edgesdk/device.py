@@ -13,11 +13,11 @@ from edgesdk.noun import Noun, Part
 
 Dtype = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Share = Annotated[float, Field(gt=0, le=1)]
-Isa = Literal["neon", "fp16", "dotprod", "i8mm", "sve2", "sme2", "avx2", "avx512", "avx512_vnni", "avx_vnni", "helium"]
+Isa = Literal["neon", "fp16", "dotprod", "i8mm", "sve2", "sme2", "avx2", "avx512", "avx512_vnni", "avx_vnni", "helium", "sm_87", "sm_110"]
 RuntimeName = Literal[
     "executorch", "litert", "tflite-runtime", "executorch-vulkan", "executorch-coreml", "executorch-qnn",
     "executorch-cuda", "executorch-ethos-u", "litert-gpu", "litert-qnn", "tensorrt", "onnxruntime", "qnn", "ncnn", "ncnn-vulkan",
-    "llama.cpp", "tflite-micro", "native",
+    "llama.cpp", "tflite-micro", "native", "native-cuda",
 ]  # fmt: skip
 
 

@@ -20,7 +20,11 @@ import numpy as np
 
 
 class RunnerError(Exception):
-    """The runtime is absent, or refuses the program or the inputs."""
+    """The runtime is absent, or refuses the program or the inputs. `hint`: what to do about it, where the runtime says."""
+
+    def __init__(self, what: str, hint: str = "") -> None:
+        super().__init__(what)
+        self.hint = hint
 
 
 def installed() -> dict[str, str]:
@@ -102,12 +106,13 @@ def open_program(path: str, runtime: str, threads: int = 1) -> Any:
             return ExecuTorchRunner(path, threads)
         if runtime in ("litert", "tflite-runtime"):
             return LiteRtRunner(path, runtime, threads)
-        if runtime == "native":
-            return NativeRunner(path, threads)
+        if runtime in ("native", "native-cuda"):
+            return NativeRunner(path, threads, runtime)
     except RunnerError:
         raise
     except Exception as error:
-        raise RunnerError(f"{runtime} refuses {path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+        said = str(error).splitlines() or [type(error).__name__]
+        raise RunnerError(f"{runtime} refuses {path}: {said[0]}", getattr(error, "hint", "")) from None
     raise RunnerError(f"no runner for runtime '{runtime}'")
 
 
@@ -256,11 +261,12 @@ class LiteRtRunner:
 
 
 class NativeRunner:
-    """A program of our own kernels."""
+    """A program of our own kernels, on a CPU or ("native-cuda") on a GPU."""
 
-    def __init__(self, path: str, threads: int = 1) -> None:
-        machine = importlib.import_module("edgesdk.native.machine")
-        self._machine = machine.Machine(path, threads)
+    def __init__(self, path: str, threads: int = 1, runtime: str = "native") -> None:
+        on_gpu = runtime == "native-cuda"
+        module = importlib.import_module("edgesdk.native." + ("cuda" if on_gpu else "machine"))
+        self._machine = (module.CudaMachine if on_gpu else module.Machine)(path, threads)
         self.methods: tuple[str, ...] = self._machine.methods
         self.version = str(self._machine.program.header.get("version", "unknown"))
 
@@ -272,6 +278,14 @@ class NativeRunner:
     def run(self, method: str, arrays: list[Any]) -> list[Any]:
         _check_shapes(method, self.inputs(method), arrays)
         return list(self._machine.run(method, arrays))
+
+    def zeros(self, shape: Any, dtype: Any) -> Any:
+        """An array for caches, in memory that the program reads where it is."""
+        return getattr(self._machine, "zeros", np.zeros)(shape, dtype)
+
+    def close(self) -> None:
+        """Gives back what the program holds of a GPU; nothing can be run after it."""
+        getattr(self._machine, "close", lambda: None)()
 
 
 def _order(name: str) -> tuple[int, str]:

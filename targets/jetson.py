@@ -9,5 +9,5 @@ TARGET = Target(
     runtimes=("executorch", "litert"),
     links=("ssh", "local"),
     kernels=("cuda", "neon", "numba"),
-    build_only=("executorch-cuda", "executorch-vulkan"),
+    build_only=("executorch-cuda", "executorch-vulkan", "native-cuda"),
 )

@@ -20,7 +20,9 @@ START_S = 60.0
 POLL_S = 0.05
 ARCHIVE = "agent.zip"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-_HOST_ONLY = ("build.py", "linear.py", "pack.py", "reference.py")
+_HOST_ONLY = (
+    "kernels/linear.py", "kernels/pack.py", "kernels/reference.py", "kernels/neon/build.py", "kernels/cuda/weights.py", "kernels/cuda/emulated.py",
+)  # fmt: skip
 """Of the kernels, what packs weights and checks."""
 _MAIN = b"from agent.agent import main\n\nmain()\n"
 
@@ -48,15 +50,14 @@ def agent_sources() -> dict[str, bytes]:
 def _kernels() -> dict[str, bytes]:
     """What runs native programs, under the names it has here."""
     top = files("edgesdk")
-    found = {"edgesdk/__init__.py": b"", "edgesdk/cache.py": (top / "cache.py").read_bytes()}
-    found |= {f"edgesdk/{name}": content for name, content in _part("native", "machine").items()}
-    for folder in ("kernels", "kernels/numba", "kernels/neon"):
+    found = {"edgesdk/__init__.py": b"", **{f"edgesdk/{name}": (top / name).read_bytes() for name in ("cache.py", "errors.py")}}
+    found |= {f"edgesdk/{name}": content for name, content in _part("native", "machine", "cuda").items()}
+    for folder in ("kernels", "kernels/numba", "kernels/neon", "kernels/cuda"):
         place = files("edgesdk.kernels")
         for part in folder.split("/")[1:]:
             place = place / part
-        found |= {
-            f"edgesdk/{folder}/{f.name}": f.read_bytes() for f in place.iterdir() if f.name.endswith(".py") and f.name not in _HOST_ONLY
-        }
+        names = {f"{folder}/{f.name}": f for f in place.iterdir() if f.name.endswith((".py", ".cuh"))}
+        found |= {f"edgesdk/{name}": file.read_bytes() for name, file in names.items() if name not in _HOST_ONLY}
     return dict(sorted(found.items()))
 
 

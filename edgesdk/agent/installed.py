@@ -41,6 +41,7 @@ MODULES = {
     "litert": ("ai_edge_litert.interpreter", "tflite_runtime.interpreter"),
     "tflite-runtime": ("tflite_runtime.interpreter", "ai_edge_litert.interpreter"),
     "native": ("numba", "ctypes"),  # ctypes, where the bundle has the kernels as a library
+    "native-cuda": ("cuda.bindings.driver", "ctypes"),  # ctypes, which reaches the driver as well
 }
 PACKAGES = {"litert": "ai-edge-litert", "native": "numba"}
 
@@ -63,7 +64,8 @@ def open_runner(folder: str, manifest: dict[str, Any]) -> Any:
     try:
         return runner.open_program(os.path.join(folder, manifest["program"]), manifest["runtime"], int(manifest["threads"]))
     except Exception as error:
-        raise Refused(f"the program cannot be opened here: {error}", "the device's runtime may be older than the host's") from None
+        hint = getattr(error, "hint", "") or "the device's runtime may be older than the host's"
+        raise Refused(f"the program cannot be opened here: {error}", hint) from None
 
 
 def load_arrays(folder: str, names: list[str]) -> list[Any]:

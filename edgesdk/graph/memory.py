@@ -106,7 +106,7 @@ def _all_delegated(method: MethodGraph) -> bool:
 def kept_outside(method: MethodGraph, runtime: str) -> bool:
     """Whether a program leaves its inputs where their owner keeps them: on ExecuTorch, where caches are among them (`lower.executorch`),
     and on our own kernels."""
-    return (runtime == "native" or runtime.startswith("executorch")) and bool(method.cache_inputs or method.cross_cache_inputs)
+    return runtime.startswith(("native", "executorch")) and bool(method.cache_inputs or method.cross_cache_inputs)
 
 
 def planned_bytes(method: MethodGraph, runtime: str, kinds: frozenset[str]) -> tuple[int, bool]:
