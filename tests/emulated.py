@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from edgesdk.cache import cache_dir
-from edgesdk.kernels.library import LINEAR_ARGS, ROUND_ARGS
+from edgesdk.kernels.library import KEPT_ARGS, ROUND_ARGS
 from edgesdk.kernels.neon import build
-from edgesdk.kernels.panels import BLOCK, PARTS, Panels
+from edgesdk.kernels.panels import BLOCK, Panels, written
 from edgesdk.kernels.tape import panel_sizes
 
 HARNESS = Path(__file__).parent / "native" / "harness.c"
@@ -61,16 +61,16 @@ def product(
     """A product of given bytes: q (uint8 [blocks, M, 32], sums, scale, zero); `more`: bias, residual, both padded; out starts as 777."""
     case = Case()
     rows = q[0].shape[1]
-    for name in PARTS:
-        if getattr(panels, name).size:
-            case.add(name, getattr(panels, name), shift)
+    for name, array in written(panels)[1].items():
+        if array.size:
+            case.add(name, array, shift)
     for name, array in zip(("q", "q_sums", "q_scale", "q_zero"), q, strict=True):
         case.add(name, array, shift)
     for name, array in more.items():
         case.add(name, array, shift)
     case.add("out", np.full((rows, panels.panels * panels.lanes), 777, np.float32), shift)
     count = panels.panels // (2 if "gemm" in kernel else 1)
-    case.steps.append((kernel, case.table(LINEAR_ARGS, numbers(panels, rows)), part or (0, count), 1))
+    case.steps.append((kernel, case.table(KEPT_ARGS, numbers(panels, rows)), part or (0, count), 1))
     return case
 
 

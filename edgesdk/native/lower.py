@@ -131,7 +131,7 @@ class Lowering:
 
     def pattern(self, path: str, code: Code) -> str:
         """Which zeros of a matrix are left out (`kernels.sparse`): none of one in whose panels a table's rows are looked up."""
-        looked_up = path == "head" and any(self.shares_head(table) for table in _TABLES)
+        looked_up = path == "head" and code.numbers[0] == 8 and any(self.shares_head(table) for table in _TABLES)
         return "" if looked_up else pattern_of(code, self.kernels.lanes)
 
     def shares_head(self, table: str) -> bool:
