@@ -10,13 +10,17 @@ from edgesdk.packed import Code, groups_of, spread
 
 from .panels import BLOCK, Panels, UnfitWeights, aligned
 
+SUPER = 8
+"""Blocks of a super-block, which share a float."""
+OFFSET = np.float32(16)
+"""Parts of a step that an offset of a block counts in."""
 LOST = 0.02
 """Of the weights (root mean square): what may be lost where panels keep them less exactly than they are stored."""
 
 
 def refuse_unfit(code: Code) -> None:
-    """Raises `UnfitWeights` for what the kernels do not read: anything but grids of 2, 3, 4 or 8 bits with whole zeros, and tables of 2, 3 or 4
-    bits that int8 holds."""
+    """Raises `UnfitWeights` for what the kernels do not read: anything but grids of 2, 3, 4 or 8 bits with whole zeros, those of 4 bits with others
+    that super-blocks hold, and tables of 2, 3 or 4 bits that int8 holds."""
     if code.kind not in ("grid", "table") or len(code.shape) != 2:
         raise UnfitWeights(f"a code of kind {code.kind} and shape {code.shape} is no grid and no table of rows and columns")
     bits, group = code.numbers
@@ -29,6 +33,10 @@ def refuse_unfit(code: Code) -> None:
         if (lost := _rounded_tables(code)[2]) > LOST:
             raise UnfitWeights(f"a table whose numbers int8 holds with an error of {lost:.1%} of the weights: the kernels take {LOST:.0%}")
         return
+    if is_super(code):
+        if (lost := _supers(code, True)[4]) > LOST:
+            raise UnfitWeights(f"zeros that super-blocks hold with an error of {lost:.1%} of the weights: the kernels take {LOST:.0%}")
+        return
     zero = code.arrays[2]
     if zero.size and ((zero != np.rint(zero)).any() or zero.min() < 0 or zero.max() >= 1 << bits):
         raise UnfitWeights("zeros that are no codes: the kernels read whole zeros from 0 to 2^bits - 1")
@@ -37,7 +45,8 @@ def refuse_unfit(code: Code) -> None:
 def pack(code: Code, lanes: int, together: int = 1, half: bool = True) -> Panels:
     """The panels of a code, their number a multiple of `together`; `half`: scales in float16. Raises `UnfitWeights`."""
     refuse_unfit(code)
-    return (_table if code.kind == "table" else _grid)(code, lanes, lanes * together, half)
+    how = _table if code.kind == "table" else _super if is_super(code) else _grid
+    return how(code, lanes, lanes * together, half)
 
 
 def _grid(code: Code, lanes: int, unit: int, half: bool) -> Panels:
@@ -127,8 +136,72 @@ def _rounded_tables(code: Code) -> tuple[Any, Any, float]:
     return numbers, best, float(np.sqrt(least.sum() / whole)) if whole else 0.0
 
 
+def is_super(code: Code) -> bool:
+    """Whether a grid is kept as super-blocks: 4 bits, and zeros that are no codes."""
+    if code.kind != "grid" or code.numbers[0] != 4 or not code.arrays[2].size:
+        return False
+    zero = code.arrays[2]
+    return bool((zero != np.rint(zero)).any() or zero.min() < 0 or zero.max() > 15)
+
+
+def _supers(code: Code, half: bool) -> tuple[Any, Any, Any, Any, float]:
+    """Codes, d, steps and offsets (`rounded_supers`) of a grid of 4 bits, and the error of that, of the weights (root mean square)."""
+    (_, group), (q, scale, zero) = code.numbers, code.arrays
+    rows, cols = code.shape
+    blocks, groups = -(-cols // BLOCK), groups_of(cols, group)
+    scale, zero = (np.broadcast_to(a.astype(np.float32) if a.size else np.float32(1), (rows, groups)) for a in (scale, zero))
+    turned = scale < 0
+    q = np.where(spread(turned, cols, group), 15 - q.astype(np.int16), q)
+    times = blocks if groups == 1 else group // BLOCK
+    step, zero = (np.repeat(a, times, 1)[:, :blocks] for a in (np.abs(scale), np.where(turned, 15 - zero, zero)))
+    d, steps, offsets = rounded_supers(step, 8 - zero, half)
+    found = [
+        (q - spread(z, cols, BLOCK)) * spread(s, cols, BLOCK)
+        for s, z in ((step, zero), (steps * per_block(d, blocks), 8 - offsets / OFFSET))
+    ]
+    size = float(np.square(found[0]).sum())
+    return q, d, steps, offsets, float(np.sqrt(np.square(found[0] - found[1]).sum() / size)) if size else 0.0
+
+
+def _super(code: Code, lanes: int, unit: int, half: bool) -> Panels:
+    q, d, steps, offsets, _ = _supers(code, half)
+    rows, cols = code.shape
+    padded, width = -(-rows // unit) * unit, -(-cols // BLOCK) * BLOCK
+    ints = np.full((padded, width), 8, np.int16)
+    ints[:rows, :cols] = q
+    values = (ints[:rows] - 8 + spread(offsets / OFFSET, width, BLOCK)) * spread(steps * per_block(d, steps.shape[1]), width, BLOCK)
+    row_scale = d.max(1)
+    row_scale[row_scale == 0] = 1
+    return Panels(
+        rows=rows, cols=cols, bits=4, group=BLOCK, lanes=lanes, codes=laid(ints, 4, lanes), kind="super",
+        scales=_paneled(steps, padded, lanes, np.uint8), zeros=_paneled(offsets, padded, lanes, np.int8),
+        row_scale=_padded(row_scale, padded), sums=_padded(values.sum(1, dtype=np.float64), padded),
+        tables=_paneled(d / row_scale[:, None], padded, lanes, np.float16 if half else np.float32),
+    )  # fmt: skip
+
+
+def rounded_supers(step: Any, offset: Any, half: bool) -> tuple[Any, Any, Any]:
+    """Steps (not below 0) and offsets (in steps) of blocks [rows, blocks] → d float32 [rows, super-blocks], whole steps and offsets (float32,
+    [rows, blocks]): step ≈ d · steps, offset ≈ offsets / 16. `half`: d is a float16 beside the largest of the row."""
+    rows, blocks = step.shape
+    d = np.pad(step, ((0, 0), (0, -blocks % SUPER))).reshape(rows, -1, SUPER).max(2) / np.float32(255)
+    d = kept_scales(d, half)
+    whole = per_block(d, blocks)
+    inverse = np.divide(1, whole, out=np.zeros_like(whole), where=whole != 0)
+    return d, np.clip(np.rint(step * inverse), 0, 255), np.clip(np.rint(offset * OFFSET), -127, 127)
+
+
+def per_block(d: Any, blocks: int) -> Any:
+    """[rows, super-blocks] → [rows, blocks]."""
+    return np.repeat(d, SUPER, 1)[:, :blocks]
+
+
 def as_kept(code: Code, half: bool = True) -> Code:
-    """The code of what panels keep, where that is less exact than what is stored: tables in int8; scales in float16, with `half`."""
+    """The code of what panels keep, where that is less exact than what is stored: tables in int8, scales beside them in float16 (with `half`);
+    super-blocks."""
+    if code.kind == "grid" and is_super(code):
+        q, d, steps, offsets, _ = _supers(code, half)
+        return Code("grid", code.shape, (4, BLOCK), (q, steps * per_block(d, steps.shape[1]), 8 - offsets / OFFSET))
     if code.kind != "table":
         return code
     numbers, step, _ = _rounded_tables(code)

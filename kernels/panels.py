@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .library import FLOATS, KINDS, form
+from .library import FLOATS, TABLES, form
 
 BLOCK = 32
 """Columns that are summed in integers before a scale is applied; a group is one or more whole blocks, or the whole row."""
@@ -37,7 +37,8 @@ class UnfitWeights(ValueError):
 class Panels:
     """`codes` uint8, a panel after the other; `scales` float16 (of 8 bits, or without `half`: float32) [panels, blocks or 1, lanes]; `zeros` int8 of the same shape, or empty
     where every zero is 2^(bits-1); `row_scale`, `sums` (Σ of the row's weights) float32 [padded rows]. `kind`: see `library.KINDS`. `tables` int8
-    [1, 16] of "table", [panels, 4, lanes / 4, 16] of "tables": row 4i + j of a panel at [j, i]."""
+    [1, 16] of "table", [panels, 4, lanes / 4, 16] of "tables": row 4i + j of a panel at [j, i]. Of "super" `scales` are uint8, `zeros` offsets,
+    and `tables` the float16 (float32 without `half`) of super-blocks [panels, super-blocks, lanes]: `pack.rounded_supers`."""
 
     rows: int
     cols: int
@@ -55,12 +56,12 @@ class Panels:
     @property
     def form(self) -> str:
         """What the names of their kernels end in."""
-        return form(self.bits, self.group != 0, self.zeros.size > 0, self.kind)
+        return form(self.bits, self.group != 0, self.zeros.size > 0 and not self.kind, self.kind)
 
     @property
     def value_bits(self) -> int:
         """Bits of what meets the inputs, as `Library.shift_of` takes them."""
-        return 8 if self.kind in KINDS else self.bits
+        return 8 if self.kind in TABLES else self.bits
 
     @property
     def panels(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import reference
 from .cpu import TARGETS
-from .library import ACTIVATIONS, FLOATS, KINDS, NORMS, form
+from .library import ACTIVATIONS, FLOATS, NORMS, TABLES, form
 from .sparse import BITS as NM_BITS
 from .sparse import BLOCKS, PATTERNS, pays
 
@@ -41,14 +41,22 @@ def _linear() -> list[Kernel]:
                     for made, targets in (("llvm", tuple(TARGETS)), ("c", ARM)):
                         found.append(Kernel(f"{kind}_{name}", operation, weights, targets, made, reference.linear, 2e-3))
                 found.append(Kernel(f"embed_{name}", "embedding", weights, tuple(TARGETS), "llvm", reference.embedding, 1e-3))
+    return found
+
+
+def _coded() -> list[Kernel]:
+    """Forms that are no plain grids; references take what panels keep of a code (`pack.as_kept`)."""
+    forms = {form(4, True, False, "super"): "int4, a step and an offset of 8 bits a block, a float16 for 8 blocks"}
     for bits in TABLE_BITS:
-        for kind in KINDS:
+        for kind in TABLES:
             for per_block in (False, True):
-                name, rows = form(bits, per_block, False, kind), "one" if kind == "table" else "one a row"
-                weights = f"a table of {1 << bits} numbers, {rows}, a scale {'a group' if per_block else 'a row'}"
-                for family, operation in (("gemv", "linear, one token"), ("gemm", "linear, many tokens"), ("embed", "embedding")):
-                    what = reference.embedding if family == "embed" else reference.linear
-                    found.append(Kernel(f"{family}_{name}", operation, weights, tuple(TARGETS), "llvm", what, 2e-3))
+                whose, scale = "one" if kind == "table" else "one a row", "a group" if per_block else "a row"
+                forms[form(bits, per_block, False, kind)] = f"a table of {1 << bits} int8 numbers, {whose}, a scale {scale}"
+    found = []
+    for name, weights in forms.items():
+        for family, operation in (("gemv", "linear, one token"), ("gemm", "linear, many tokens"), ("embed", "embedding")):
+            what = reference.embedding if family == "embed" else reference.linear
+            found.append(Kernel(f"{family}_{name}", operation, weights, tuple(TARGETS), "llvm", what, 2e-3))
     return found
 
 
@@ -110,4 +118,4 @@ def _rest() -> list[Kernel]:
 
 def kernels() -> list[Kernel]:
     """Those of CPUs, by one list of args (`library.args_of`). Those of GPUs have launches of their own: `kernels.cuda`."""
-    return [*_linear(), *_sparse(), *_rest()]
+    return [*_linear(), *_coded(), *_sparse(), *_rest()]

@@ -10,7 +10,7 @@ import numpy as np
 from edgesdk.packed import Code, decode, places, spread
 
 from .floats import pack_floats
-from .pack import laid, pack
+from .pack import is_super, laid, pack
 from .panels import BLOCK, Panels, SparsePanels, UnfitWeights, aligned
 
 PATTERNS = {"1of4": (1, 4), "2of4": (2, 4), "4of16": (4, 16), "8of16": (8, 16)}
@@ -81,7 +81,7 @@ def of_blocks(code: Code, lanes: int, together: int = 1, half: bool = True) -> S
 
 def pattern_of(code: Code, lanes: int) -> str:
     """The pattern in which a code takes the fewest bytes; "" for all weights as they are."""
-    if code.kind != "grid":
+    if code.kind != "grid" or is_super(code):
         return ""
     values = _centred(code, code.shape[0], BLOCK)
     used = values != 0

@@ -8,10 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgesdk.kernels.cpu import host_targets, targets_of
+from edgesdk.kernels.library import bits_of, library
 from edgesdk.kernels.linear import Linear
+from edgesdk.kernels.nearest import nearest
 from edgesdk.kernels.pack import LOST, as_kept, pack
 from edgesdk.kernels.panels import UnfitWeights
-from edgesdk.kernels.reference import linear, round_inputs
+from edgesdk.kernels.reference import embedding, linear, round_inputs
+from edgesdk.kernels.superblocks import super_blocks
+from edgesdk.kernels.tape import Tape, panel_sizes
 from edgesdk.packed import Code, decode
 
 TOLERANCE = 2e-3
@@ -34,6 +38,11 @@ def table(seed: int, rows: int, cols: int, bits: int, group: int, own: bool) -> 
     numbers = np.sort(rng.standard_normal((rows if own else 1, 1 << bits)), 1).astype(np.float16)
     scale = (rng.random((rows, -(-cols // group) if group else 0)) + 0.1).astype(np.float32)
     return Code("table", (rows, cols), (bits, group), (q, numbers, scale))
+
+
+def supers(seed: int, rows: int, cols: int) -> Code:
+    """Weights away from 0, rounded to super-blocks."""
+    return super_blocks((np.random.default_rng(seed).standard_normal((rows, cols)) + 0.3).astype(np.float32))
 
 
 def far(y: np.ndarray, wanted: np.ndarray) -> float:
@@ -67,6 +76,54 @@ def test_products_of_tables_are_those_of_float64(target: str, bits: int, group: 
         y, wanted = Linear(code, target, bias)(x), linear(x, as_kept(code), bias)
         assert far(y, wanted) < TOLERANCE
         assert 0 < far(linear(x, code, bias), wanted) < LOST
+
+
+@pytest.mark.parametrize("target", host_targets())
+def test_products_of_super_blocks_are_those_of_float64(target: str) -> None:
+    rng = np.random.default_rng(3)
+    for rows, cols, m in ((64, 512, 1), (3, 33, 17), (130, 288, 2), (65, 500, 21)):
+        code, x = supers(rows, rows, cols), rng.standard_normal((m, cols)).astype(np.float32)
+        residual = rng.standard_normal((m, rows)).astype(np.float32)
+        assert far(Linear(code, target)(x, residual), linear(x, code, residual=residual)) < TOLERANCE
+
+
+@pytest.mark.parametrize("target", host_targets())
+def test_rows_are_looked_up_in_every_form(target: str) -> None:
+    kernels, ids = library(target), np.array([0, 49, 17, 3, 33])
+    for code in (table(1, 50, 96, 4, 0, True), table(2, 50, 96, 3, 32, False), table(3, 50, 96, 2, 32, True), supers(4, 50, 320)):
+        p = pack(code, kernels.lanes, kernels.together, kernels.half)
+        tape = Tape(kernels)
+        out = tape.room(5, p.cols)
+        parts = {name: getattr(p, name) for name in ("codes", "scales", "zeros", "row_scale", "tables")}
+        tape.add(f"embed_{p.form}", 5, ids=ids, **parts, **panel_sizes(p), blocks=p.blocks, factor=bits_of(3.0), out=out, stride=out.stride)
+        tape.run()
+        assert far(out.array, embedding(as_kept(code), ids, 3.0)) < TOLERANCE
+
+
+def test_super_blocks_are_nearer_than_grids_and_lose_nothing_in_panels() -> None:
+    w = np.random.default_rng(0).standard_normal((64, 1024)).astype(np.float32)
+    w[:, 5] *= 30
+    w[3] = 0
+    w[4] = 2
+    for half in (True, False):
+        code = super_blocks(w, half)
+        assert np.array_equal(decode(as_kept(code, half)), decode(code))
+        lost = [np.sqrt(np.square(decode(c) - w)[6:].mean()) for c in (code, nearest(w, 4, 32, half))]
+        assert lost[0] < 0.85 * lost[1] and lost[0] / np.sqrt((w[6:] ** 2).mean()) < 0.08
+        assert not decode(code)[3].any() and np.allclose(decode(code)[4], 2, rtol=1e-2)
+    assert pack(code, 16).nbytes * 8 / w.size == pytest.approx(4.56, abs=0.1)
+
+
+def test_zeros_that_are_no_codes_become_offsets_where_that_loses_little() -> None:
+    code = grid(0, 20, 320, 4, 32, True)
+    q, scale, zero = code.arrays
+    for turned in (1, -1):
+        near = Code("grid", code.shape, (4, 32), (q, scale * turned, zero * np.float32(0.97) + np.float32(0.31)))
+        x = np.random.default_rng(1).standard_normal((3, 320)).astype(np.float32)
+        assert far(Linear(near, host_targets()[0])(x), linear(x, as_kept(near))) < TOLERANCE
+        assert far(linear(x, near), linear(x, as_kept(near))) < LOST
+    with pytest.raises(UnfitWeights, match="super-blocks hold"):
+        pack(Code("grid", code.shape, (4, 32), (q, scale, zero * np.float32(3.5))), 16)
 
 
 @settings(max_examples=60, deadline=None)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_kernels_linear import table
+from test_kernels_linear import supers, table
 
 from edgesdk.kernels.neon import build
 from edgesdk.kernels.pack import as_kept, pack
@@ -26,6 +26,7 @@ CORES = [(target, cpu) for target, cpus in emulated.CPUS.items() for cpu in cpus
 CODES = {
     "one": lambda rows, cols: table(rows, rows, cols, 4, 32, False),
     "own": lambda rows, cols: table(rows, rows, cols, 4, 0, True),
+    "super": lambda rows, cols: supers(rows, rows, cols),
     "own, 3 bits": lambda rows, cols: table(rows, rows, cols, 3, 32, True),
 }
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from llvmlite import ir
 
-from edgesdk.kernels.library import LINEAR_ARGS
+from edgesdk.kernels.library import LINEAR_ARGS, TABLES
+from edgesdk.kernels.pack import OFFSET, SUPER
 from edgesdk.kernels.panels import BLOCK
 
 from .emitter import Emitter
@@ -47,8 +48,8 @@ class Product(Emitter):
 
     def __init__(self, module: ir.Module, name: str, target: str, bits: int, per_block: bool, zeros: bool, kind: str = "") -> None:
         super().__init__(module, name, target, LINEAR_ARGS)
-        self.bits, self.per_block, self.zeros, self.kind = bits, per_block, zeros, kind
-        self.signed = bits == 8 or bool(kind) or target in VNNI
+        self.bits, self.per_block, self.zeros, self.kind = bits, per_block, zeros or kind == "super", kind
+        self.signed = bits == 8 or kind in TABLES or target in VNNI
         self.block_bytes = BLOCK * self.s.rows * bits // 8
         self.scale_kind = ir.VectorType(F16 if bits != 8 and halves(target) else F32, self.s.rows)
 
@@ -57,17 +58,23 @@ class Product(Emitter):
     @property
     def top(self) -> bool:
         """Whether codes stand at the top of their bytes (`Simd.tops`)."""
-        return self.signed and self.bits != 8 and not self.kind
+        return self.signed and self.bits != 8 and self.kind not in TABLES
+
+    @property
+    def late(self) -> bool:
+        return self.kind == "super" and not self.top
 
     def panel(self, p: Any) -> dict[str, Any]:
         """The addresses of a panel."""
         a, b = self.a, self.b
+        tables = b.add(a["tables"], b.mul(p, a["table_bytes"]))
         return {
             "codes": b.add(a["codes"], b.mul(p, a["panel_bytes"])),
             "scales": b.add(a["scales"], b.mul(p, a["scale_bytes"])),
             "zeros": b.add(a["zeros"], b.mul(p, a["zero_bytes"])),
             "at": self.times(p, 4 * self.s.rows),
-            "tables": self.s.tables(b.add(a["tables"], b.mul(p, a["table_bytes"])), self.kind == "tables") if self.kind else [],
+            "tables": self.s.tables(tables, self.kind == "tables") if self.kind in TABLES else [],
+            "supers": tables,
         }
 
     def blocks(self, panel: dict[str, Any]) -> Any:
@@ -89,15 +96,28 @@ class Product(Emitter):
 
     def scale(self, panel: dict[str, Any], g: Any) -> Any:
         """The scales of a block, float32 lanes; of the row with g = None."""
+        if self.kind == "super":
+            return self.step(panel, g)
         wide = self.scale_kind == self.s.floats
         at = 0 if g is None else self.times(g, self.s.rows * (4 if wide else 2))
         value = self.s.load(panel["scales"], at, self.scale_kind)
         return value if wide else self.s.to_float(value)
 
+    def step(self, panel: dict[str, Any], g: Any) -> Any:
+        """The same of a block in a super-block."""
+        s, b = self.s, self.b
+        real = F16 if halves(s.target) else F32
+        at = self.times(b.ashr(g, self.number(SUPER.bit_length() - 1)), s.rows * (2 if halves(s.target) else 4))
+        d = s.load(panel["supers"], at, ir.VectorType(real, s.rows))
+        whole = b.zext(s.load(panel["scales"], self.times(g, s.rows), ir.VectorType(I8, s.rows)), s.ints)
+        return b.fmul(s.to_float(d) if halves(s.target) else d, s.to_float(whole))
+
     def zero(self, panel: dict[str, Any], g: Any) -> Any:
         """What Σ q of a block (of the row with g = None) is multiplied with, so that codes count from their zeros."""
         s, b = self.s, self.b
         zero = b.sext(s.load(panel["zeros"], 0 if g is None else self.times(g, s.rows), ir.VectorType(I8, s.rows)), s.ints)
+        if self.kind == "super":  # in sixteenths, as codes at the top of their bytes are
+            return zero if self.top else b.sub(zero, s.fill(s.ints, 8 * int(OFFSET)))
         if self.top:
             zero = b.shl(b.sub(zero, s.fill(s.ints, 1 << (self.bits - 1))), s.fill(s.ints, 8 - self.bits))
         return b.neg(zero)
@@ -110,6 +130,14 @@ class Product(Emitter):
         if self.signed:
             return s.zero(s.ints)
         return s.spread(s.b.mul(total, ir.Constant(I32, -(1 << (self.bits - 1)))))
+
+    def start(self, start: Any) -> Any:
+        """What products of a block are added to: `begin`, or 0 where that counts in sixteenths and they do not."""
+        return self.s.zero(self.s.ints) if self.late else start
+
+    def end(self, total: Any, start: Any) -> Any:
+        """The block's sum."""
+        return self.b.add(self.b.shl(total, self.s.fill(self.s.ints, 4)), start) if self.late else total
 
     def dots(self, total: Any, quads: list[Any], q: Any) -> Any:
         for i, quad in enumerate(quads):
@@ -125,7 +153,7 @@ class Product(Emitter):
         """y = q_scale · (row_scale · value - q_zero · sums) + bias + residual → out."""
         s, b, a = self.s, self.b, self.a
         row_scale = s.load(a["row_scale"], panel["at"], s.floats)
-        if self.top:
+        if self.top or self.late:
             row_scale = b.fmul(row_scale, ir.Constant(s.floats, [2.0 ** (self.bits - 8)] * s.rows))
         sums = s.load(a["sums"], panel["at"], s.floats)
         at4 = self.times(m, 4)
@@ -158,7 +186,8 @@ class Product(Emitter):
                     zero = self.zero(panel, g)
                 start = self.begin(zero, s.load(q_sum, 0, I32))
                 if self.per_block:
-                    b.store(s.fma(s.to_float(self.dots(start, quads, q)), self.scale(panel, g), b.load(whole)), whole)
+                    total = self.end(self.dots(self.start(start), quads, q), start)
+                    b.store(s.fma(s.to_float(total), self.scale(panel, g), b.load(whole)), whole)
                 else:
                     b.store(b.add(b.load(ints), self.dots(start, quads, q)), ints)  # a block's products do not wait for the last one's
             value = b.load(whole) if self.per_block else b.fmul(s.to_float(b.load(ints)), self.scale(panel, None))
@@ -202,7 +231,8 @@ class Product(Emitter):
             starts = [[self.begin(z, s.load(q_sum, 4 * i, I32)) for z in zeros] for i in range(tile)]
             if not self.per_block:
                 starts = [[b.add(b.load(v), x) for v, x in zip(*pair)] for pair in zip(sums, starts)]  # noqa: B905 (Python 3.9)
-            values = self._dots(starts, panels, g, q)
+            values = self._dots([[self.start(x) for x in row] for row in starts], panels, g, q)
+            values = [[self.end(x, y) for x, y in zip(*pair)] for pair in zip(values, starts)]  # noqa: B905
             scales = [self.scale(p, g) for p in panels] if self.per_block else []
             for row, new in zip(sums, values):  # noqa: B905
                 for j, (v, value) in enumerate(zip(row, new)):  # noqa: B905

@@ -6,7 +6,8 @@ from typing import Any
 
 from llvmlite import ir
 
-from edgesdk.kernels.library import EMBED_ARGS, PICK_ARGS, SPARSE_ARGS
+from edgesdk.kernels.library import EMBED_ARGS, PICK_ARGS, SPARSE_ARGS, TABLES
+from edgesdk.kernels.pack import OFFSET, SUPER
 from edgesdk.kernels.panels import BLOCK
 
 from .emitter import Emitter
@@ -58,24 +59,28 @@ class Embed(Emitter):
         codes = b.add(b.add(a["codes"], b.mul(panel, a["panel_bytes"])), self.times(lane, 4))
         scales = b.add(a["scales"], b.mul(panel, a["scale_bytes"]))
         zeros = b.add(a["zeros"], b.mul(panel, a["zero_bytes"]))
+        tables = b.add(a["tables"], b.mul(panel, a["table_bytes"]))
         factor = b.fmul(factor, one.load(a["row_scale"], self.times(row, 4), F32))
         half = self.bits != 8 and halves(one.target)
         quad = ir.VectorType(F32, 4)
         with self.loop(self.number(0), a["blocks"]) as g:
             place = b.add(self.times(g, lanes), lane) if self.per_block else lane
-            scale = one.load(scales, self.times(place, 2 if half else 4), F16 if half else F32)
+            at = place if self.kind != "super" else self.add(self.times(b.sdiv(g, self.number(SUPER)), lanes), lane)
+            scale = one.load(tables if self.kind == "super" else scales, self.times(at, 2 if half else 4), F16 if half else F32)
             step = b.fmul(b.fpext(scale, F32) if half else scale, factor)
-            middle = self.real(0.0 if self.bits == 8 or self.kind else float(1 << (self.bits - 1)))
+            middle = self.real(0.0 if self.bits == 8 or self.kind in TABLES else float(1 << (self.bits - 1)))
             zero = b.sitofp(one.load(zeros, place, I8), F32) if self.zeros else middle
+            if self.kind == "super":
+                zero = b.fsub(middle, b.fmul(b.sitofp(one.load(zeros, place, I8), F32), self.real(1 / float(OFFSET))))
+                step = b.fmul(step, b.uitofp(one.load(scales, place, I8), F32))
             found = one.quads(b.add(codes, self.times(g, BLOCK * lanes * self.bits // 8)), self.bits, 0, BLOCK // 4)
-            for i, value in enumerate(self._looked(found, panel, lane) if self.kind else found):
-                real = b.fsub(b.sitofp(value, quad), one.spread(zero, 4))
-                one.store(b.fmul(real, one.spread(step, 4)), b.add(out, self.times(g, 4 * BLOCK)), 16 * i)
+            for i, value in enumerate(self._looked(found, tables, lane) if self.kind in TABLES else found):
+                count = b.fsub(b.sitofp(value, quad), one.spread(zero, 4))
+                one.store(b.fmul(count, one.spread(step, 4)), b.add(out, self.times(g, 4 * BLOCK)), 16 * i)
 
-    def _looked(self, quads: list[Any], panel: Any, lane: Any) -> list[Any]:
-        """What the codes of a row stand for, one after the other."""
-        a, b, one = self.a, self.b, self.one
-        table = b.add(a["tables"], b.mul(panel, a["table_bytes"]))
+    def _looked(self, quads: list[Any], table: Any, lane: Any) -> list[Any]:
+        """What the codes of a row stand for, one after the other; `table`: the address of its panel's."""
+        b, one = self.b, self.one
         if self.kind == "tables":
             vector, place = b.srem(lane, self.number(4)), b.sdiv(lane, self.number(4))
             table = self.add(table, self.times(vector, 4 * one.panel), self.times(place, 16))
