@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from edgesdk.efficiency import Efficiency, OpRate
 from edgesdk.errors import InputError, MissingTool
+from edgesdk.native.formats import ROUNDED
 from edgesdk.plan.cost import TILE
 
 if TYPE_CHECKING:
     from edgesdk.device import ComputeUnit, DeviceProfile
     from edgesdk.graph.types import MethodGraph, Unit
     from edgesdk.model import ModelSpec
+    from edgesdk.plan.types import Precision
 
 Step = Callable[[str, float], None]
 RUNTIMES = ("litert", "executorch", "native")
@@ -145,19 +147,24 @@ def time_call(call: Callable[[], Any], threads: int = 1, *, rounds: int = 3, sec
 def measure(runtime: str, threads: int, step: Step) -> list[Sample]:
     """Lower (or take from the cache) and time every micro-program at every precision the runtime builds."""
     from edgesdk.graph import trace
+    from edgesdk.kernels.cpu import host_targets
+    from edgesdk.lower.native_units import library_of
     from edgesdk.micro import micro_spec
     from edgesdk.plan.harm import one_thread
-    from edgesdk.runner import open_program
+    from edgesdk.runner import OPERATORS, open_program
 
     samples: list[Sample] = []
     with one_thread(), tempfile.TemporaryDirectory() as folder:
-        spec = micro_spec()
+        native = _native_here(runtime)
+        spec = micro_spec(between=bool(native))
         graph = trace(spec)
-        choices = {p: _choices(runtime, p, graph.methods) for p in PRECISIONS if _builds(runtime, p)}
+        choices = {p: _choices(runtime, p, graph.methods) for p in (*PRECISIONS, *native) if p in native or _builds(runtime, p)}
         opened = []
         for i, part in enumerate(_programs(runtime, spec, choices, step)):
             path = Path(folder, f"{i}.bin")
             path.write_bytes(part.content)
+            if set(part.precisions) & set(native):
+                Path(folder, OPERATORS).write_bytes(library_of(part.content, host_targets()[0]))
             opened.append((part, open_program(str(path), runtime, threads)))
         best: dict[tuple[str, str], float] = {}
         for turn in range(PASSES):  # passes apart in time: a busy stretch spoils one of them
@@ -229,6 +236,14 @@ def _kept(spec: ModelSpec, runtime: str, what: str, make: Callable[[], bytes]) -
     return content
 
 
+def _native_here(runtime: str) -> tuple[Precision, ...]:
+    """What single linear layers of a runtime's programs may take on our own kernels, where the operator can be compiled here."""
+    from edgesdk.kernels.cpu import host_targets
+    from edgesdk.native.operator_build import missing
+
+    return ROUNDED if runtime == "executorch" and not missing(host_targets()[0]) else ()
+
+
 def _builds(runtime: str, precision: str) -> bool:
     from edgesdk.plan.options import table
 
@@ -240,6 +255,8 @@ def _takes(runtime: str, unit: Unit, precision: str) -> bool:
 
     if not unit.weight_elements or (precision == "int4-g32" and unit.cols % 32):
         return False
+    if precision in ROUNDED:
+        return unit.op == "linear"
     return precision in table(runtime).get(unit.op, ())
 
 
@@ -247,6 +264,8 @@ def _choices(runtime: str, precision: str, methods: Sequence[MethodGraph]) -> di
     """Method → unit → precision, for the methods that a precision changes. LiteRT's static int8 takes operators without weights along."""
     if precision == "fp32":
         return {m.name: {} for m in methods}
+    if precision == "int8-static":  # which would turn back and forth around what stays float between its layers
+        methods = [m for m in methods if not m.name.startswith("between")]
     along = runtime == "litert" and precision == "int8-static"
     found = {m.name: {u.name: precision for u in m.units if _takes(runtime, u, precision) or (along and not u.weight)} for m in methods}
     return {m: c for m, c in found.items() if c}
@@ -300,6 +319,8 @@ def _fit_precision(
     ops = sorted({kind_of(u) for s in samples for u in s.method.units if precision == "fp32" or u.name in s.choice})
     ops = [op for op in ops if op != "reshape"]
     names = ["call", *ops] if precision in ("fp32", "int8-static") else ops  # inputs and outputs stay float elsewhere
+    if precision == ROUNDED[0]:
+        names = [*ops, "break"]  # a delegate more, which the others of them cost, too
     top = max(compute.peak_ops_per_s.values()) / compute.cores
     tensor = next((r.per_tensor_s for r in known if r.op == "call"), 1e-6)
     start = np.log([v for n in names for v in ((2e-6, tensor, 1e-9) if n == "call" else (1e-6, 0.2 * top if n in _MACS else 2e9, 1e-10))])
@@ -310,7 +331,7 @@ def _fit_precision(
         found = []
         for i, name in enumerate(names):
             over, middle, out = (float(part) for part in v[3 * i : 3 * i + 3])
-            second = {"ops_per_s": 1e12, "per_tensor_s": middle} if name == "call" else {"ops_per_s": middle}
+            second = {"ops_per_s": 1e12, "per_tensor_s": middle} if name == "call" else {"ops_per_s": 1e12 if name == "break" else middle}
             found.append(
                 OpRate(
                     op=name,

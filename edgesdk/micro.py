@@ -54,6 +54,10 @@ def _op(call: Callable[[torch.Tensor], torch.Tensor], *shape: int, times: int = 
     return _Op(call, times), shape
 
 
+def _between(rows: int, width: int, times: int) -> tuple[nn.Module, tuple[int, ...]]:
+    return nn.Sequential(*[layer for _ in range(times) for layer in (nn.Linear(width, width), nn.Sigmoid())]), (rows, width)
+
+
 def _norm(rows: int, width: int) -> tuple[nn.Module, tuple[int, ...]]:
     return nn.Sequential(nn.LayerNorm(width), nn.LayerNorm(width)), (rows, width)
 
@@ -78,19 +82,23 @@ PLAIN: dict[str, Make] = {
     "mat_a": partial(_op, lambda x: torch.matmul(x, x.transpose(-1, -2)), 4, 48, 24),
     "mat_b": partial(_op, lambda x: torch.matmul(x, x), 3, 160, 160), "mat_c": partial(_op, lambda x: torch.matmul(x, x), 1, 8, 8, times=2),
 }  # fmt: skip
+BETWEEN: dict[str, Make] = {
+    "between_a": partial(_between, 1, 96, 4), "between_b": partial(_between, 1, 512, 3), "between_c": partial(_between, 32, 192, 3),
+}  # fmt: skip
+"""Linear layers with something of XNNPACK's between them: what its delegates cost that are entered anew behind each."""
 PASSED = {"pass_a": (24, 64), "pass_b": (8, 8192)}
 """Inputs and their elements."""
 
 
-def micro_spec() -> ModelSpec:
-    """All micro-programs as the methods of one model; weights and inputs are seeded noise."""
+def micro_spec(between: bool = False) -> ModelSpec:
+    """All micro-programs as the methods of one model; weights and inputs are seeded noise. `between`: those of `BETWEEN` with them."""
     torch.manual_seed(0)
     methods = {}
-    for name, make in {**WEIGHTED, **PLAIN}.items():
+    for name, make in {**WEIGHTED, **PLAIN, **(BETWEEN if between else {})}.items():
         module, shape = make()
         methods[name] = Method(module.eval().requires_grad_(False), (torch.randn(shape),))
     for name, (count, size) in PASSED.items():
         methods[name] = Method(_Pass().eval(), tuple(torch.randn(1, size) for _ in range(count)))
     code = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("micro.py", "micro_lower.py"))
-    digest = hashlib.sha256(code).hexdigest()
+    digest = hashlib.sha256(code + b"between" * between).hexdigest()
     return ModelSpec(name="calibration", digest=digest, methods=methods, calibration=lambda method: [methods[method].example_inputs] * 2)

@@ -6,7 +6,7 @@ Seconds, bytes. Peaks come from the device's profile, shares of them from an `Ef
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -201,12 +201,39 @@ def call_seconds(method: MethodGraph, precision: str, efficiency: Efficiency) ->
     return row.overhead_s + row.per_tensor_s * tensors + row.per_output_s * elements
 
 
+_APART = ("norm", "embedding", "recurrent", "quantize", "other")
+"""Operator classes that XNNPACK leaves to ExecuTorch's own kernels, in whole or in part: a delegate ends at them."""
+
+
+def breaks(method: MethodGraph, native: Container[str]) -> int:
+    """How many delegates more ExecuTorch enters in a call when the units `native` run outside of them; a delegate that falls away counts -1.
+
+    Taken in the order in which units compute; views cost no delegate, and a product of activations begins a new one.
+    """
+
+    def entered(out: Container[str]) -> int:
+        count, inside = 0, False
+        for unit in (u for u in method.units if u.op != "reshape"):
+            delegated = unit.op not in _APART and unit.name not in out
+            count += delegated and (not inside or unit.op in ("matmul", "attention"))
+            inside = delegated
+        return count
+
+    return entered(native) - entered(())
+
+
+def breaking(efficiency: Efficiency) -> float:
+    """Seconds that entering one more delegate costs."""
+    return next((r.overhead_s for r in efficiency.rows if r.op == "break"), 0.0)
+
+
 def method_costs(
     method: MethodGraph, precision_of: Callable[[Unit], str], device: DeviceProfile, runtime: str, threads: int, efficiency: Efficiency
 ) -> tuple[dict[str, UnitCost], float]:
     """The cost of each unit by name, and of the call itself, in seconds."""
     held = {u.weight: precision_of(u) for u in method.units if u.weight}
-    size, quiet = working_set(method, held), fused(method)
+    native = {u.name for u in method.units if u.weight_elements and is_native(precision_of(u))}
+    size, quiet = working_set(method, held), fused(method, native)
     nothing = UnitCost(0.0, 0.0, 0.0, "overhead", 0.0)
     costs: dict[str, UnitCost] = {}
     known: dict[tuple[object, ...], UnitCost] = {}  # the equal layers of a deep model cost the same
@@ -234,7 +261,8 @@ def method_costs(
     whole = {precision_of(u) for u in method.units if u.weight_elements} or {precision_of(u) for u in method.units}
     caches = (*method.cache_inputs, *method.cross_cache_inputs)
     int8 = whole == {"int8-static"} or any(t.dtype in ("int8", "uint8") and t.name not in caches for t in method.inputs)
-    return costs, call_seconds(method, "int8-static" if int8 else "fp32", efficiency)
+    broken = breaks(method, native) * breaking(efficiency) if native else 0.0
+    return costs, call_seconds(method, "int8-static" if int8 else "fp32", efficiency) + broken
 
 
 def method_seconds(
@@ -278,12 +306,13 @@ def working_set(method: MethodGraph, precisions: dict[str, str]) -> float:
 _CLAMPS = ("relu", "hardtanh", "clamp")
 
 
-def fused(method: MethodGraph) -> frozenset[str]:
-    """Units that every runtime here folds into the operator before them: a clamp after a convolution, a linear layer or an addition."""
+def fused(method: MethodGraph, native: Container[str] = ()) -> frozenset[str]:
+    """Units that every runtime here folds into the operator before them: a clamp after a convolution, a linear layer or an addition, if it is
+    not one of the units `native`, which run on our kernels."""
     found, before = set(), None
     for unit in method.units:
         clamp = unit.op == "activation" and unit.name.split("#")[0].rsplit(".", 1)[-1].startswith(_CLAMPS)
-        if clamp and before is not None and (before.weight_elements or before.name.startswith("add")):
+        if clamp and before is not None and before.name not in native and (before.weight_elements or before.name.startswith("add")):
             found.add(unit.name)
         if unit.op != "reshape":
             before = unit

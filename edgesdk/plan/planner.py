@@ -11,11 +11,11 @@ from edgesdk.devices import load_device
 from edgesdk.errors import EdgeError, InputError, UnknownName
 from edgesdk.graph.memory import weight_bytes
 from edgesdk.graph.memory_plan import dry_plan
-from edgesdk.graph.types import ModelGraph, Unit
+from edgesdk.graph.types import MethodGraph, ModelGraph, Unit
 from edgesdk.model import SEPARATOR
 from edgesdk.native.formats import is_native
 from edgesdk.plan.answering import answering, answers_of
-from edgesdk.plan.cost import Z80, UnitCost, call_seconds, fused, total, working_set
+from edgesdk.plan.cost import Z80, UnitCost, breaking, breaks, call_seconds, fused, total, working_set
 from edgesdk.plan.harm import Step, harm_of, quality_of
 from edgesdk.plan.setting import Setting, cost_of, group_of, harm_at, memory_of, need_power, offered_by, runtimes_of, setting_of, table_of
 from edgesdk.plan.solve import Solution, solve
@@ -250,7 +250,7 @@ def _solved(s: Setting, budget: Budget, strict: float) -> Plan:
         forced = wider.stretch < solution.stretch
         solution = wider if forced else solution
     if s.harm.quality is None and solution.stretch <= 1 and not s.whole:
-        every = [o for o in fast if o.precision not in ("int4-g32", "int8-static")]
+        every = [o for o in fast if o.precision not in ("int4-g32", "int8-static", *_fewer_bits(s, o.group))]
         careful = solve(every, fixed, limits)
         solution = careful if careful.stretch <= 1 else solution
     return _plan(s, budget, limits, fixed, solution, refused, forced)
@@ -265,7 +265,8 @@ def _plan(
 ) -> Plan:
     units, per_method, seen = [], {}, set()
     for method in s.graph.methods:
-        own, touched, quiet = [], working_set(method, {}), fused(method)
+        native = _native_in(method, solution)
+        own, touched, quiet = [], working_set(method, {}), fused(method, native)
         for unit in method.units:
             group = group_of(method.name, unit)
             offered = offered_by(s, unit, method.name)
@@ -286,6 +287,7 @@ def _plan(
         weighted = {u.precision for u in units if u.method == method.name and u.weight_bytes}
         int8 = weighted == {"int8-static"} or any(t.dtype in ("int8", "uint8") for t in method.inputs)
         call = call_seconds(method, "int8-static" if int8 else "fp32", s.efficiency) * s.workload.batch
+        call += breaks(method, native) * breaking(s.efficiency) * s.workload.batch if native else 0.0
         per_method[method.name] = total(own, s.efficiency, call)
     latency = _whole(s.graph, per_method)
     memory = memory_of(s, {(u.method, u.unit): u.precision for u in units})
@@ -311,6 +313,18 @@ def _plan(
         proof=solution.proof, front=(candidate, *_front(s, limits)), reasons=_reasons(s, refused), warnings=_warnings(s, forced),
         digests={"model": s.subject.facts.model_digest, "graph": s.graph.digest(), "device": s.device.digest(), "efficiency": s.efficiency.digest(), "edgesdk": __version__},
     )  # fmt: skip
+
+
+def _fewer_bits(s: Setting, group: str) -> set[str]:
+    """Native precisions of less than 8 bits that a weight would first be rounded to."""
+    fewer: set[str] = {p for p in s.native if p != "native-int8"}
+    return fewer - {s.subject.facts.formats.get(group, "")}
+
+
+def _native_in(method: MethodGraph, solution: Solution) -> set[str]:
+    """The units of a method that are chosen to run on our kernels inside another runtime's program."""
+    groups = ((u.name, group_of(method.name, u)) for u in method.units if u.weight_elements)
+    return {name for name, group in groups if group in solution.chosen and is_native(solution.chosen[group].precision)}
 
 
 def _whole(graph: ModelGraph, per_method: dict[str, Estimate]) -> Estimate:

@@ -10,9 +10,9 @@ from edgesdk.efficiency import Efficiency
 from edgesdk.errors import InputError, UnknownName
 from edgesdk.graph.memory import memory_answer, packed_again, weight_bytes
 from edgesdk.graph.memory_plan import known
-from edgesdk.graph.types import ModelGraph, Unit
+from edgesdk.graph.types import MethodGraph, ModelGraph, Unit
 from edgesdk.native.formats import ROUNDED, is_native
-from edgesdk.plan.cost import UnitCost, call_seconds, fused, unit_cost, working_set
+from edgesdk.plan.cost import UnitCost, breaking, breaks, call_seconds, fused, unit_cost, working_set
 from edgesdk.plan.harm import Harm
 from edgesdk.plan.options import options
 from edgesdk.plan.rates import calibration_path, efficiency_for
@@ -142,6 +142,7 @@ def table_of(s: Setting, slower: bool) -> tuple[list[Option], dict[str, float], 
         fixed[f"latency:{method.name}"] = call
         fixed["latency"] += call * method.unroll
         touched, quiet = working_set(method, {}), fused(method)
+        more = _broken(s, method, quiet) if s.native else {}
         for unit in (u for u in method.units if u.name not in quiet):
             group, offered = group_of(method.name, unit), offered_by(s, unit, method.name)
             if not unit.weight_elements:
@@ -153,7 +154,7 @@ def table_of(s: Setting, slower: bool) -> tuple[list[Option], dict[str, float], 
             for precision in offered:
                 held = weight_bytes(unit, precision, s.runtime) * (1 + (0 if is_native(precision) else copies.get(unit.weight or "", 0)))
                 use = uses.setdefault((group, precision), {"memory": held, "latency": 0.0, "harm": 0.0})
-                value = cost_of(s, unit, precision, touched).seconds
+                value = cost_of(s, unit, precision, touched).seconds + (more.get(unit.name, 0.0) if is_native(precision) else 0.0)
                 use["latency"] += value * method.unroll
                 use[f"latency:{method.name}"] = use.get(f"latency:{method.name}", 0.0) + value
                 use["harm"] += harm_at(s, unit, precision)
@@ -175,6 +176,19 @@ def harm_at(s: Setting, unit: Unit, precision: str) -> float:
     """Of a weight that our kernels read as it is stored: that of rounding what it meets."""
     as_stored = s.subject.facts.formats.get(unit.weight or "") == precision
     return s.harm.of(unit.weight or "", "int8-dynamic" if as_stored else precision)
+
+
+def _broken(s: Setting, method: MethodGraph, quiet: frozenset[str]) -> dict[str, float]:
+    """What each linear layer on our kernels costs beside itself, as if it were the only one: delegates entered anew, and a clamp that
+    XNNPACK would fold into it."""
+    found, each = {}, breaking(s.efficiency)
+    order = [u for u in method.units if u.op != "reshape"]
+    for before, unit, after in zip([None, *order[:-1]], order, [*order[1:], None], strict=True):
+        if unit.op == "linear" and unit.weight_elements:
+            near = MethodGraph.model_construct(units=tuple(u for u in (before, unit, after) if u))
+            clamp = cost_of(s, after, "fp32", 0.0).seconds if after and after.name in quiet else 0.0
+            found[unit.name] = breaks(near, {unit.name}) * each * s.workload.batch + clamp
+    return found
 
 
 def stored_bytes(s: Setting, unit: Unit, precision: str) -> float:
