@@ -9,8 +9,8 @@ from typing import Any
 from . import reference
 from .cpu import TARGETS
 from .library import ACTIVATIONS, FLOATS, NORMS, TABLES, form
-from .sparse import BITS as NM_BITS
-from .sparse import BLOCKS, PATTERNS, pays
+from .patterns import BITS as NM_BITS
+from .patterns import BLOCKS, PATTERNS, pays
 
 BITS = (8, 4, 3, 2)
 TABLE_BITS = (4, 3, 2)

@@ -21,7 +21,9 @@ POLL_S = 0.05
 ARCHIVE = "agent.zip"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _HOST_ONLY = (
-    "kernels/linear.py", "kernels/pack.py", "kernels/reference.py", "kernels/neon/build.py", "kernels/cuda/weights.py", "kernels/cuda/emulated.py",
+    "kernels/linear.py", "kernels/nearest.py", "kernels/pack.py", "kernels/reference.py", "kernels/registry.py", "kernels/sparse.py",
+    "kernels/superblocks.py", "kernels/floats.py",
+    "kernels/neon/build.py", "kernels/cuda/weights.py", "kernels/cuda/emulated.py",
 )  # fmt: skip
 """Of the kernels, what packs weights and checks."""
 _MAIN = b"from agent.agent import main\n\nmain()\n"

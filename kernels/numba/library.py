@@ -9,7 +9,7 @@ from typing import Any
 from llvmlite import ir
 
 from edgesdk.kernels.library import FLOATS, KINDS, ROUNDINGS
-from edgesdk.kernels.sparse import BLOCKS, PATTERNS
+from edgesdk.kernels.patterns import BLOCKS, PATTERNS
 
 from .attention import attention_module
 from .compiled import loaded, object_code

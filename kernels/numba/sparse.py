@@ -13,7 +13,7 @@ from llvmlite import ir
 
 from edgesdk.kernels.library import KEPT_ARGS
 from edgesdk.kernels.panels import BLOCK
-from edgesdk.kernels.sparse import BLOCKS, PATTERNS, place_bits, unit
+from edgesdk.kernels.patterns import BLOCKS, PATTERNS, place_bits, unit
 
 from .products import NEAR, Product, wide
 from .simd import I8, I32, I64
