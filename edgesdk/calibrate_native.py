@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from edgesdk.device import ComputeUnit, DeviceProfile
     from edgesdk.model import ModelSpec
 
-PRECISIONS = ("int8-dynamic", "int4-g32")
+PRECISIONS = ("fp32", "int8-dynamic", "int4-g32")
 SIZES: tuple[tuple[str, int, int, int, int, int], ...] = (
     ("encoder-decoder", 64, 1, 128, 16, 32), ("decoder-only", 96, 2, 256, 48, 64), ("encoder-decoder", 256, 2, 768, 64, 64),
     ("decoder-only", 512, 3, 1536, 64, 256), ("decoder-only", 1024, 2, 3072, 128, 512),
@@ -113,7 +113,7 @@ def _matrices(compute: ComputeUnit) -> tuple[float, float]:
 
 
 _KINDS: tuple[tuple[str, str, Any], ...] = (
-    ("linear", "int8-dynamic", _matrices), ("linear", "int4-g32", _matrices), ("matmul", "*", lambda compute: (1e-6, 1e10)),
+    ("linear", "fp32", _matrices), ("linear", "int8-dynamic", _matrices), ("linear", "int4-g32", _matrices), ("matmul", "*", lambda compute: (1e-6, 1e10)),
     ("*", "*", lambda compute: (1e-7, 2e9)), ("call", "fp32", lambda compute: (5e-6, 5e-7)),
 )  # fmt: skip
 """Operators, their precision, and where the fit begins: overhead in seconds, operations a second (of a call: seconds a tensor)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,3 +183,17 @@ def test_a_precision_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="int8-static") as caught:
         lower_native(spec, RUNTIME, chosen(spec, "int8-static"))
     assert "fp32" in caught.value.hint
+
+
+def test_a_plan_in_floats_is_built_and_checked(tmp_path: Path) -> None:
+    from sequence_small import built
+
+    bundle = built("encoder_decoder", "host", "native", tmp_path / "floats.edge")
+    with zipfile.ZipFile(bundle) as file:
+        assert any(name.endswith("model.native") for name in file.namelist())
+
+
+def test_floats_are_an_option_of_native_plans() -> None:
+    from edgesdk.plan.options import table
+
+    assert "fp32" in table("native")["linear"]

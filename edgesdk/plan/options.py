@@ -31,7 +31,7 @@ _TFLITE_RUNTIME: dict[str, tuple[Precision, ...]] = {
     op: tuple(p for p in kinds if p != "int8-dynamic")
     for op, kinds in _LITERT.items()
 }
-_NATIVE: dict[str, tuple[Precision, ...]] = {"linear": ("int8-dynamic", "int4-g32"), "embedding": ("fp32", "int8-weight-only")}
+_NATIVE: dict[str, tuple[Precision, ...]] = {"linear": ("fp32", "int8-dynamic", "int4-g32"), "embedding": ("fp32", "int8-weight-only")}
 _STATIC_FOLLOWS = {"activation", "elementwise", "pool", "reshape", "softmax", "matmul"}
 """Operators without weights that run in int8 when everything around them does."""
 
