@@ -49,12 +49,11 @@ _PACKAGES = (
     _Package("scikit-learn", "sklearn", "examples", "training the digits example again"),
     _Package("numba", "numba", "kernels", "Numba kernels"),
     _Package("pyserial", "serial", "serial", "serial links"),
-    _Package("adbutils", "adbutils", "android", "Android links"),
 )
 _PROGRAMS = (
     ("ssh", "ssh:// links", "apt-get install openssh-client"),
     ("qemu-system-aarch64", "the emulated board of the tests", ".ci/board-packages (as root)"),
-    ("adb", "Android phones", "apt-get install adb"),
+    ("adb", "adb:// links", "apt-get install adb"),
     ("cc", "nothing yet but kernels built on this machine", "apt-get install gcc"),
 )
 

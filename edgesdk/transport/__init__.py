@@ -7,11 +7,11 @@ from edgesdk.transport.base import Blob, Result, Stream, Transport
 
 __all__ = ["Blob", "Result", "Stream", "Transport", "parse_link"]
 
-_KINDS = ("local", "local:/folder", "ssh://user@host:22", "adb://SERIAL", "fake")
+_KINDS = ("local", "local:/folder", "ssh://user@host:22", "adb://SERIAL", "serial:/dev/ttyUSB0", "fake")
 
 
 def parse_link(link: str) -> Transport:
-    """`local`, `local:/folder`, `ssh://user@host:port?identity=…`, `adb:`, `adb://SERIAL` or `fake` → a transport. Raises `InputError`."""
+    """`local`, `local:/folder`, `ssh://user@host:port?identity=…`, `adb:`, `adb://SERIAL`, `serial:/dev/tty…?baud=…&user=…` or `fake` → a transport. Raises `InputError`."""
     if link == "local" or link.startswith("local:"):
         from edgesdk.transport.local import LocalTransport
 
@@ -32,7 +32,7 @@ def parse_link(link: str) -> Transport:
 
         return AdbTransport(link)
     if link.startswith("serial:"):
-        raise InputError(
-            f"'{link}': serial links are not supported yet", "use ssh://user@host where the device has it, or local on the device itself"
-        )
+        from edgesdk.transport.serial import SerialTransport
+
+        return SerialTransport(link)
     raise UnknownName("link", link, _KINDS)

@@ -121,6 +121,11 @@ class Transport(ABC):
         self.close()
 
 
+def receiver(blob: Blob, remote: str, there: int) -> tuple[str, ...]:
+    """The command that takes the rest of a blob from its standard input."""
+    return script("receive", RECEIVE, remote, str(blob.size_bytes), blob.sha256, str(there))
+
+
 def refused(link: str, why: str, result: Result) -> DeviceError:
     """A command failed on the device, in two lines."""
     complaint = result.complaint
@@ -196,7 +201,39 @@ class PipeStream:
         self._stderr.close()
 
 
-class PipeTransport(Transport):
+class ShellTransport(Transport):
+    """A transport to something that runs `sh`: files are sent by the scripts of `transport.scripts`."""
+
+    def get(self, remote: str) -> bytes:
+        return self.must(("cat", remote), f"reading {remote}").out
+
+    def put(self, data: Blob | bytes | Path, remote: str, *, resume: bool = True, progress: Progress | None = None) -> int:
+        blob = data if isinstance(data, Blob) else Blob.of(data)
+        there = 0
+        if resume and blob.size_bytes >= RESUME_FROM_BYTES:
+            sized = self.must(script("size", SIZE, remote + ".part"), f"looking for {remote}")
+            there = int(sized.text or 0)
+            there = there if there <= blob.size_bytes else 0
+        result = self._stream(blob, remote, there, progress)
+        if result.code == 65 and there:  # what was there is not a beginning of this file: once more, from the start
+            there, result = 0, self._stream(blob, remote, 0, progress)
+        if result.code == 0:
+            return there
+        if result.code == 65:
+            what = f"{self.link}: {remote}: sha256 {result.complaint}, wanted {blob.sha256}"
+            raise CheckFailed(what, "refused and removed; a bad cable, memory or disk?")
+        if result.code == 66:
+            raise LinkError(f"{self.link}: {remote}: the transfer was cut short", "run the same command again: it resumes where it stopped")
+        if result.code == 74:
+            self.run(script("unlink", 'rm -f "$@"', remote + ".part"))
+        raise refused(self.link, f"writing {remote} ({show_bytes(blob.size_bytes)})", result)
+
+    @abstractmethod
+    def _stream(self, blob: Blob, remote: str, there: int, progress: Progress | None) -> Result:
+        """Feed a blob from byte `there` on to the script that receives it."""
+
+
+class PipeTransport(ShellTransport):
     """A transport whose every act is one local process: `_argv` turns a device's command into the process to start."""
 
     cwd: str | None = None
@@ -246,32 +283,8 @@ class PipeTransport(Transport):
         except FileNotFoundError:
             raise DeviceError(f"{self.link}: no program '{argv[0]}'", "give another interpreter with --python PATH") from None
 
-    def get(self, remote: str) -> bytes:
-        return self.must(("cat", remote), f"reading {remote}").out
-
-    def put(self, data: Blob | bytes | Path, remote: str, *, resume: bool = True, progress: Progress | None = None) -> int:
-        blob = data if isinstance(data, Blob) else Blob.of(data)
-        there = 0
-        if resume and blob.size_bytes >= RESUME_FROM_BYTES:
-            sized = self.must(script("size", SIZE, remote + ".part"), f"looking for {remote}")
-            there = int(sized.text or 0)
-            there = there if there <= blob.size_bytes else 0
-        result = self._stream(blob, remote, there, progress)
-        if result.code == 65 and there:  # what was there is not a beginning of this file: once more, from the start
-            there, result = 0, self._stream(blob, remote, 0, progress)
-        if result.code == 0:
-            return there
-        if result.code == 65:
-            what = f"{self.link}: {remote}: sha256 {result.complaint}, wanted {blob.sha256}"
-            raise CheckFailed(what, "refused and removed; a bad cable, memory or disk?")
-        if result.code == 66:
-            raise LinkError(f"{self.link}: {remote}: the transfer was cut short", "run the same command again: it resumes where it stopped")
-        if result.code == 74:
-            self.run(script("unlink", 'rm -f "$@"', remote + ".part"))
-        raise refused(self.link, f"writing {remote} ({show_bytes(blob.size_bytes)})", result)
-
     def _stream(self, blob: Blob, remote: str, there: int, progress: Progress | None) -> Result:
-        argv = script("receive", RECEIVE, remote, str(blob.size_bytes), blob.sha256, str(there))
+        argv = receiver(blob, remote, there)
         with tempfile.TemporaryFile() as err:
             process = self._popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=err)
             assert process.stdin is not None
