@@ -31,10 +31,14 @@ SIZES = ("5632x2048", "2048x2048", "11008x4096")
 STREAM = 256_000_000
 REPEATS = 5
 OURS = {
-    "edgesdk int8 a row": (8, 0, False), "edgesdk int4 g32": (4, 32, False), "edgesdk int4 g32, zeros": (4, 32, True),
-    "edgesdk 3 bits g32": (3, 32, False), "edgesdk 2 bits g32": (2, 32, False),
+    "edgesdk int8 a row": (8, 0, ""), "edgesdk int4 g32": (4, 32, ""), "edgesdk int4 g32, zeros": (4, 32, "zeros"),
+    "edgesdk 3 bits g32": (3, 32, ""), "edgesdk 2 bits g32": (2, 32, ""),
+    "edgesdk int8 a row, 2 of 4": (8, 0, "2of4"), "edgesdk int8 a row, 1 of 4": (8, 0, "1of4"), "edgesdk int8 a row, 4 of 16": (8, 0, "4of16"),
+    "edgesdk int4 g32, 2 of 4": (4, 32, "2of4"), "edgesdk int4 g32, 1 of 4": (4, 32, "1of4"),
+    "edgesdk int8 a row, half the blocks": (8, 0, "blocks"), "edgesdk int4 g32, half the blocks": (4, 32, "blocks"),
+    "edgesdk float32": (32, 0, ""), "edgesdk float16": (16, 0, ""),
 }  # fmt: skip
-"""Name → bits, columns of a group (0: the row), whether groups have zeros."""
+"""Name → bits, columns of a group (0: the row), and "zeros" of groups' own, or which weights are left out (`kernels.patterns`)."""
 
 
 # ---- what the computer can do
@@ -132,38 +136,69 @@ def with_zeros(weights: Any, bits: int, group: int) -> Any:
     )
 
 
-def ours(task: Any, name: str) -> Any:
-    """A tape of all layers: rounding and product, one after the other."""
+def pruned(weights: Any, pattern: str, lanes: int) -> Any:
+    """The weights without the smallest: n of every m stay, or half of the blocks of `lanes` rows and 32 columns."""
     import numpy as np
 
+    from edgesdk.kernels.patterns import BLOCKS, PATTERNS
+
+    if pattern == BLOCKS:
+        parts = weights.reshape(-1, lanes, weights.shape[1] // 32, 32)
+        sizes = np.square(parts).sum((1, 3), keepdims=True)
+        return np.where(sizes >= np.median(sizes), parts, 0).reshape(weights.shape)
+    n, m = PATTERNS[pattern]
+    parts = weights.reshape(len(weights), -1, m)
+    least = np.sort(np.abs(parts), 2)[..., m - n, None]
+    return np.where(np.abs(parts) >= least, parts, 0).reshape(weights.shape)
+
+
+def ours(task: Any, name: str) -> Any:
+    """A tape of all layers: rounding and product, one after the other. The error is against the weights that stay."""
     from edgesdk.kernels.cpu import host_targets
     from edgesdk.kernels.library import library
     from edgesdk.kernels.nearest import nearest
-    from edgesdk.kernels.pack import pack
-    from edgesdk.kernels.panels import aligned
+    from edgesdk.kernels.panels import FloatPanels
+    from edgesdk.kernels.sparse import packed
     from edgesdk.kernels.tape import Tape
+    from edgesdk.packed import Code
     from tests.bench.kernels_x86_peers import Contestant
 
     lib = library(host_targets()[0])
-    bits, group, zeros = OURS[name]
-    code = with_zeros(task.weights, bits, group) if zeros else nearest(task.weights, bits, group, lib.half)
-    panels = pack(code, lib.lanes, lib.together, lib.half)
+    bits, group, what = OURS[name]
+    pattern = what.replace("zeros", "")
+    weights = pruned(task.weights, pattern, lib.lanes) if pattern else task.weights
+    if bits in (16, 32):
+        code = Code("dense", weights.shape, (bits,), (weights,))
+    else:
+        code = with_zeros(weights, bits, group) if what == "zeros" else nearest(weights, bits, group, lib.half)
+    panels = packed(code, pattern, lib.lanes, lib.together, lib.half)
     tape, layers = Tape(lib, task.threads), task.layers(panels.nbytes)
-    rows, cols = task.weights.shape
-    x = tape.room(len(task.x), cols)
+    x = tape.room(len(task.x), weights.shape[1])
     x.array[:] = task.x
-    outs = [tape.room(len(task.x), rows) for _ in range(2)]
-
-    def moved(array: Any, i: int) -> Any:
-        """The same matrix with its panels in another order, in memory of its own."""
-        parts = np.ascontiguousarray(array).reshape(panels.panels, -1)
-        return aligned(np.roll(parts, i, 0)).view(array.dtype).reshape(array.shape) if array.size else array
-
+    outs = [tape.room(len(task.x), len(weights)) for _ in range(2)]
     for i in range(layers):
-        names = ("codes", "scales", "zeros", "row_scale", "sums")
-        weights = panels if i == 0 else dataclasses.replace(panels, **{n: moved(getattr(panels, n), i) for n in names})
-        tape.linear(weights, tape.round(x, lib.shift_of(bits)), outs[min(i, 1)])
-    return Contestant(name, panels.nbytes, layers, tape.run, lambda: outs[0].array.copy())
+        layer = panels if i == 0 else elsewhere(panels, i)
+        if isinstance(layer, FloatPanels):
+            tape.floats(layer, x, outs[min(i, 1)])
+        else:
+            tape.linear(layer, tape.round(x, lib.shift_of(bits)), outs[min(i, 1)])
+    return Contestant(name, panels.nbytes, layers, tape.run, lambda: outs[0].array.copy(), weights)
+
+
+def elsewhere(panels: Any, i: int) -> Any:
+    """The same matrix in memory of its own, its panels in another order where all are of one size."""
+    import numpy as np
+
+    from edgesdk.kernels.panels import aligned, written
+
+    def moved(array: Any) -> Any:
+        parts = np.ascontiguousarray(array)
+        if "starts" not in arrays or not arrays["starts"].size:
+            parts = np.roll(parts.reshape(panels.panels, -1), i, 0)
+        return aligned(parts).view(array.dtype).reshape(array.shape)
+
+    arrays = written(panels)[1]
+    return dataclasses.replace(panels, **{name: moved(array) for name, array in arrays.items() if array.size})
 
 
 # ---- measuring
@@ -225,8 +260,11 @@ def measured(size: str, m: int, threads: int, given: argparse.Namespace) -> dict
             skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             sys.stderr.write(f"skipped: {name} ({skipped[name]})\n")
             continue
-        apart = np.asarray(found.first(), np.float64)[: len(wanted), :rows] - wanted
-        errors[name] = float(np.sqrt(np.square(apart).mean() / np.square(wanted).mean()))
+        exact = (
+            wanted if found.weights is None or found.weights is weights else x[:16].astype(np.float64) @ found.weights.T.astype(np.float64)
+        )
+        apart = np.asarray(found.first(), np.float64)[: len(exact), :rows] - exact
+        errors[name] = float(np.sqrt(np.square(apart).mean() / np.square(exact).mean()))
         made.append((found, Stretches(name, found.call, found.layers)))
     computer = Computer(host_targets()[0], threads, given.stream)
     both = [computer.read, computer.dot, *(s for _, s in made)]

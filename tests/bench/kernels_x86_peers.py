@@ -37,6 +37,7 @@ class Contestant:
     layers: int
     call: Callable[[], Any]
     first: Callable[[], Any]
+    weights: Any = None  # float32, where they are not the task's
 
 
 @dataclass(frozen=True)
