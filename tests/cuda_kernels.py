@@ -83,6 +83,7 @@ LOOKS = [
     look_kernel(4, 128, 8),
     look_kernel(16, 64, 1),
     look_kernel(4, 48, 4),
+    look_kernel(4, 24, 2),
 ]
 ALL: list[Kernel] = [*PRODUCTS, *PREFILLS, *ROWS, *ATTENTION, HEADS, *LOOKS]
 

@@ -109,6 +109,6 @@ def asked(content: bytes) -> tuple[list[Kernel], dict[str, list[int]]]:
         blocks: dict[str, list[int]] = {}
         for name in machine.methods:
             tape: Any = CudaMethod(machine, name).tape
-            kernels |= {item.kernel.name: item.kernel for item in tape.work(dict.fromkeys((n for _, _, n in tape.places), 0))}
+            kernels |= {item.kernel.name: item.kernel for item in tape.finished()}
             blocks[name] = [tape.inputs.used, tape.outputs.used]
     return list(kernels.values()), blocks

@@ -86,13 +86,22 @@ template <int FORMAT, int D> struct Slots {
             const Eight<8> e = load_eight<8>(vector + part * 8);
             return {{e.v[0] ^ 0x80808080u, e.v[1] ^ 0x80808080u}};  // codes + 128
         } else if constexpr (FORMAT == 4) {
-            const bool high = part * 8 >= D / 2;
-            const Eight<8> e = load_eight<8>(vector + part * 8 - (high ? D / 2 : 0));
             const u16* pair = reinterpret_cast<const u16*>(scales) + (static_cast<long long>(position) * groups + (groups > 1 ? part / 8 : 0)) * 2;
             const float unit = from_half(pair[0]), least = from_half(pair[1]);
             Eight<32> out;
+            auto number_of = [&](int i, u32 code) { out.v[i] = bits_of(unit * static_cast<float>(code & 15) + least); };
+            if constexpr (D % 16 == 0) {  // a lane's columns are all low or all high
+                const bool high = part * 8 >= D / 2;
+                const Eight<8> e = load_eight<8>(vector + part * 8 - (high ? D / 2 : 0));
 #pragma unroll
-            for (int i = 0; i < 8; i++) out.v[i] = bits_of(unit * static_cast<float>(e.v[i / 4] >> (8 * (i % 4) + (high ? 4 : 0)) & 15) + least);
+                for (int i = 0; i < 8; i++) number_of(i, e.v[i / 4] >> (8 * (i % 4) + (high ? 4 : 0)));
+            } else {
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    const int column = part * 8 + i;
+                    number_of(i, column < D / 2 ? vector[column] : vector[column - D / 2] >> 4);
+                }
+            }
             return out;
         } else {
             return load_eight<FORMAT>(vector + part * FORMAT);

@@ -70,10 +70,10 @@ def look(
     and row of it to the next. What a mask hides by 5000 or more is not read; a query that sees nothing gets zeros. Raises `InputError`.
     """
     b, count, n, size = q.shape
-    if bits not in BITS or size % (16 if bits == 4 else 8) or not 8 <= size <= 256 or count % kv_heads:
+    if bits not in BITS or size % 8 or not 8 <= size <= 256 or count % kv_heads:
         raise InputError(
             f"attention of {count} heads of {size} over {kv_heads} in {bits} bits",
-            "caches have 32, 16, 8 or 4 bits, heads a multiple of 8 (of 4 bits: 16) up to 256 numbers, query heads are a multiple of key heads",
+            "caches have 32, 16, 8 or 4 bits, heads a multiple of 8 up to 256 numbers, query heads are a multiple of key heads",
         )
     shared = count // kv_heads
     rows = rows_of(n * shared)

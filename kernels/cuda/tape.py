@@ -155,12 +155,16 @@ class Tape:
 
     def work(self, addresses: Mapping[int, int]) -> list[Work]:
         """Everything in order. `addresses`: of the inputs that launches read where they are."""
-        self._flush()
         places: dict[int, dict[int, int]] = {}
         for step, at, number in self.places:
             places.setdefault(step, {})[at] = addresses[number]
-        launches = [item.patched(places[i]) if i in places else item for i, item in enumerate(self.launches)]
+        launches = [item.patched(places[i]) if i in places else item for i, item in enumerate(self.finished())]
         return [*self.inputs.copy(out=False), *launches, *self.outputs.copy(out=True)]
+
+    def finished(self) -> list[Launch]:
+        """All launches in order, without the addresses of inputs."""
+        self._flush()
+        return self.launches
 
     def heads(self, part: dict[str, Any]) -> None:
         """Heads of one product; those of up to three that follow one another are one launch."""
