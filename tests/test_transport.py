@@ -196,7 +196,6 @@ def test_adb_is_named_when_it_is_not_installed(monkeypatch, tmp_path):
     [
         ("adb://1234/x", "not an adb link"),
         ("adb://1234?port=1", "unknown adb option"),
-        ("serial:/dev/ttyUSB0", "serial links are not supported yet"),
         ("sssh://x", "unknown link"),
         ("local:", "folder is missing"),
         ("ssh://", "not an ssh link"),
