@@ -293,10 +293,10 @@ def checked(spec: ModelSpec, where: str) -> ModelSpec:
 
 
 def _check_method(method: Method, where: str, caches: bool) -> None:
-    """`caches`: there may be some in int8."""
+    """`caches`: there may be some of few bits."""
     import torch
 
-    taken = (torch.float32, torch.int64, torch.int32, torch.bool, *([torch.int8] if caches else []))
+    taken = (torch.float32, torch.int64, torch.int32, torch.bool, *([torch.float16, torch.int8, torch.uint8] if caches else []))
     for i, value in enumerate(method.example_inputs):
         if not isinstance(value, torch.Tensor):
             raise InputError(f"{where}: example input {i} is {type(value).__name__}", "example inputs are tensors")

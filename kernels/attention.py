@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from edgesdk.sequence.caches import groups
+from edgesdk.sequence.card import groups
 
 FORMS = {"": 32, "half": 16, "int8": 8, "int4": 4}
 """What stands behind `attend_` → bits of a number: float32; float16; int8 with a float32 scale a token and head [B, K, slots]; int4, two a byte,
-with float16 scales and least values of each group [B, K, slots, 2 · groups] (see `edgesdk.sequence.caches`)."""
+with float16 scales and least values of each group [B, K, slots, 2 · groups] (see `edgesdk.sequence.card`)."""
 ROWS = 4
 """Rows of queries that go through the keys and values of their head together."""
 

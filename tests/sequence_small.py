@@ -27,9 +27,19 @@ def small_model(config: SequenceConfig) -> SequenceModel:
     return model
 
 
-def int8_caches() -> ModelSpec:
-    """The encoder-decoder with caches in int8."""
+def caches_of_16() -> ModelSpec:
+    """The encoder-decoder with caches in float16."""
+    return encoder_decoder(cache_bits=16)
+
+
+def caches_of_8() -> ModelSpec:
+    """The same in int8."""
     return encoder_decoder(cache_bits=8)
+
+
+def caches_of_4() -> ModelSpec:
+    """The same in int4."""
+    return encoder_decoder(cache_bits=4)
 
 
 def encoder_decoder(cache_bits: int = 32) -> ModelSpec:

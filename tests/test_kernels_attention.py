@@ -16,7 +16,8 @@ from edgesdk.kernels.attention import FORMS, ROWS, kernel, room
 from edgesdk.kernels.cpu import host_targets
 from edgesdk.kernels.library import library
 from edgesdk.kernels.tape import Tape
-from edgesdk.sequence.caches import groups, held
+from edgesdk.sequence.caches import held
+from edgesdk.sequence.card import groups
 
 BEST = host_targets()[0]
 

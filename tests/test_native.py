@@ -122,7 +122,9 @@ def inputs_of(method: Method, role: str) -> list[np.ndarray]:
 
 
 KINDS |= {
-    f"{kind}-int8-caches": (KINDS[kind][0], {**KINDS[kind][1], "cache_bits": 8}) for kind in ("encoder-decoder", "qwen", "cache-once")
+    f"{kind}-caches-{bits}": (KINDS[kind][0], {**KINDS[kind][1], "cache_bits": bits})
+    for kind in ("encoder-decoder", "qwen", "cache-once")
+    for bits in (16, 8, 4)
 }
 
 
@@ -275,8 +277,18 @@ def test_weights_kept_apart_are_added(tmp_path: Path) -> None:
         assert np.sqrt(((got - wanted) ** 2).mean() / (wanted**2).mean()) < 0.08  # inputs and thin products in 8 bits
 
 
-def test_a_plan_with_int8_caches_runs_natively(tmp_path: Path) -> None:
-    ref = f"{Path(__file__).parent / 'sequence_small.py'}:int8_caches"
-    made = plan(ref, "host", runtime="native")
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_plan_with_narrow_caches_runs_natively(bits: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from edgesdk.bundles import read_member
+    from edgesdk.sequence.card import NAME, Card
+
+    ref = f"{Path(__file__).parent / 'sequence_small.py'}:caches_of_{bits}"
+    made = plan(ref, "host", runtime=None if bits != 8 else "native")
+    assert made.runtime == "native"
     bundle = build(made, load_model(ref), tmp_path / "small.edge")
-    assert bundle.exists()
+    assert Card.read(read_member(bundle, NAME)).cache_bits == bits
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(bundle), "--prompt", "abc", "--json"])
+    assert ended.value.code == 0
+    assert json.loads(capsys.readouterr().out)["answers"]

@@ -67,7 +67,7 @@ CacheBits = Annotated[
     int | None,
     typer.Option(
         "--cache-bits",
-        help="Hold the caches of a sequence model in float32 (32) or int8 (8). Default: 32, and 8 where memory forces it or it is predicted to pay.",
+        help="Bits of a sequence model's caches: 32 or 8, with --runtime native also 16 or 4. Default: 32, and fewer where memory forces it or they are predicted to pay.",
     ),
 ]
 Layout = Annotated[str | None, typer.Option("--layout", help="Only this layout of a sequence model. Default: all are weighed.")]
@@ -99,7 +99,7 @@ def read_lengths(input_length: str | None, output_length: str | None, buckets: s
     return read, parse_lengths(output_length, "--output-length") if output_length else None
 
 
-def read_cache_bits(bits: int | None) -> Literal[32, 8] | None:
+def read_cache_bits(bits: int | None) -> Literal[32, 16, 8, 4] | None:
     """What there is of `--cache-bits`. Raises `InputError`."""
     from edgesdk.sequence.sizes import Sizes
 

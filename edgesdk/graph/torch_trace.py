@@ -167,9 +167,13 @@ def _unit(node: Any, weights: dict[str, str]) -> Unit | None:
 
 
 def _from_codes(node: Any) -> bool:
-    """Whether the int8 codes of a cache become numbers."""
+    """Whether the codes of a cache, or its float16, become numbers."""
     given = node.all_input_nodes[:1]
-    return _base(node) in ("to", "_to_copy") and bool(given) and str(getattr(_value(given[0]), "dtype", "")) == "torch.int8"
+    if _base(node) == "from_small_codes":
+        return True
+    return (
+        _base(node) in ("to", "_to_copy") and bool(given) and str(getattr(_value(given[0]), "dtype", "")) in ("torch.int8", "torch.float16")
+    )
 
 
 def _root(node: Any) -> Any:

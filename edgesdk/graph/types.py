@@ -77,6 +77,12 @@ class ModelGraph(Noun):
     methods: tuple[MethodGraph, ...]
     not_counted: tuple[str, ...] = ()  # what the numbers leave out, in words
 
+    @property
+    def cache_bits(self) -> int:
+        """What the caches among the inputs are held in."""
+        held = {t.dtype for m in self.methods for t in m.inputs if t.name in (*m.cache_inputs, *m.cross_cache_inputs)}
+        return 4 if "uint8" in held else 8 if "int8" in held else 16 if "float16" in held else 32
+
     def method(self, name: str) -> MethodGraph:
         return next(m for m in self.methods if m.name == name)
 

@@ -78,7 +78,17 @@ def _remember(spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str],
         remember(plan, spec.digest, choice.values())
 
 
+def _refuse_caches(spec: ModelSpec, runtime: str) -> None:
+    """Raises `InputError` for caches that only our own kernels read."""
+    from edgesdk.sequence.card import NAME, NATIVE_BITS, Card
+    from edgesdk.sequence.sizes import refuse_narrow
+
+    if NAME in spec.files and (bits := Card.read(spec.files[NAME]).cache_bits) in NATIVE_BITS:
+        refuse_narrow(bits, runtime, "", True)
+
+
 def _lower(spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str], say: Callable[[str], None], target: str) -> bytes:
+    _refuse_caches(spec, runtime)
     if runtime in ("litert", "tflite-runtime"):
         from edgesdk.lower.litert import lower_litert
 

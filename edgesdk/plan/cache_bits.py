@@ -1,39 +1,65 @@
-"""Whether a sequence model's caches are better held in int8: the plan is made both ways where that can matter, and the better one taken."""
+"""Whether a sequence model's caches are better held in fewer bits: plans are made with them where that can matter, and the best one taken."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 from edgesdk.errors import EdgeError
+from edgesdk.plan.rates import calibration_path
 from edgesdk.plan.types import Plan, Workload
+from edgesdk.sequence.card import NATIVE_BITS
 from edgesdk.units import show_bytes
 
 LONG_BYTES = 4 * 2**20
-"""Float caches that take less are not weighed: what int8 saves there is below what any prediction can tell."""
+"""Float caches that take less are not weighed: what narrow ones save there is below what any prediction can tell."""
 FASTER = 1.05
-"""Answers must be predicted so many times as fast for int8 caches to be taken on their own account."""
+"""Answers must be predicted so many times as fast for narrow caches to be taken on their own account."""
 MAY_LOSE = 0.01
-"""Measured quality that int8 caches may cost, where the budget names no limit."""
+"""Measured quality that narrow caches may cost, where the budget names no limit."""
+_NAMES: dict[Literal[16, 8, 4], str] = {16: "float16", 8: "int8", 4: "int4"}
 
 
 def weighed(plan: Plan, make: Callable[[Workload], Plan]) -> Plan:
-    """`plan`, made with float caches, or what `make` gives with int8 ones: where memory forces them, or where they are predicted to pay."""
-    caches = plan.memory.cache_bytes + plan.memory.cross_cache_bytes
+    """`plan`, made with float caches, or what `make` gives with narrower ones, the widest first: where memory forces them the first that fits,
+    where they are predicted to pay the fastest."""
     forced = any(c.name == "memory" and not c.fits for c in plan.checks)
+    best, told = plan, list[str]()
+    for bits, narrow in _narrower(plan, make, forced):
+        caches, held = (p.memory.cache_bytes + p.memory.cross_cache_bytes for p in (plan, narrow))
+        if held >= caches or (narrow.model != plan.model and narrow.layout != plan.layout):
+            continue
+        faster, why_not = plan.latency.value / narrow.latency.value, _why_not(plan, narrow)
+        said = f"caches in {_NAMES[bits]}: {show_bytes(caches - held)} less, answers predicted {faster:.2f}x as fast"
+        if forced and not why_not:
+            return _with(narrow, [*told, f"{said}, as memory forces"])
+        pays = not why_not and narrow.latency.value * FASTER <= best.latency.value
+        told.append(said if pays else f"{said}; {why_not or 'so they stay wider'}")
+        best = narrow if pays else best
+    return _with(best, told)
+
+
+def _narrower(plan: Plan, make: Callable[[Workload], Plan], forced: bool) -> Iterator[tuple[Literal[16, 8, 4], Plan]]:
+    """The same plan with narrower caches, as it is asked for; those that only our own kernels read where they were measured."""
+    caches = plan.memory.cache_bytes + plan.memory.cross_cache_bytes
     if plan.workload.cache_bits is not None or not caches or not (forced or (plan.fits and caches >= LONG_BYTES)):
-        return plan
-    try:
-        narrow = make(plan.workload.model_copy(update={"cache_bits": 8}))
-    except EdgeError:  # a model whose programs are as they are
-        return plan
-    saved = caches - narrow.memory.cache_bytes - narrow.memory.cross_cache_bytes
-    if saved <= 0 or (narrow.model != plan.model and narrow.layout != plan.layout):
-        return plan
+        return
+    native = plan.runtime == "native" or calibration_path(plan.device, "native", plan.threads).exists()
+    for bits in _NAMES:
+        if bits in NATIVE_BITS and not native:
+            continue
+        try:
+            yield bits, make(plan.workload.model_copy(update={"cache_bits": bits}))
+        except EdgeError:  # a model whose programs are as they are, a runtime without such caches
+            continue
+
+
+def _why_not(plan: Plan, narrow: Plan) -> str:
     limit = plan.budget.quality_drop if plan.budget.quality_drop is not None else MAY_LOSE
-    worse = plan.quality is not None and narrow.quality is not None and narrow.quality < plan.quality - limit
-    faster = plan.latency.value / narrow.latency.value
-    told = f"caches in int8: {show_bytes(saved)} less, answers predicted {faster:.2f}x as fast"
-    if not worse and narrow.fits and (forced or faster >= FASTER):
-        return narrow.model_copy(update={"reasons": (*narrow.reasons, told + (", as memory forces" if forced else ""))})
-    why = "quality falls" if worse else "it does not fit either" if not narrow.fits else "so they stay float"
-    return plan.model_copy(update={"reasons": (*plan.reasons, f"{told}; {why}")})
+    if plan.quality is not None and narrow.quality is not None and narrow.quality < plan.quality - limit:
+        return "quality falls"
+    return "" if narrow.fits else "it does not fit either"
+
+
+def _with(plan: Plan, reasons: list[str]) -> Plan:
+    return plan.model_copy(update={"reasons": (*plan.reasons, *reasons)}) if reasons else plan

@@ -138,7 +138,8 @@ def unit_cost(
     entry = next(r for r in device.runtimes if r.name == runtime)
     compute = device.unit(entry.unit)
     row = _row(efficiency, unit, precision)
-    if unit.op == "reshape" and not unit.in_elements + unit.out_elements:
+    read_in_place = runtime == "native" and unit.op == "quantize"  # caches of few bits become numbers inside of attention
+    if read_in_place or (unit.op == "reshape" and not unit.in_elements + unit.out_elements):
         return UnitCost(0.0, 0.0, 0.0, "overhead", 0.0)
     work, weights, acts = operations(unit) * padding(unit, efficiency), weight_traffic(unit, precision), activation_traffic(unit, precision)
     touched = working_set if working_set is not None else weights + acts
@@ -195,9 +196,8 @@ def call_seconds(method: MethodGraph, precision: str, efficiency: Efficiency) ->
     tensors = len(method.inputs) + len(method.outputs)
     moved = method.outputs if kept_outside(method, efficiency.runtime) else (*method.inputs, *method.outputs)
     held = (*method.cache_inputs, *method.cross_cache_inputs)
-    elements = sum(
-        t.elements / 4 if t.dtype == "int8" and t.name in held else t.elements for t in moved
-    )  # codes go as they are, a byte each
+    bytes_of = {"int8": 1, "uint8": 1, "float16": 2}  # codes go as they are
+    elements = sum(t.elements * bytes_of.get(t.dtype, 4) / 4 if t.name in held else t.elements for t in moved)
     return row.overhead_s + row.per_tensor_s * tensors + row.per_output_s * elements
 
 

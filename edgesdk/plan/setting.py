@@ -19,6 +19,8 @@ from edgesdk.plan.rates import calibration_path, efficiency_for
 from edgesdk.plan.solve import Option
 from edgesdk.plan.subject import Subject
 from edgesdk.plan.types import MemoryAnswer, Precision, Workload
+from edgesdk.sequence.card import NATIVE_BITS
+from edgesdk.sequence.sizes import refuse_narrow
 from edgesdk.target import target_for
 
 
@@ -44,9 +46,12 @@ def runtimes_of(device: DeviceProfile, asked: str | None, graph: ModelGraph, nat
     """Runtimes to consider, in the target's order: what the device has and edgesdk lowers for. Our own kernels, where they run the model
     (`native`), are among them once they were calibrated there: no prior says how fast they are."""
     here = {r.name for r in device.runtimes}
-    if asked == "native" and not native:
+    if graph.cache_bits in NATIVE_BITS:
+        refuse_narrow(graph.cache_bits, asked or "native", device.name, "native" in here)
+        asked = asked or "native"
+    if asked in ("native", "native-cuda") and not native:
         raise InputError(
-            f"--runtime native: {graph.name} is no sequence model of edgesdk's family", "choose --runtime executorch or litert"
+            f"--runtime {asked}: {graph.name} is no sequence model of edgesdk's family", "choose --runtime executorch or litert"
         )
     if asked is not None:
         if asked not in here:

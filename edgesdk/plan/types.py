@@ -24,9 +24,7 @@ class Workload(Part):
     output_length: PositiveInt | Lengths | None = None  # tokens of one answer of a sequence model; None: the model's own `unroll`
     sustained: bool = False
     draft: Annotated[int, Field(ge=2)] | None = None  # tokens that a further program of a sequence model checks at once
-    cache_bits: Literal[32, 8] | None = (
-        None  # of a sequence model's caches; None: 32, and 8 where memory forces it or it is predicted to pay
-    )
+    cache_bits: Literal[32, 16, 8, 4] | None = None  # of a sequence model's caches; None: 32, and fewer where memory forces it or they pay
 
     @property
     def sizes(self) -> Sizes:

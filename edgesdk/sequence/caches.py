@@ -7,11 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from .card import Card, SequenceError
+from .card import Card, SequenceError, groups, layout_of
 
 HIDDEN = np.float32(-1e4)
-GROUP = 64
-"""Columns of a head that share a scale in caches of 4 bits."""
 HALF_MOST = np.float32(65504)
 """The largest float16."""
 
@@ -20,11 +18,6 @@ def codes(array: Any) -> tuple[Any, Any]:
     """int8 codes of keys or values [..., K, N, D] and the scale [..., K, N] of each token and head: what is largest is 127."""
     scale = np.abs(array).max(-1) * np.float32(1 / 127)
     return np.rint(array / np.where(scale, scale, 1)[..., None]).astype(np.int8), scale
-
-
-def groups(head: int) -> int:
-    """Into how many groups of columns a head of so many is divided where each has a scale of its own."""
-    return head // GROUP if head % GROUP == 0 else 1
 
 
 def small_codes(array: Any) -> tuple[Any, Any]:
@@ -51,14 +44,7 @@ def held(pairs: Sequence[Any], bits: int) -> list[Any]:
 
 def empty(bits: int, *shape: int) -> list[Any]:
     """A pair of keys and values `shape` [rows, K, slots, D] as `held` gives it, all zero."""
-    rows = shape[:-1]
-    kinds: dict[int, tuple[Any, Any]] = {
-        32: ((np.float32, shape), None),
-        16: ((np.float16, shape), None),
-        8: ((np.int8, shape), (np.float32, rows)),
-        4: ((np.uint8, (*rows, shape[-1] // 2)), (np.float16, (*rows, 2 * groups(shape[-1])))),
-    }
-    return [np.zeros(size, kind) for kind, size in (k for k in kinds[bits] if k) for _ in "kv"]
+    return [np.zeros((*shape[:-1], *([width] if width else [])), kind) for kind, width in layout_of(bits, shape[-1]) for _ in "kv"]
 
 
 class Caches:

@@ -8,8 +8,29 @@ from typing import Any
 
 NAME = "sequence.json"
 ROLES = ("encode", "prefill", "decode", "draft")
-CACHE_BITS = (32, 8)
-"""What the programs' caches may be held in: float32, or int8 codes with a scale a token and head."""
+CACHE_BITS = (32, 16, 8, 4)
+"""What the programs' caches may be held in: float32, float16, int8 codes with a scale a token and head, int4 codes with a scale and a least
+value a token and 64 columns of a head (see `caches.held`)."""
+NATIVE_BITS = (16, 4)
+"""Those that only our own kernels read."""
+GROUP = 64
+"""Columns of a head that share a scale in caches of 4 bits."""
+
+
+def groups(head: int) -> int:
+    """Into how many groups of columns a head of so many is divided where each has a scale of its own."""
+    return head // GROUP if head % GROUP == 0 else 1
+
+
+def layout_of(bits: int, head: int) -> list[tuple[str, int]]:
+    """What keys (and again values) of `bits` are held in: numpy's name of the kind, and how many of it a token and head (0: one, without a dimension)."""
+    kinds = {32: [("float32", head)], 16: [("float16", head)], 8: [("int8", head), ("float32", 0)]}
+    return kinds.get(bits) or [("uint8", head // 2), ("float16", 2 * groups(head))]
+
+
+def token_bytes(bits: int, head: int) -> int:
+    """Bytes of the keys of one token and head."""
+    return sum({"float32": 4, "float16": 2, "int8": 1, "uint8": 1}[kind] * max(1, n) for kind, n in layout_of(bits, head))
 
 
 class SequenceError(ValueError):
@@ -26,7 +47,7 @@ class Card:
     `methods`: name → {"role", "batch", "source" (S, 0 without encoder), "cache" (T, 0 where it has none), "tokens" (N)}.
     `caches`: one entry per self-attention cache, in the order of the inputs: {"heads": K, "head": D, "window": W or 0}; `cross`: the
     same for cross-attention, {"heads", "head"}. `start`: tokens a generation begins with; `eos`: tokens that end it.
-    `cache_bits`: 8 where the programs' caches are int8 (see `caches.codes`); left out, they are float32.
+    `cache_bits`: of `CACHE_BITS`, what the programs' caches are held in; left out, they are float32.
     `draft`, where it is there: the kind of guesses (see `drafts`) that pay with these programs.
     `suppress`: tokens that are never chosen, `suppress_first`: not as an answer's first; both may be left out.
     `vocab`, `layout`, `pad`, `max_output` (tokens) and `tokenizer` ({"kind": "characters" | "bytes" | "hugging-face" | "none", …}).

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from edgesdk.graph.types import MethodGraph, Op, TensorInfo, Unit
+from edgesdk.sequence.card import layout_of
 
 if TYPE_CHECKING:
     from edgesdk.sequence.config import SequenceConfig, Stack
@@ -103,12 +104,14 @@ class Tape:
         self.plain("elementwise", (self.call.rows * wide, self.call.rows * wide))
         groups, rows = self.call.batch * stack.kv_heads, self.call.tokens * (stack.heads // stack.kv_heads)
         codes = groups * stack.head * parts[0] if cached and self.cache_bits != 32 else 0  # of keys, and again of values
+        read = groups * parts[0] * sum(n for _, n in layout_of(4, stack.head)) if codes and self.cache_bits == 4 else codes
+        scales = codes if self.cache_bits == 8 else 0  # which go to the scores and the weights
         scaled = groups * rows * parts[0]
         for i, slots in enumerate(parts):
             if codes and not i:
-                self.plain("quantize", (codes, codes))
+                self.plain("quantize", (read, codes))
             self.matmul(groups, rows, stack.head, slots)
-            if codes and not i:
+            if scales and not i:
                 self.plain("elementwise", (scaled + groups * slots, scaled))
         scores = groups * rows * seen
         self.alive = max(self.alive, 2 * self.call.rows * stack.dim + 2 * scores + codes)
@@ -117,9 +120,10 @@ class Tape:
         self.plain("elementwise", (scores + self.call.rows * seen, scores))
         self.plain("softmax", (scores, scores))
         for i, slots in enumerate(parts):
-            if codes and not i:
+            if scales and not i:
                 self.plain("elementwise", (scaled + groups * slots, scaled))
-                self.plain("quantize", (codes, codes))
+            if codes and not i:
+                self.plain("quantize", (read, codes))
             self.matmul(groups, rows, slots, stack.head)
         out = self.call.rows * wide
         self.plain("elementwise", *[(2 * out, out)] * (len(parts) - 1))
@@ -199,11 +203,11 @@ def _pairs(kind: str, count: int, *shape: int) -> list[TensorInfo]:
 
 
 def _held(kind: str, i: int, *shape: int, bits: int = 32) -> list[TensorInfo]:
-    """One cache as inputs: keys and values, or their codes and scales."""
-    if bits == 32:
-        return [_info(f"{kind}_{part}_{i}", *shape) for part in ("k", "v")]
-    codes = [_info(f"{kind}_{part}_{i}", *shape, dtype="int8") for part in ("k", "v")]
-    return [*codes, *(_info(f"{kind}_{part}_scale_{i}", *shape[:3]) for part in ("k", "v"))]
+    """One cache as inputs, as `caches.held` gives it."""
+    kinds = layout_of(bits, shape[-1])
+    names = [f"{kind}_{part}_{i}" for part in ("k", "v", "k_scale", "v_scale")]
+    found = [(dtype, width) for dtype, width in kinds for _ in "kv"]
+    return [_info(n, *shape[:-1], *([w] if w else []), dtype=d) for n, (d, w) in zip(names, found, strict=False)]
 
 
 def _method(name: str, tape: Tape, inputs: list[TensorInfo], outputs: list[TensorInfo], calls: int = 1) -> Program:

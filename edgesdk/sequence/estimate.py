@@ -15,7 +15,9 @@ from edgesdk.noun import Part
 from edgesdk.plan.answering import added, spread
 from edgesdk.plan.lengths import Lengths
 from edgesdk.plan.types import Estimate, MemoryAnswer, Precision, Spread
+from edgesdk.sequence.card import NATIVE_BITS, token_bytes
 from edgesdk.sequence.costs import Program, cache_slots, programs
+from edgesdk.sequence.sizes import refuse_narrow
 
 if TYPE_CHECKING:
     from edgesdk.device import ComputeUnit, DeviceProfile
@@ -70,7 +72,10 @@ def places(
         raise UnknownName(f"runtime on {device.name}", runtime, here)
     target = target_for(device)
     found = []
-    for name in [runtime] if runtime else [r for r in target.runtimes if r in here]:
+    names = [runtime] if runtime else ["native"] if cache_bits in NATIVE_BITS else [*target.runtimes]
+    if cache_bits in NATIVE_BITS:
+        refuse_narrow(cache_bits, names[0], device.name, "native" in here)
+    for name in (n for n in names if n in here):
         if _PRECISION[weights] not in here[name].precisions:
             continue
         compute = device.unit(here[name].unit)
@@ -222,11 +227,11 @@ def _refuse(config: SequenceConfig, shortest: int, written: int, bucket: int) ->
 
 
 def _caches(config: SequenceConfig, batch: int, source: int, slots: int, bits: int) -> tuple[int, int]:
-    """Bytes of the caches of one session: self-attention and cross-attention, float32 or int8 with a scale a token and head."""
+    """Bytes of the caches of one session: self-attention and cross-attention."""
     stack = config.decoder
     if stack is None:
         return 0, 0
-    pair = 2 * batch * stack.kv_heads * (4 * stack.head if bits == 32 else stack.head + 4)
+    pair = 2 * batch * stack.kv_heads * token_bytes(bits, stack.head)
     held = cache_slots(config, slots if config.encoder is not None else source + slots)
     return pair * sum(held), pair * source * stack.layers if config.encoder is not None else 0
 

@@ -19,8 +19,8 @@ from edgesdk.errors import InputError
 from edgesdk.model import Layout, Method, ModelSpec
 from edgesdk.plan.fake_quant import run
 from edgesdk.plan.harm import one_thread
+from edgesdk.sequence import caches, layers, positions
 from edgesdk.sequence import card as cards
-from edgesdk.sequence import layers, positions
 from edgesdk.sequence import model as model_code
 from edgesdk.sequence.card import Card
 from edgesdk.sequence.config import SequenceConfig
@@ -222,11 +222,10 @@ def _build(core: SequenceModel, sizes: Mapping[str, Any], cache_bits: int) -> tu
         return torch.randint(0, config.vocab, shape, generator=random)
 
     def held(kind: str, i: int, *shape: int) -> dict[str, Tensor]:
-        """One cache: keys and values, or their codes and scales."""
-        if cache_bits == 32:
-            return {f"{kind}_{x}_{i}": some(*shape) for x in "kv"}
-        codes = {f"{kind}_{x}_{i}": torch.randint(-127, 128, shape, generator=random).to(torch.int8) for x in "kv"}
-        return codes | {f"{kind}_{x}_scale_{i}": 0.01 + 0.01 * torch.rand(shape[:3], generator=random) for x in "kv"}
+        """One cache: keys and values, or their codes and what stands beside them."""
+        names = [f"{kind}_{x}_{i}" for x in ("k", "v", "k_scale", "v_scale")]
+        arrays = caches.held([some(*shape).numpy() for _ in "kv"], cache_bits)
+        return {name: torch.from_numpy(a) for name, a in zip(names, arrays, strict=False)}
 
     if role == "encode":
         source = some(b, config.sound.features, 2 * s) if config.sound else tokens(b, s)
@@ -302,8 +301,8 @@ def sequence_spec(
     Without an encoder `source_lengths` are those of a prompt with `start` behind it, and a cache holds prompt and answer. An answer that
     begins with one token needs no `prefill` behind an encoder: `decode` takes it. `several`: further `decode` programs that take so many
     tokens at once. `exit`: behind so many of the decoder's layers a program guesses (see `drafts`).
-    `cache_bits`: 8 for programs whose caches, of self- and of cross-attention, are int8 codes with a scale a token and head; what a call attends to
-    of its own tokens is not rounded.
+    `cache_bits`: of `card.CACHE_BITS`, what the programs' caches, of self- and of cross-attention, are held in; what a call attends to of its own
+    tokens is not rounded.
     `typical_source` and `typical_output` (tokens) say which programs a usual answer calls, and how often: `Method.unroll`.
     `prompts`: what to take calibration inputs from (see `recorded`) where `calibration` is not given.
     The other arguments are the fields of `ModelSpec` and `Card` of their names.
@@ -315,6 +314,8 @@ def sequence_spec(
         raise InputError(f"{name}: caches of {cache_bits} bits", f"known: {', '.join(map(str, cards.CACHE_BITS))}")
     if cache_bits != 32 and config.decoder is None:
         raise InputError(f"{name}: caches of {cache_bits} bits, but layout {config.layout} has none", "leave them out")
+    if cache_bits == 4 and config.decoder is not None and config.decoder.head % 2:
+        raise InputError(f"{name}: caches of 4 bits for heads of {config.decoder.head} columns", "a byte holds two: choose 8 bits")
     lengths = Lengths(config, tuple(sorted(source_lengths)), tuple(sorted(cache_lengths)), batch, tuple(sorted(several)), len(start), exit)
     lengths.check(name)
     core, programs = exportable(model), lengths.programs()

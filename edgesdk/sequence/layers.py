@@ -15,7 +15,8 @@ from edgesdk.sequence.config import Stack as StackConfig
 Pair: TypeAlias = tuple[Tensor, Tensor]
 """Keys and values [B, K, time, D]; or the cosines and sines of places [B, 1, N, D / 2]."""
 Held: TypeAlias = tuple[Tensor, ...]
-"""A pair of keys and values; or their int8 codes and, for each, a scale a token and head [B, K, time] (see `caches.codes`)."""
+"""A pair of keys and values, in float32 or float16; or their int8 codes and, for each, a scale a token and head [B, K, time]; or uint8, two codes
+a byte [B, K, time, D / 2], and for each float16 scales and least values (see `caches.small_codes`)."""
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -69,6 +70,21 @@ def split(x: Tensor, heads: int) -> Tensor:
     return x.reshape(b, heads, 1, -1) if n == 1 else x.reshape(b, n, heads, -1).transpose(1, 2)
 
 
+@torch.library.custom_op("edgesdk::from_small_codes", mutates_args=())
+def from_small_codes(codes: Tensor, beside: Tensor) -> Tensor:
+    """What `caches.small_codes` stands for: uint8 [..., D / 2] and float16 [..., 2 · groups] → float32 [..., D]."""
+    both = torch.cat([codes & 15, codes >> 4], -1).to(torch.float32)
+    pairs = beside.to(torch.float32).reshape(*beside.shape[:-1], -1, 2)
+    parts = both.reshape(*pairs.shape[:-1], -1)
+    numbers: Tensor = (parts * pairs[..., :1] + pairs[..., 1:]).flatten(-2)
+    return numbers
+
+
+@from_small_codes.register_fake
+def _(codes: Tensor, beside: Tensor) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], 2 * codes.shape[-1]), dtype=torch.float32)
+
+
 def attend(q: Tensor, parts: Sequence[Held], mask: Tensor) -> Tensor:
     """Softmax over all parts together, each of which stays where it is: q [B, K, R, D], mask [B, 1 or K, 1 or R, all their times],
     without B where it is 1.
@@ -79,22 +95,25 @@ def attend(q: Tensor, parts: Sequence[Held], mask: Tensor) -> Tensor:
     b, heads, rows, size = q.shape
     q = q.reshape(b * heads, rows, size)
 
-    def flat(x: Tensor) -> Tensor:
-        return (x.to(torch.float32) if x.dtype == torch.int8 else x).reshape(b * heads, -1, size)
+    def flat(part: Held, side: int) -> Tensor:
+        x = part[side]
+        if x.dtype == torch.uint8:
+            x = from_small_codes(x, part[2 + side])
+        return (x if x.dtype == torch.float32 else x.to(torch.float32)).reshape(b * heads, -1, size)
 
     def scaled(x: Tensor, part: Held, side: int) -> Tensor:
-        return x * part[2 + side].reshape(b * heads, 1, -1) if len(part) == 4 else x
+        return x * part[2 + side].reshape(b * heads, 1, -1) if part[side].dtype == torch.int8 else x
 
-    scores = [scaled(torch.bmm(q, flat(p[0]).transpose(1, 2)), p, 0) for p in parts]
+    scores = [scaled(torch.bmm(q, flat(p, 0).transpose(1, 2)), p, 0) for p in parts]
     weights = scores[0] if len(parts) == 1 else torch.cat(scores, -1)
     if b == 1:
         weights = torch.softmax(weights + mask, -1)
     else:
         weights = torch.softmax(weights.reshape(b, heads, rows, -1) + mask, -1).reshape(b * heads, rows, -1)
     first = parts[0][1].shape[2]
-    out = torch.bmm(scaled(weights[..., :first], parts[0], 1), flat(parts[0][1]))
+    out = torch.bmm(scaled(weights[..., :first], parts[0], 1), flat(parts[0], 1))
     if len(parts) == 2:
-        out = out + torch.bmm(scaled(weights[..., first:], parts[1], 1), flat(parts[1][1]))
+        out = out + torch.bmm(scaled(weights[..., first:], parts[1], 1), flat(parts[1], 1))
     return out.reshape(b, heads, rows, size)
 
 

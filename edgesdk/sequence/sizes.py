@@ -18,7 +18,7 @@ class Sizes:
     inputs: tuple[int, ...] = ()  # of source or prompt; behind sound, positions of the encoder
     outputs: tuple[int, ...] = ()  # of one answer: what the caches hold
     draft: int | None = None  # tokens that a further `decode` takes at once, to check guesses (see `drafts`)
-    cache_bits: int = 32  # 8: caches are int8 (see `caches.codes`)
+    cache_bits: int = 32  # of `card.CACHE_BITS`
 
     def __post_init__(self) -> None:
         for option, lengths in (("--input-length", self.inputs), ("--output-length", self.outputs)):
@@ -50,6 +50,14 @@ class Sizes:
         """For models whose caches, if any, are as they are. Raises `InputError` where others are asked for."""
         if self.cache_bits != 32:
             raise InputError(f"--cache-bits {self.cache_bits}: {why}", hint)
+
+
+def refuse_narrow(bits: int, runtime: str, device: str, native: bool) -> None:
+    """Of caches of `card.NATIVE_BITS`. Raises `InputError` on another runtime than our own kernels, or on a device without it (`native`)."""
+    if not runtime.startswith("native"):
+        raise InputError(f"--cache-bits {bits}: {runtime} takes caches of 32 and 8 bits", "choose one of these, or --runtime native")
+    if not native:
+        raise InputError(f"--cache-bits {bits}: {device} has no runtime native, the only one that takes them", "choose 32 or 8")
 
 
 def _listed(lengths: tuple[int, ...]) -> str:

@@ -12,7 +12,7 @@ from llvmlite import ir
 
 from edgesdk.kernels.attention import FORMS, ROWS
 from edgesdk.kernels.library import ATTEND_ARGS
-from edgesdk.sequence.caches import groups
+from edgesdk.sequence.card import groups
 
 from .emitter import Emitter
 from .products import halves
