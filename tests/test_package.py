@@ -56,7 +56,7 @@ def _tree_files() -> set[str]:
             if (
                 path.is_file()
                 and "__pycache__" not in path.parts
-                and path.suffix in {".py", ".toml", ".typed", ".json", ".npz", ".pt", ".csv", ".c", ".h", ".cuh"}
+                and path.suffix in {".py", ".toml", ".typed", ".json", ".npz", ".pt", ".csv", ".c", ".cpp", ".h", ".cuh"}
             ):
                 inside = path.relative_to(ROOT).as_posix()
                 names.add(inside if folder == "edgesdk" else f"edgesdk/{inside}")
