@@ -143,8 +143,6 @@ class ExecuTorchRunner:
         from executorch.runtime import Runtime, Verification
 
         self.torch = torch
-        if os.path.exists(self._operators):
-            load_operators(self._operators)
         if ExecuTorchRunner._pool != self.threads:
             for other in list(ExecuTorchRunner._alive):
                 other._loaded.clear()
@@ -154,6 +152,8 @@ class ExecuTorchRunner:
             _executorch_pool(self.threads)
             ExecuTorchRunner._pool = self.threads
         if self._program is None:
+            if os.path.exists(self._operators):
+                load_operators(self._operators)
             self._program = Runtime.get().load_program(self._source, verification=Verification.Minimal)
         return self._program
 
