@@ -172,7 +172,25 @@ class Simd:
             words = ir.VectorType(I16, 2 * self.rows)
             pairs = self._call("llvm.x86.avx2.pmadd.ub.sw", words, [weights, quad])
             return b.add(sums, self._call("llvm.x86.avx2.pmadd.wd", self.ints, [pairs, self.fill(words, 1)]))
+        if t == "arm-neon":
+            return self._neon_dot(sums, weights, quad)
         return self._plain_dot(sums, weights, quad, signed and t.startswith("x86"))
+
+    def _neon_dot(self, sums: Any, weights: Any, quad: Any) -> Any:
+        """Products of 16 bits, pairs of them in 32, pairs of those: six instructions without a dot product of the CPU's own."""
+        words, pairs = ir.VectorType(I16, 8), []
+        for first in (0, 8):
+            products = self._call("llvm.aarch64.neon.smull.v8i16", words, [self.part(weights, first, 8), self.part(quad, first, 8)])
+            pairs.append(self._call("llvm.aarch64.neon.saddlp.v4i32.v8i16", self.ints, [products]))
+        return self.b.add(sums, self._call("llvm.aarch64.neon.addp.v4i32", self.ints, pairs))
+
+    def _word_dot(self, sums: Any, weights: Any, quad: Any) -> Any:
+        """The same on AVX2, of signed weights and unsigned inputs: two products of 16 bits at a time, then pairs of sums."""
+        b, words = self.b, ir.VectorType(I16, 16)
+        x = b.zext(self.part(quad, 0, 16), words)
+        pairs = [self._call("llvm.x86.avx2.pmadd.wd", self.ints, [b.sext(self.part(weights, at, 16), words), x]) for at in (0, 16)]
+        found = self._call("llvm.x86.avx2.phadd.d", self.ints, pairs)  # rows 0, 1, 4, 5, 2, 3, 6, 7
+        return b.add(sums, b.shuffle_vector(found, ir.Constant(self.ints, ir.Undefined), ir.Constant(self.ints, [0, 1, 4, 5, 2, 3, 6, 7])))
 
     def _plain_dot(self, sums: Any, weights: Any, quad: Any, unsigned_inputs: bool) -> Any:
         """The same in 16-bit products that any vector unit has: two columns at a time, so that LLVM finds pmaddwd and smlal."""

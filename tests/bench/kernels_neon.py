@@ -26,10 +26,11 @@ import numpy as np
 
 from edgesdk.cache import cache_dir
 from edgesdk.kernels.neon import build
-from edgesdk.kernels.pack import pack
+from edgesdk.kernels.sparse import packed
 from tests import emulated
 from tests.emulated import Case
 from tests.test_kernels_neon import bytes_of, grid
+from tests.test_kernels_sparse import grid as sparse_grid
 
 ROWS, COLS, MANY = 64, 1024, 128
 IMAGE = 0x6000000000
@@ -59,25 +60,22 @@ class Job:
     size: int = 0
 
 
+FORMS = ((8, 0, ""), (4, 32, ""), (4, 0, ""), (3, 32, ""), (2, 32, ""), (2, 0, ""))
+SPARSE = ((8, 0, "2of4"), (8, 0, "1of4"), (4, 32, "2of4"), (4, 32, "1of4"), (8, 0, "blocks"), (4, 32, "blocks"))
+"""Bits, columns of a group, which weights are left out; those without some of them LLVM has alone."""
+
+
 def ours(prefix: str, whose: str, target: str) -> list[Job]:
     made = []
     rng = np.random.default_rng(0)
-    for bits, group in ((8, 0), (4, 32), (4, 0), (3, 32), (2, 32), (2, 0)):
-        panels = pack(grid(0, ROWS, COLS, bits, group, False), 4, 2)
-        form = f"{bits}_{'block' if group else 'row'}"
+    for bits, group, pattern in (*FORMS, *(SPARSE if prefix else ())):
+        code = sparse_grid(0, ROWS, COLS, bits, group, pattern) if pattern else grid(0, ROWS, COLS, bits, group, False)
+        panels = packed(code, pattern, 4, 2)
         for how, m in (("gemv", 1), ("gemm", MANY)):
             q = bytes_of(rng.standard_normal((m, COLS)).astype(np.float32))
-            case = emulated.product(f"{prefix}{build.symbol(target, '')}{how}_{form}", panels, q, {})
-            made.append(
-                Job(
-                    f"{how} {bits} bits{f', g{group}' if group else ', row'}",
-                    whose,
-                    target,
-                    ROWS * COLS * m,
-                    panels.nbytes * 8 / (ROWS * COLS),
-                    case,
-                )
-            )
+            case = emulated.product(f"{prefix}{build.symbol(target, '')}{how}_{panels.form}", panels, q, {})
+            what = f"{how} {bits} bits, {f'g{group}' if group else 'row'}{f', {pattern}' * bool(pattern)}"
+            made.append(Job(what, whose, target, ROWS * COLS * m, panels.nbytes * 8 / (ROWS * COLS), case))
     return made
 
 
