@@ -14,8 +14,9 @@ from edgesdk.kernels.patterns import BLOCKS, PATTERNS
 from .attention import attention_module
 from .compiled import loaded, object_code
 from .floats import floats_module
+from .folded import product_module
 from .heads import HEADS, heads_module
-from .products import halves, product_module, wide
+from .products import halves, wide
 from .rounding import rounding_module
 from .simd import ROWS, VNNI
 from .sparse import sparse_module

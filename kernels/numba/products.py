@@ -149,13 +149,18 @@ class Product(Emitter):
         place = self.b.add(self.b.mul(g, self.a["m"]), m)
         return self.b.add(self.a["q"], self.times(place, BLOCK)), self.b.add(self.a["q_sums"], self.times(place, 4))
 
+    def factors(self, panel: dict[str, Any]) -> tuple[Any, Any]:
+        """What a row's sums are multiplied with, and the sum of its weights."""
+        s, b = self.s, self.b
+        row_scale = s.load(self.a["row_scale"], panel["at"], s.floats)
+        if self.top or self.late:
+            row_scale = b.fmul(row_scale, ir.Constant(s.floats, [2.0 ** (self.bits - 8)] * s.rows))
+        return row_scale, s.load(self.a["sums"], panel["at"], s.floats)
+
     def write(self, value: Any, panel: dict[str, Any], m: Any) -> None:
         """y = q_scale · (row_scale · value - q_zero · sums) + bias + residual → out."""
         s, b, a = self.s, self.b, self.a
-        row_scale = s.load(a["row_scale"], panel["at"], s.floats)
-        if self.top or self.late:
-            row_scale = b.fmul(row_scale, ir.Constant(s.floats, [2.0 ** (self.bits - 8)] * s.rows))
-        sums = s.load(a["sums"], panel["at"], s.floats)
+        row_scale, sums = self.factors(panel)
         at4 = self.times(m, 4)
         zero, scale = (s.spread(s.load(a[n], at4, F32)) for n in ("q_zero", "q_scale"))
         y = b.fmul(scale, b.fsub(b.fmul(value, row_scale), b.fmul(zero, sums)))
@@ -242,15 +247,20 @@ class Product(Emitter):
                 value = b.load(sums[i][j])
                 self.write(value if self.per_block else b.fmul(s.to_float(value), self.scale(p, None)), p, self.add(m, i))
 
+    def ahead(self, panels: list[dict[str, Any]], g: Any) -> None:
+        """Fetches this group's next weights into the first cache, the next group's into the second."""
+        for p in panels:
+            at = self.b.add(p["codes"], self.times(g, self.block_bytes))
+            following = self.b.add(at, self.times(self.a["panel_bytes"], len(panels)))
+            for line in range(0, self.block_bytes, 64):
+                self.s.prefetch(at, NEAR + line)
+                self.s.prefetch(following, line, near=2)
+
     def _dots(self, values: list[list[Any]], panels: list[dict[str, Any]], g: Any, q: Any) -> list[list[Any]]:
         """Sums + a block's products, [row of inputs][panel]; quads are unpacked as they are needed."""
         s = self.s
         codes = [self.b.add(p["codes"], self.times(g, self.block_bytes)) for p in panels]
-        for at in codes:
-            following = self.b.add(at, self.times(self.a["panel_bytes"], len(panels)))
-            for line in range(0, self.block_bytes, 64):
-                s.prefetch(at, NEAR + line)
-                s.prefetch(following, line, near=2)
+        self.ahead(panels, g)
         step = 1 if self.top else QUADS if self.bits == 3 else 8 // self.bits  # few at a time: registers hold the sums
         for first in range(0, QUADS, step):
             quads = [self.codes(at, first, step, p["tables"]) for at, p in zip(codes, panels)]  # noqa: B905 (Python 3.9)
@@ -259,11 +269,3 @@ class Product(Emitter):
                     x = s.spread(s.load(q, BLOCK * i + 4 * (first + k), I32))
                     values[i] = [s.dot(v, quads[j][k], x, self.signed) for j, v in enumerate(row)]
         return values
-
-
-def product_module(target: str, bits: int, per_block: bool, zeros: bool, kind: str = "") -> ir.Module:
-    """`gemv` and `gemm` for one form of weights."""
-    module = ir.Module(f"product-{target}-{bits}-{per_block}-{zeros}-{kind}")
-    Product(module, "gemv", target, bits, per_block, zeros, kind).gemv()
-    Product(module, "gemm", target, bits, per_block, zeros, kind).gemm()
-    return module
