@@ -45,14 +45,16 @@ def target_of(isa: Iterable[str]) -> str:
 @lru_cache(maxsize=1)
 def host_targets() -> tuple[str, ...]:
     """The targets of this machine. `EDGESDK_KERNELS=<target>` leaves out those that are better, to compare or to find a fault."""
-    found = targets_of(platform.machine(), _features())
+    found = targets_of(platform.machine(), host_features())
     asked = os.environ.get("EDGESDK_KERNELS", "")
     return found[found.index(asked) :] if asked in found else found
 
 
-def _features() -> set[str]:
+@lru_cache(maxsize=1)
+def host_features() -> frozenset[str]:
+    """This machine's, as Linux names them."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
-        return set()
-    return {word for line in lines if line.lower().startswith(("flags", "features")) for word in line.partition(":")[2].split()}
+        return frozenset()
+    return frozenset(word for line in lines if line.lower().startswith(("flags", "features")) for word in line.partition(":")[2].split())

@@ -1,7 +1,7 @@
 """The kernels of a target by name, however they were made: addresses of functions with one signature, their args, and what runs them.
 
 gemv_4_block, gemm_8_row, embed_2_block_zeros  weights of so many bits; a scale a block of 32 columns or a row; with zeros of their own
-gemv_4_row_table, gemm_4_block_super, …        see KINDS
+gemv_4_row_table, gemm_4_block_super, embed_5_row_trits, …    see KINDS
 gemv_8_row_2of4, gemm_4_block_blocks, …       without weights that are zero: two of every four, or blocks (`panels.SparsePanels`)
 gemv_32, gemm_16, embed_16                     weights in float32 or float16 (`panels.FloatPanels`), inputs in float32
 embed, pick, sparse                            a table in float32; a row of each batch; the few weights that are kept apart
@@ -45,6 +45,9 @@ PICK_ARGS = ("x", "stride", "n", "last", "out")
 """x: B · n rows of `stride` bytes; out[b] = row last[b] (int64) of batch b. Parts: the B batches."""
 SPARSE_ARGS = ("x", "stride", "m", "starts", "columns", "values", "out", "out_stride")
 """out[m, n] += Σ values[i] · x[m, columns[i]], i from starts[n] to starts[n + 1]: starts, columns int32, values float32. Parts: the rows n."""
+TOP_ARGS = ("x", "stride", "n", "k", "values", "ids")
+"""Of each row of x (n floats, rows of `stride` bytes) the k largest, largest first, of equal ones the first: values float32 [rows, k], ids int64
+[rows, k]; -infinity and -1 where there are no more. What is no number is never one of them. Parts: the rows."""
 HEADS_ARGS = ("x", "stride", "n", "heads", "weight", "eps", "cos", "sin", "scale", "out")
 """x float32, B · N rows of `stride` bytes, each of `heads` heads → out [B, heads, N, D]. `weight` (or 0) and `eps` (the bits of a float32): an
 RMS norm of each head. `cos`, `sin` (or 0): [B · N, D / 2], which turn the first half of D against the second. `scale`: bits of a float32.
@@ -74,6 +77,7 @@ def args_of(name: str) -> tuple[str, ...]:
         "embed": EMBED_ARGS,
         "pick": PICK_ARGS,
         "sparse": SPARSE_ARGS,
+        "top": TOP_ARGS,
         "heads": HEADS_ARGS,
         "attend": ATTEND_ARGS,
     }
@@ -87,8 +91,8 @@ def bits_of(value: float) -> int:
 
 FLOATS = ("32", "16")
 """Forms of weights that are floats: their bits."""
-TABLES = ("table", "tables")
-"""Codes that stand for int8 numbers in a table, one for all rows or one a row."""
+TABLES = ("table", "tables", "trits")
+"""Codes that stand for int8 numbers in a table, one for all rows or one a row; codes of 5 bits that stand for three weights of -1, 0 or 1."""
 KINDS = (*TABLES, "super")
 """More that a form may be. Super: blocks have whole steps beside a float of 8 blocks, and zeros in sixteenths."""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from edgesdk.packed import Code, groups_of, spread
 
-from .panels import BLOCK, Panels, UnfitWeights, aligned
+from .panels import BLOCK, TRITS, Panels, UnfitWeights, aligned
 
 SUPER = 8
 """Blocks of a super-block, which share a float."""
@@ -42,10 +43,16 @@ def refuse_unfit(code: Code) -> None:
         raise UnfitWeights("zeros that are no codes: the kernels read whole zeros from 0 to 2^bits - 1")
 
 
-def pack(code: Code, lanes: int, together: int = 1, half: bool = True) -> Panels:
-    """The panels of a code, their number a multiple of `together`; `half`: scales in float16. Raises `UnfitWeights`."""
+TRITS_PAY = (16,)
+"""Rows of a panel where a product of ternary weights in 1.67 bits takes less time than of 2 bits: those of AVX-512."""
+
+
+def pack(code: Code, lanes: int, together: int = 1, half: bool = True, trits: bool | None = None) -> Panels:
+    """The panels of a code, their number a multiple of `together`; `half`: scales in float16. `trits`: ternary weights in 1.67 bits in place of 2
+    (None: where it is faster). Raises `UnfitWeights`."""
     refuse_unfit(code)
-    how = _table if code.kind == "table" else _super if is_super(code) else _grid
+    dense = (lanes in TRITS_PAY if trits is None else trits) and is_ternary(code)
+    how = _table if code.kind == "table" else _super if is_super(code) else _ternary if dense else _grid
     return how(code, lanes, lanes * together, half)
 
 
@@ -83,6 +90,36 @@ def _grid(code: Code, lanes: int, unit: int, half: bool) -> Panels:
         zeros=_paneled(np.repeat(offset, times, 1)[:, :per], padded, lanes, np.int8) if asymmetric else np.zeros(0, np.int8),
         row_scale=_padded(row_scale, padded), sums=_padded(values.sum(1, dtype=np.float64), padded),
     )  # fmt: skip
+
+
+def is_ternary(code: Code) -> bool:
+    """Whether a grid's weights are -1, 0 and 1 of their scales: 2 bits, of which one value is never there."""
+    if code.kind != "grid" or code.numbers[0] != 2:
+        return False
+    q, _, zero = code.arrays
+    return bool((zero == 1).all() and q.max(initial=0) < 3) if zero.size else q.min(initial=1) > 0
+
+
+def _ternary(code: Code, lanes: int, unit: int, half: bool) -> Panels:
+    """Three weights in 5 bits: those of quad j of three blocks beside each other."""
+    p = _grid(code, lanes, unit, half)
+    rows, cols = code.shape
+    units = -(-p.blocks // TRITS)
+    digits = np.ones((len(p.row_scale), units * TRITS * BLOCK), np.uint8)
+    digits[:rows, :cols] = code.arrays[0] - (0 if code.arrays[2].size else 1)
+    parts = (
+        digits.reshape(p.panels, lanes, units, TRITS, BLOCK // 4, 4)
+        .transpose(3, 0, 2, 4, 1, 5)
+        .reshape(TRITS, p.panels, units, BLOCK // 4, -1)
+    )
+    c = parts[0] + 3 * parts[1] + 9 * parts[2]  # [panel, unit, 8 quads, bytes]
+    low, (a, b, d) = c[:, :, :5], (c[:, :, j] for j in (5, 6, 7))
+    above = np.stack([a & 7, a >> 3 | (d >> 3 & 1) << 2, b & 7, b >> 3 | d >> 4 << 2, d & 7], 2)
+    every = np.arange(32)
+    tables = np.stack([every % 3, every // 3 % 3, every // 9 % 3]) - 1
+    return replace(
+        p, bits=5, kind="trits", zeros=np.zeros(0, np.int8), codes=aligned(low | above << 5), tables=tables.astype(np.int8)[None]
+    )
 
 
 def _table(code: Code, lanes: int, unit: int, half: bool) -> Panels:

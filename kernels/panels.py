@@ -21,6 +21,10 @@ BLOCK = 32
 """Columns that are summed in integers before a scale is applied; a group is one or more whole blocks, or the whole row."""
 
 
+TRITS = 3
+"""Blocks whose quads are in one code each of ternary weights."""
+
+
 LAYOUT = 3
 """Raised by one whenever panels are laid out anew: programs of another number are refused."""
 
@@ -38,7 +42,8 @@ class Panels:
     """`codes` uint8, a panel after the other; `scales` float16 (of 8 bits, or without `half`: float32) [panels, blocks or 1, lanes]; `zeros` int8 of the same shape, or empty
     where every zero is 2^(bits-1); `row_scale`, `sums` (Σ of the row's weights) float32 [padded rows]. `kind`: see `library.KINDS`. `tables` int8
     [1, 16] of "table", [panels, 4, lanes / 4, 16] of "tables": row 4i + j of a panel at [j, i]. Of "super" `scales` are uint8, `zeros` offsets,
-    and `tables` the float16 (float32 without `half`) of super-blocks [panels, super-blocks, lanes]: `pack.rounded_supers`."""
+    and `tables` the float16 (float32 without `half`) of super-blocks [panels, super-blocks, lanes]: `pack.rounded_supers`. Of "trits" `tables`
+    are int8 [1, 3, 32]: what a code of 5 bits says of quad j of the first, second and third of `TRITS` blocks."""
 
     rows: int
     cols: int
@@ -97,6 +102,11 @@ class SparsePanels(Panels):
     @property
     def form(self) -> str:
         return f"{super().form}_{self.pattern}"
+
+    @property
+    def value_bits(self) -> int:
+        """Weights of n of m are signed whatever their bits are."""
+        return super().value_bits if self.starts.size else 8
 
     @property
     def nbytes(self) -> int:

@@ -11,8 +11,11 @@ from edgesdk.kernels.cpu import host_targets, targets_of
 from edgesdk.kernels.library import bits_of, library
 from edgesdk.kernels.linear import Linear
 from edgesdk.kernels.nearest import nearest
+from edgesdk.kernels.numba import compiled, simd
+from edgesdk.kernels.numba import library as numba_library
+from edgesdk.kernels.numba.simd import permutes
 from edgesdk.kernels.pack import LOST, as_kept, pack
-from edgesdk.kernels.panels import UnfitWeights
+from edgesdk.kernels.panels import Panels, UnfitWeights
 from edgesdk.kernels.reference import embedding, linear, round_inputs
 from edgesdk.kernels.superblocks import super_blocks
 from edgesdk.kernels.tape import Tape, panel_sizes
@@ -43,6 +46,22 @@ def table(seed: int, rows: int, cols: int, bits: int, group: int, own: bool) -> 
 def supers(seed: int, rows: int, cols: int) -> Code:
     """Weights away from 0, rounded to super-blocks."""
     return super_blocks((np.random.default_rng(seed).standard_normal((rows, cols)) + 0.3).astype(np.float32))
+
+
+def ternary(seed: int, rows: int, cols: int, group: int, middle: bool = False) -> Code:
+    """Weights of -1, 0 and 1 of a scale; with `middle` as a symmetric grid of 2 bits has them, else as the method `ternary` stores them."""
+    rng = np.random.default_rng(seed)
+    q = rng.integers(0, 3, (rows, cols)).astype(np.uint8)
+    scale = (rng.random((rows, -(-cols // group) if group else 1)) + 0.1).astype(np.float16)
+    arrays = (q + 1, scale, np.zeros(0, np.uint8)) if middle else (q, scale, np.ones((1, 1), np.uint8))
+    return Code("grid", (rows, cols), (2, group), arrays)
+
+
+class Packed(Linear):
+    """A layer on these panels."""
+
+    def __init__(self, panels: Panels, target: str) -> None:
+        self.library, self.threads, self.panels, self.bias, self._rows = library(target), 1, panels, None, 0
 
 
 def far(y: np.ndarray, wanted: np.ndarray) -> float:
@@ -87,11 +106,49 @@ def test_products_of_super_blocks_are_those_of_float64(target: str) -> None:
         assert far(Linear(code, target)(x, residual), linear(x, code, residual=residual)) < TOLERANCE
 
 
+def check_ternary(target: str) -> None:
+    kernels, rng = library(target), np.random.default_rng(5)
+    for rows, cols, m in ((64, 512, 1), (3, 33, 17), (130, 288, 2), (65, 500, 21), (20, 96, 1), (17, 64, 9)):
+        for group, middle in ((0, False), (32, True)):
+            code, x = ternary(rows, rows, cols, group, middle), rng.standard_normal((m, cols)).astype(np.float32)
+            panels = pack(code, kernels.lanes, kernels.together, kernels.half, trits=True)
+            assert panels.kind == "trits" and far(Packed(panels, target)(x), linear(x, code)) < TOLERANCE
+
+
+@pytest.mark.parametrize("target", host_targets())
+def test_products_of_ternary_weights_are_those_of_float64(target: str) -> None:
+    check_ternary(target)
+
+
+@pytest.mark.skipif(not permutes(host_targets()[0]), reason="this CPU has not AVX-512 VBMI: the test before goes the other way")
+def test_products_of_ternary_weights_without_a_permutation_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (simd, compiled):
+        monkeypatch.setattr(module, "permutes", lambda target: False)
+    numba_library._functions.cache_clear()
+    try:
+        check_ternary(host_targets()[0])
+    finally:
+        numba_library._functions.cache_clear()
+
+
+def test_ternary_weights_take_five_bits_for_three_where_that_is_faster() -> None:
+    code = ternary(0, 1024, 3072, 0)
+    assert pack(code, 16).nbytes * 8 / code.arrays[0].size == pytest.approx(5 / 3, abs=0.03)
+    assert pack(code, 4).form == "2_row_zeros" and pack(code, 16).form == "5_row_trits"
+    assert pack(grid(0, 4, 64, 2, 0, False), 16).form == "2_row"
+
+
 @pytest.mark.parametrize("target", host_targets())
 def test_rows_are_looked_up_in_every_form(target: str) -> None:
     kernels, ids = library(target), np.array([0, 49, 17, 3, 33])
-    for code in (table(1, 50, 96, 4, 0, True), table(2, 50, 96, 3, 32, False), table(3, 50, 96, 2, 32, True), supers(4, 50, 320)):
-        p = pack(code, kernels.lanes, kernels.together, kernels.half)
+    for code in (
+        table(1, 50, 96, 4, 0, True),
+        table(2, 50, 96, 3, 32, False),
+        table(3, 50, 96, 2, 32, True),
+        supers(4, 50, 320),
+        ternary(5, 50, 128, 32),
+    ):
+        p = pack(code, kernels.lanes, kernels.together, kernels.half, trits=True)
         tape = Tape(kernels)
         out = tape.room(5, p.cols)
         parts = {name: getattr(p, name) for name in ("codes", "scales", "zeros", "row_scale", "tables")}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_kernels_linear import supers, table
+from test_kernels_linear import supers, table, ternary
 
 from edgesdk.kernels.neon import build
 from edgesdk.kernels.pack import as_kept, pack
@@ -27,6 +27,8 @@ CODES = {
     "one": lambda rows, cols: table(rows, rows, cols, 4, 32, False),
     "own": lambda rows, cols: table(rows, rows, cols, 4, 0, True),
     "super": lambda rows, cols: supers(rows, rows, cols),
+    "ternary": lambda rows, cols: ternary(rows, rows, cols, 0),
+    "ternary, groups": lambda rows, cols: ternary(rows, rows, cols, 32),
     "own, 3 bits": lambda rows, cols: table(rows, rows, cols, 3, 32, True),
 }
 
@@ -39,7 +41,7 @@ def bytes_of(x: Any) -> tuple[Any, ...]:
 
 
 def kernels() -> list[str]:
-    return [f"{how}_{pack(make(4, 64), 4, 2).form}" for make in CODES.values() for how in ("gemv", "gemm")]
+    return [f"{how}_{pack(make(4, 64), 4, 2, trits=True).form}" for make in CODES.values() for how in ("gemv", "gemm")]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def test_products_are_those_of_float64(target: str, cpu: str, harness: tuple[Pat
     for make in CODES.values():
         for i, (rows, cols, m) in enumerate(((64, 256, 1), (3, 33, 17), (23, 96, 2), (9, 500, 5), (2, 40, 1))):
             code: Code = make(rows, cols)
-            panels, x = pack(code, 4, 2), rng.standard_normal((m, cols)).astype(np.float32)
+            panels, x = pack(code, 4, 2, trits=True), rng.standard_normal((m, cols)).astype(np.float32)
             for how, given in (("gemv", x[:1]), ("gemm", x)):
                 kernel = f"llvm_{build.symbol(target, how)}_{panels.form}"
                 cases.append((emulated.product(kernel, panels, bytes_of(given), {}, None, i % 4), linear(given, as_kept(code))))

@@ -14,6 +14,8 @@ from test_native import choice_of, inputs_of, spec_of
 
 from edgesdk.compress.any4 import METHOD as ANY4
 from edgesdk.compress.any4 import Any4Config
+from edgesdk.compress.ternary import METHOD as TERNARY
+from edgesdk.compress.ternary import TernaryConfig
 from edgesdk.compress.weights import holders, weights_of
 from edgesdk.kernels.cpu import host_targets
 from edgesdk.kernels.pack import as_kept
@@ -28,6 +30,7 @@ CODES = {
     "any4-own": lambda w: ANY4.apply(w, None, Any4Config(table="row", feedback=False)),
     "any4-one": lambda w: ANY4.apply(w, None, Any4Config(table="weight", group=32, feedback=False)),
     "super": lambda w: super_blocks(w.matrix.numpy()),
+    "ternary": lambda w: TERNARY.apply(w, None, TernaryConfig()),
     "any3": lambda w: ANY4.apply(w, None, Any4Config(bits=3, feedback=False)),
 }
 

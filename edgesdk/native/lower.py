@@ -236,7 +236,13 @@ def _joined(codes: list[Code]) -> Code:
     if len(codes) == 1:
         return codes[0]
     rows = sum(c.shape[0] for c in codes)
-    arrays = tuple(np.concatenate(parts) for parts in zip(*(c.arrays for c in codes), strict=True))
+
+    def of_rows(array: Any, count: int) -> Any:
+        """What all rows share, for each of them."""
+        return np.repeat(array, count, 0) if array.size and len(array) == 1 else array
+
+    given = ([of_rows(a, c.shape[0]) for a in c.arrays] for c in codes)
+    arrays = tuple(np.concatenate(parts) for parts in zip(*given, strict=True))
     return Code(codes[0].kind, (rows, codes[0].shape[1]), codes[0].numbers, arrays)
 
 

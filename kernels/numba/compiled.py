@@ -11,6 +11,8 @@ import llvmlite.binding as llvm
 from llvmlite import __version__ as llvmlite_version
 from llvmlite import ir
 
+from .simd import permutes
+
 TRIPLES = {"x86": "x86_64-unknown-linux-gnu", "arm": "aarch64-unknown-linux-gnu"}
 FEATURES = {
     "x86-avx512vnni": "+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512vnni,+f16c,+fma,+avx2,-prefer-256-bit",
@@ -31,13 +33,17 @@ def _start() -> None:
     llvm.initialize_all_asmprinters()
 
 
+def features_of(target: str) -> str:
+    return FEATURES.get(target, "") + ",+avx512vbmi" * permutes(target)
+
+
 def machine_for(target: str, cpu: str = "") -> Any:
     """LLVM's machine for a target; "plain" is this computer without any of its vector extensions."""
     _start()
     family = target.partition("-")[0]
     triple = TRIPLES.get(family, llvm.get_process_triple())
     return llvm.Target.from_triple(triple).create_target_machine(
-        cpu=cpu, features=FEATURES.get(target, ""), opt=3, reloc="pic", codemodel="default" if family == "arm" else "jitdefault"
+        cpu=cpu, features=features_of(target), opt=3, reloc="pic", codemodel="default" if family == "arm" else "jitdefault"
     )
 
 
@@ -48,7 +54,7 @@ def object_code(module: ir.Module, target: str, cpu: str = "", names: Mapping[st
     machine = machine_for(target, cpu)
     module.triple, module.data_layout = machine.triple, str(machine.target_data)
     text = str(module)
-    key = hashlib.sha256("\n".join((text, target, cpu, FEATURES.get(target, ""), llvmlite_version, str(names))).encode()).hexdigest()[:40]
+    key = hashlib.sha256("\n".join((text, target, cpu, features_of(target), llvmlite_version, str(names))).encode()).hexdigest()[:40]
     path = cache_dir("kernels") / f"{key}.o"
     if path.exists():
         return path.read_bytes()

@@ -19,7 +19,7 @@ from .emitter import Emitter
 from .simd import F16, F32, I8, I16, I32, I64, VNNI
 
 QUADS = BLOCK // 4
-AHEAD = {8: 1024, 4: 6144, 3: 6144, 2: 6144}
+AHEAD = {8: 1024, 5: 6144, 4: 6144, 3: 6144, 2: 6144}
 """Bits → bytes by which a GEMV fetches weights before they are needed."""
 NEAR = 2048
 """The same of a GEMM, whose weights are in the second cache: it fetches the next group's from memory into it while it works on one."""
@@ -44,7 +44,9 @@ def halves(target: str) -> bool:
 
 
 class Product(Emitter):
-    """Emits one function of one form of weights."""
+    """Emits one function of one form of weights. `small`: none of the numbers that meet inputs is beyond ±64."""
+
+    small = False
 
     def __init__(self, module: ir.Module, name: str, target: str, bits: int, per_block: bool, zeros: bool, kind: str = "") -> None:
         super().__init__(module, name, target, LINEAR_ARGS)
@@ -73,8 +75,8 @@ class Product(Emitter):
             "scales": b.add(a["scales"], b.mul(p, a["scale_bytes"])),
             "zeros": b.add(a["zeros"], b.mul(p, a["zero_bytes"])),
             "at": self.times(p, 4 * self.s.rows),
-            "tables": self.s.tables(tables, self.kind == "tables") if self.kind in TABLES else [],
-            "supers": tables,
+            "tables": tables,
+            "looked_up": self.s.tables(tables, self.kind == "tables") if self.kind in ("table", "tables") else [],
         }
 
     def blocks(self, panel: dict[str, Any]) -> Any:
@@ -82,11 +84,15 @@ class Product(Emitter):
         return self.a["blocks"]
 
     def unpacked(self, panel: dict[str, Any], g: Any, prefetch: bool) -> list[Any]:
-        here = self.b.add(panel["codes"], self.times(g, self.block_bytes))
+        here, tables = self.place(panel, g)
         if prefetch:
             for line in range(0, self.block_bytes, 64):
                 self.s.prefetch(here, AHEAD[self.bits] + line)
-        return self.codes(here, 0, QUADS, panel["tables"])
+        return self.codes(here, 0, QUADS, tables)
+
+    def place(self, panel: dict[str, Any], g: Any) -> tuple[Any, list[Any]]:
+        """Where the codes of a block are, and what they are looked up in."""
+        return self.b.add(panel["codes"], self.times(g, self.block_bytes)), panel["looked_up"]
 
     def codes(self, at: Any, first: int, count: int, tables: list[Any]) -> list[Any]:
         """Quads of a block: what codes stand for in the tables, or they themselves; where the CPU multiplies signed weights by unsigned inputs as
@@ -108,7 +114,7 @@ class Product(Emitter):
         s, b = self.s, self.b
         real = F16 if halves(s.target) else F32
         at = self.times(b.ashr(g, self.number(SUPER.bit_length() - 1)), s.rows * (2 if halves(s.target) else 4))
-        d = s.load(panel["supers"], at, ir.VectorType(real, s.rows))
+        d = s.load(panel["tables"], at, ir.VectorType(real, s.rows))
         whole = b.zext(s.load(panel["scales"], self.times(g, s.rows), ir.VectorType(I8, s.rows)), s.ints)
         return b.fmul(s.to_float(d) if halves(s.target) else d, s.to_float(whole))
 
@@ -141,7 +147,7 @@ class Product(Emitter):
 
     def dots(self, total: Any, quads: list[Any], q: Any) -> Any:
         for i, quad in enumerate(quads):
-            total = self.s.dot(total, quad, self.s.spread(self.s.load(q, 4 * i, I32)), self.signed)
+            total = self.s.dot(total, quad, self.s.spread(self.s.load(q, 4 * i, I32)), self.signed, self.small)
         return total
 
     def q_at(self, g: Any, m: Any) -> tuple[Any, Any]:
@@ -259,13 +265,13 @@ class Product(Emitter):
     def _dots(self, values: list[list[Any]], panels: list[dict[str, Any]], g: Any, q: Any) -> list[list[Any]]:
         """Sums + a block's products, [row of inputs][panel]; quads are unpacked as they are needed."""
         s = self.s
-        codes = [self.b.add(p["codes"], self.times(g, self.block_bytes)) for p in panels]
+        places = [self.place(p, g) for p in panels]
         self.ahead(panels, g)
-        step = 1 if self.top else QUADS if self.bits == 3 else 8 // self.bits  # few at a time: registers hold the sums
+        step = 1 if self.top or self.small else QUADS if self.bits == 3 else 8 // self.bits  # few at a time: registers hold the sums
         for first in range(0, QUADS, step):
-            quads = [self.codes(at, first, step, p["tables"]) for at, p in zip(codes, panels)]  # noqa: B905 (Python 3.9)
+            quads = [self.codes(at, first, step, tables) for at, tables in places]
             for k in range(step):
                 for i, row in enumerate(values):
                     x = s.spread(s.load(q, BLOCK * i + 4 * (first + k), I32))
-                    values[i] = [s.dot(v, quads[j][k], x, self.signed) for j, v in enumerate(row)]
+                    values[i] = [s.dot(v, quads[j][k], x, self.signed, self.small) for j, v in enumerate(row)]
         return values

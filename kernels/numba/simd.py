@@ -7,10 +7,13 @@ four products to each of `rows` sums.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils
+
+from edgesdk.kernels.cpu import host_features
 
 I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
@@ -18,6 +21,12 @@ VNNI = ("x86-avx512vnni", "x86-avxvnni")
 """Targets whose dot product takes unsigned and signed bytes and never saturates."""
 ROWS = {"x86-avx512vnni": 16, "x86-avxvnni": 8, "x86-avx2": 8, "arm-i8mm": 4, "arm-dotprod": 4, "arm-neon": 4, "plain": 8}
 """Target → rows of a panel: the 32-bit lanes of a vector."""
+
+
+@lru_cache(maxsize=8)
+def permutes(target: str) -> bool:
+    """Whether this machine has one instruction that chooses any of 64 bytes. x86 kernels are compiled where they run."""
+    return target == "x86-avx512vnni" and "avx512vbmi" in host_features()
 
 
 class Simd:
@@ -156,10 +165,10 @@ class Simd:
         """int32 or float16 lanes → float32 lanes."""
         return self.b.sitofp(x, self.floats) if x.type.element == I32 else self.b.fpext(x, self.floats)
 
-    def dot(self, sums: Any, weights: Any, quad: Any, signed: bool = False) -> Any:
+    def dot(self, sums: Any, weights: Any, quad: Any, signed: bool = False, small: bool = False) -> Any:
         """sums [rows] int32 += the products of `weights` (a quad a row) and one quad of int8 inputs in all lanes (int32 [rows]).
 
-        On x86 with `signed` weights the inputs are unsigned bytes: the instruction multiplies unsigned by signed.
+        On x86 with `signed` weights the inputs are unsigned bytes: the instruction multiplies unsigned by signed. `small`: none is beyond ±64.
         """
         b, t = self.b, self.target
         quad = b.bitcast(quad, self.bytes)
@@ -168,10 +177,12 @@ class Simd:
             return self._call(f"llvm.x86.avx512.vpdpbusd.{32 * self.rows}", self.ints, [sums, first, second])
         if t in ("arm-dotprod", "arm-i8mm"):
             return self._call("llvm.aarch64.neon.sdot.v4i32.v16i8", self.ints, [sums, weights, quad])
-        if t == "x86-avx2" and not signed:  # 127 * 127 * 2 fits an int16: no sum of two products saturates
+        if t == "x86-avx2" and (small or not signed):  # 127 * 127 * 2 fits an int16: no sum of two products saturates
             words = ir.VectorType(I16, 2 * self.rows)
-            pairs = self._call("llvm.x86.avx2.pmadd.ub.sw", words, [weights, quad])
+            pairs = self._call("llvm.x86.avx2.pmadd.ub.sw", words, [quad, weights] if signed else [weights, quad])
             return b.add(sums, self._call("llvm.x86.avx2.pmadd.wd", self.ints, [pairs, self.fill(words, 1)]))
+        if t == "x86-avx2":
+            return self._word_dot(sums, weights, quad)
         if t == "arm-neon":
             return self._neon_dot(sums, weights, quad)
         return self._plain_dot(sums, weights, quad, signed and t.startswith("x86"))
@@ -252,7 +263,7 @@ class Simd:
     # ---- weights looked up
 
     def tables(self, address: Any, own: bool) -> list[Any]:
-        """What `lookup` takes: one vector, 16 bytes in each 128 bits of it; with tables of their `own`, four, those of rows j, 4 + j, 8 + j … in vector j."""
+        """What `lookup` takes: 16 bytes in each 128 bits of a vector; with tables of their `own`, four, those of rows j, 4 + j, 8 + j … in vector j."""
         sixteen = ir.VectorType(I8, 16)
         if own:
             return [self.load(address, 4 * self.rows * j, self.bytes) for j in range(4)]
@@ -274,9 +285,50 @@ class Simd:
             codes = self.b.or_(codes, ir.Constant(self.bytes, [16 * (i // 4) for i in range(16)]))
         return self._call(f"llvm.aarch64.neon.tbl{len(tables)}.v16i8", self.bytes, [*tables, codes])
 
+    def tables_of_trits(self, address: Any) -> list[Any]:
+        """What `trits` takes: the 32 bytes at an address, again and again in one vector, or the first 16 in one and the others in another."""
+        if not permutes(self.target):
+            return [self.tables(self.b.add(address, ir.Constant(I64, at)), False)[0] for at in (0, 16)]
+        whole = self.load(address, 0, ir.VectorType(I8, 32))
+        return [
+            self.b.shuffle_vector(whole, ir.Constant(whole.type, ir.Undefined), ir.Constant(ir.VectorType(I32, 64), list(range(32)) * 2))
+        ]
+
+    def trits(self, tables: list[Any], codes: Any) -> Any:
+        """A quad of codes of 5 bits, with more above them, → the bytes they stand for."""
+        if self.target == "plain":
+            return self._chosen(self._entries(tables, 5), codes)
+        if self.target.startswith("arm"):
+            return self._call("llvm.aarch64.neon.tbl2.v16i8", self.bytes, [*tables, self.mask(codes, 31)])
+        if len(tables) == 1:
+            return self._call("llvm.x86.avx512.permvar.qi.512", self.bytes, [tables[0], codes])
+        name = "llvm.x86.avx512.pshuf.b.512" if self.rows == 16 else "llvm.x86.avx2.pshuf.b"
+        low, high = (self._call(name, self.bytes, [table, self.mask(codes, 15)]) for table in tables)
+        return self.b.select(self.b.icmp_unsigned("!=", self.mask(codes, 16), self.zero(self.bytes)), high, low)
+
+    def fives(self, address: Any, first: int, count: int) -> list[Any]:
+        """Codes of 5 bits, with more above them, from `first` of eight that are stored in five vectors: five at the bottom of their bytes, three in
+        the bits above, three of the first, two (of three) of the second, and so on; the last has the two that are left."""
+
+        def part(i: int, shift: int, keep: int) -> Any:
+            return self.mask(self.shift_right(self.load(address, 4 * self.panel * i, self.bytes), shift), keep)
+
+        out = []
+        for j in range(first, first + count):
+            if j < 5:
+                out.append(self.load(address, 4 * self.panel * j, self.bytes))
+            elif j < 7:
+                out.append(self.b.or_(part(2 * (j - 5), 5, 7), part(2 * (j - 5) + 1, 2, 24)))
+            else:
+                out.append(self.b.or_(part(4, 5, 7), self.b.or_(part(1, 4, 8), part(3, 3, 16))))
+        return out
+
     def _entries(self, tables: list[Any], bits: int) -> list[Any]:
         """Entry e of every row's table, 2^bits vectors, as `codes` lie in a quad."""
         count, joined = 4 * self.rows, tables[0]
+        if bits == 5:
+            joined = self._side_by_side(*tables)
+            return [self._everywhere(joined, e // 16 * count + e % 16, count) for e in range(32)]
         if len(tables) > 1:
             pairs = [self._side_by_side(*tables[i : i + 2]) for i in (0, 2)]
             joined = self._side_by_side(*pairs)
@@ -287,6 +339,10 @@ class Simd:
             kind = ir.Constant(ir.VectorType(I32, count), places)
             out.append(self.b.shuffle_vector(joined, ir.Constant(joined.type, ir.Undefined), kind))
         return out
+
+    def _everywhere(self, x: Any, place: int, count: int) -> Any:
+        """One element in `count` lanes."""
+        return self.b.shuffle_vector(x, ir.Constant(x.type, ir.Undefined), ir.Constant(ir.VectorType(I32, count), [place] * count))
 
     def _side_by_side(self, x: Any, y: Any) -> Any:
         return self.b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, 2 * x.type.count), list(range(2 * x.type.count))))

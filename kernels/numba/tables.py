@@ -8,7 +8,7 @@ from llvmlite import ir
 
 from edgesdk.kernels.library import EMBED_ARGS, PICK_ARGS, SPARSE_ARGS, TABLES
 from edgesdk.kernels.pack import OFFSET, SUPER
-from edgesdk.kernels.panels import BLOCK
+from edgesdk.kernels.panels import BLOCK, TRITS
 
 from .emitter import Emitter
 from .products import halves
@@ -73,8 +73,13 @@ class Embed(Emitter):
             if self.kind == "super":
                 zero = b.fsub(middle, b.fmul(b.sitofp(one.load(zeros, place, I8), F32), self.real(1 / float(OFFSET))))
                 step = b.fmul(step, b.uitofp(one.load(scales, place, I8), F32))
-            found = one.quads(b.add(codes, self.times(g, BLOCK * lanes * self.bits // 8)), self.bits, 0, BLOCK // 4)
-            for i, value in enumerate(self._looked(found, tables, lane) if self.kind in TABLES else found):
+            unit = b.udiv(g, self.number(TRITS)) if self.kind == "trits" else g
+            place = b.add(codes, self.times(unit, BLOCK * lanes * self.bits // 8))
+            found = one.fives(place, 0, BLOCK // 4) if self.kind == "trits" else one.quads(place, self.bits, 0, BLOCK // 4)
+            if self.kind in TABLES:
+                third = b.add(tables, self.times(b.sub(g, self.times(unit, TRITS)), 32)) if self.kind == "trits" else tables
+                found = self._looked(found, third, lane)
+            for i, value in enumerate(found):
                 count = b.fsub(b.sitofp(value, quad), one.spread(zero, 4))
                 one.store(b.fmul(count, one.spread(step, 4)), b.add(out, self.times(g, 4 * BLOCK)), 16 * i)
 
@@ -89,7 +94,7 @@ class Embed(Emitter):
             found = codes
             for i in range(4):
                 place = ir.Constant(I32, i)
-                code = b.zext(b.extract_element(codes, place), I64)
+                code = b.and_(b.zext(b.extract_element(codes, place), I64), self.number((1 << self.bits) - 1))
                 found = b.insert_element(found, one.load(b.add(table, code), 0, I8), place)
             out.append(found)
         return out
