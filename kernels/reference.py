@@ -45,6 +45,17 @@ def pick(x: Any, last: Any) -> Any:
     return np.asarray(x)[np.arange(len(x)), last]
 
 
+def top(x: Any, k: int) -> tuple[Any, Any]:
+    """The k largest of each row of x [M, n], largest first, of equal ones the first, and where they are; -infinity and -1 where there are no more."""
+    x = np.asarray(x, np.float64)
+    order = np.argsort(np.where(np.isnan(x), np.inf, -x), 1, kind="stable")[:, :k]
+    values = np.take_along_axis(x, order, 1)
+    none = np.isnan(values) | np.isneginf(values)
+    values, order = np.where(none, -np.inf, values), np.where(none, -1, order)
+    more = ((0, 0), (0, k - order.shape[1]))
+    return np.pad(values, more, constant_values=-np.inf), np.pad(order, more, constant_values=-1)
+
+
 def sparse(x: Any, starts: Any, columns: Any, values: Any) -> Any:
     """x [M, cols] times the transpose of a matrix in compressed rows: [M, rows]."""
     out = np.zeros((len(x), len(starts) - 1))

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import reference
 from .cpu import TARGETS
-from .library import ACTIVATIONS, FLOATS, NORMS, form
+from .library import ACTIVATIONS, FLOATS, NORMS, TABLES, form
 from .patterns import BITS as NM_BITS
 from .patterns import BLOCKS, PATTERNS, pays
 
@@ -47,10 +47,8 @@ def _linear() -> list[Kernel]:
 def _coded() -> list[Kernel]:
     """Forms that are no plain grids; references take what panels keep of a code (`pack.as_kept`)."""
     forms = {form(4, True, False, "super"): "int4, a step and an offset of 8 bits a block, a float16 for 8 blocks"}
-    for per_block in (False, True):
-        forms[form(5, per_block, False, "trits")] = f"ternary, three weights in 5 bits, a scale {'a group' if per_block else 'a row'}"
     for bits in TABLE_BITS:
-        for kind in ("table", "tables"):
+        for kind in TABLES:
             for per_block in (False, True):
                 whose, scale = "one" if kind == "table" else "one a row", "a group" if per_block else "a row"
                 forms[form(bits, per_block, False, kind)] = f"a table of {1 << bits} int8 numbers, {whose}, a scale {scale}"
@@ -89,6 +87,7 @@ def _rest() -> list[Kernel]:
         Kernel("embed", "embedding", floats, every, "llvm", reference.embedding, 1e-6),
         Kernel("pick", "rows by number", floats, every, "llvm", reference.pick, 0.0),
         Kernel("sparse", "linear, single weights", floats, every, "llvm", reference.sparse, 1e-5),
+        Kernel("top", "largest numbers", floats, every, "llvm", reference.top, 0.0),
         Kernel("attend", "attention", "caches in float32", every, "llvm", reference.attention, 2e-5),
         Kernel("attend_half", "attention", "caches in float16", every, "llvm", reference.attention, 2e-5),
         Kernel("attend_int8", "attention", "caches in int8, a scale a token and head", every, "llvm", reference.attention, 2e-5),

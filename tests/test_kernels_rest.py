@@ -184,6 +184,22 @@ def test_single_weights_are_added_and_rows_picked() -> None:
     assert np.array_equal(picked.array, reference.pick(x[None], last))
 
 
+@pytest.mark.parametrize("target", host_targets())
+def test_the_largest_of_each_row(target: str) -> None:
+    rng = np.random.default_rng(4)
+    for n, k in ((1, 1), (5, 9), (100, 1), (1000, 40), (33, 33)):
+        for x in (rng.standard_normal((3, n)), rng.integers(-2, 3, (3, n)), np.full((3, n), -np.inf), np.arange(3.0 * n).reshape(3, n)):
+            x = x.astype(np.float32)
+            x[1, :: max(1, n // 3)] = np.nan
+            x[2, n // 2] = np.inf
+            values, ids = np.zeros((3, k), np.float32), np.zeros((3, k), np.int64)
+            tape = Tape(library(target))
+            tape.add("top", 3, x=x, stride=x.strides[0], n=n, k=k, values=values, ids=ids)
+            tape.run()
+            wanted = reference.top(x, k)
+            assert np.array_equal(values, wanted[0]) and np.array_equal(ids, wanted[1])
+
+
 def test_the_verb_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
     from edgesdk.cli import main
 

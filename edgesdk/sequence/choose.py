@@ -133,25 +133,41 @@ def log_softmax(logits: Any) -> Any:
 
 def probabilities(logits: Any, settings: Settings) -> Any:
     """What is drawn from [V]: after temperature, the `top_k` likeliest, of those the fewest that hold `top_p`."""
-    p = np.exp(log_softmax(np.asarray(logits, np.float64) / settings.temperature))
-    if not settings.top_k and settings.top_p == 1:
-        return p
-    kept, held = _likeliest(p, settings.top_k or 64), 1.0
-    if settings.top_k:
-        held = p[kept].sum()
-    while not settings.top_k and len(kept) < len(p) and p[kept].sum() < settings.top_p:
-        kept = _likeliest(p, 8 * len(kept))
-    share = p[kept] / held
-    kept = kept[np.cumsum(share) - share < settings.top_p]  # the token that reaches top_p stays in
-    out = np.zeros_like(p)
-    out[kept] = p[kept] / p[kept].sum()
+    kept, share = _drawn_from(logits, settings)
+    out = np.zeros(np.shape(logits))
+    out[kept] = share / share.sum()
     return out
 
 
-def _likeliest(p: Any, count: int) -> Any:
+def _drawn_from(logits: Any, settings: Settings) -> tuple[Any, Any]:
+    """The tokens that may be drawn, in order, and what each weighs. With `top_k` nothing is computed of the others."""
+    x = np.asarray(logits)
+    most = float(_number(x.max()))
+
+    def weights(of: Any) -> Any:
+        return np.exp((np.asarray(of, np.float64) - most) / settings.temperature)
+
+    if settings.top_k:
+        kept = _likeliest(x, settings.top_k)
+        share = weights(x[kept])
+        held = share.sum()
+    else:
+        every = weights(x)
+        if settings.top_p == 1:
+            return slice(None), every
+        kept, held = _likeliest(x, 64), every.sum()
+        while len(kept) < len(x) and every[kept].sum() < settings.top_p * held:
+            kept = _likeliest(x, 8 * len(kept))
+        share = every[kept]
+    inside = np.cumsum(share) - share < settings.top_p * held  # the token that reaches top_p stays in
+    order = np.argsort(kept[inside])
+    return kept[inside][order], share[inside][order]
+
+
+def _likeliest(x: Any, count: int) -> Any:
     """The places of the `count` largest, largest first."""
-    some = np.argpartition(-p, count - 1)[:count] if count < len(p) else np.arange(len(p))
-    return some[np.argsort(-p[some], kind="stable")]
+    some = np.argpartition(x, len(x) - count)[len(x) - count :] if count < len(x) else np.arange(len(x))
+    return some[np.argsort(-x[some], kind="stable")]
 
 
 def choose(logits: Any, settings: Settings, rng: Any, seen: Iterable[int] = ()) -> int:
@@ -162,5 +178,7 @@ def choose(logits: Any, settings: Settings, rng: Any, seen: Iterable[int] = ()) 
         best = int(np.argmax(logits))
         _number(logits[best])
         return best
-    edges = np.cumsum(probabilities(logits, settings))
-    return int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))
+    kept, share = _drawn_from(logits, settings)
+    edges = np.cumsum(share)
+    at = int(np.searchsorted(edges, rng.random() * edges[-1], side="right"))
+    return at if isinstance(kept, slice) else int(kept[at])

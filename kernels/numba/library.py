@@ -22,7 +22,7 @@ from .simd import ROWS, VNNI
 from .sparse import sparse_module
 from .steps import run
 from .tables import embed_module, tables_module
-from .ternary import ternary_module
+from .top import top_module
 
 
 def _module(name: str) -> tuple[str, str]:
@@ -32,6 +32,8 @@ def _module(name: str) -> tuple[str, str]:
         return family, name.rpartition("_")[2] if family == "heads" else rest
     if family in ("gemv", "gemm", "embed") and rest in FLOATS:
         return "floats", rest
+    if family == "top":
+        return family, ""
     if family in ("gemv", "gemm"):
         return "product", rest
     if family in ("embed", "pick", "sparse"):
@@ -50,8 +52,6 @@ def _emitted(target: str, kind: str, detail: str) -> tuple[ir.Module, dict[str, 
     if kind in ("product", "embed"):
         bits, scale, *more = detail.split("_")
         form = (int(bits), scale == "block", "zeros" in more, more[-1] if more and more[-1] in KINDS else "")
-        if kind == "product" and form[3] == "trits":
-            return ternary_module(target, form[1]), {f"{n}_{detail}": n for n in ("gemv", "gemm")}
         if kind == "embed":
             return embed_module(target, *form), {f"embed_{detail}": "embed"}
         return product_module(target, *form), {f"{n}_{detail}": n for n in ("gemv", "gemm")}
@@ -60,6 +60,8 @@ def _emitted(target: str, kind: str, detail: str) -> tuple[ir.Module, dict[str, 
     if kind == "attend":
         what, _, size = detail.rpartition("_")
         return attention_module(target, int(size), what), {f"attend_{detail}": "attend"}
+    if kind == "top":
+        return top_module(target), {"top": "top"}
     if kind == "tables":
         return tables_module(target), {n: n for n in ("embed", "pick", "sparse")}
     return rounding_module(target), {n: n for n in ROUNDINGS}
