@@ -18,6 +18,7 @@ import pytest
 
 from edgesdk.errors import CheckFailed, DeviceError, InputError, MissingTool
 from edgesdk.kernels.cuda import compile as compiling
+from edgesdk.kernels.cuda import driver as driving
 from edgesdk.kernels.cuda import launch as launching
 from edgesdk.kernels.cuda.compile import Compiled, Kernel, compiled
 from edgesdk.kernels.cuda.emulated import Emulated, compiler, library
@@ -306,10 +307,16 @@ def test_machines_without_a_fit_gpu_are_told_so(monkeypatch: pytest.MonkeyPatch)
         Gpu()
 
 
+def test_without_a_driver_two_lines_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    monkeypatch.setattr(driving, "NAMES", ("libnothing.so.1",))
+    with pytest.raises(DeviceError, match="there is no libnothing") as caught:
+        Gpu()
+    assert "JetPack" in caught.value.hint
+
+
 def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(MissingTool, match="edgesdk\\[cuda\\]"):
-        Gpu()
     with pytest.raises(MissingTool, match="edgesdk\\[cuda\\]"):
         compiled(ARGMAX, "sm_90")
 
@@ -357,6 +364,7 @@ def test_the_benchmark_says_where_there_is_no_gpu(
 SCRIPT = """
 import numpy as np
 from edgesdk.kernels.cuda.launch import Gpu
+from edgesdk.kernels.cuda.machine import Copy
 from edgesdk.kernels.cuda.rows import halve
 gpu = Gpu(code=lambda name: [b"\\x7fELF"])
 assert (gpu.name, gpu.arch, gpu.units) == ("No GPU", "sm_90", 132)
@@ -366,13 +374,21 @@ gpu.copy(copy, x)
 assert (gpu.get(copy) == np.arange(21).reshape(3, 7)).all()
 launches = [halve(x, gpu.empty((3, 8), np.float16), gpu.empty((3,), np.float32))]
 gpu.run(launches)
+shared = gpu.shared(16)
+shared.array[:] = 5
+there = gpu.empty((16,), np.uint8)
+gpu.run([Copy(there, shared.memory)])
+assert (gpu.get(there) == 5).all()
 assert gpu.seconds(gpu.graph(launches)) == 0.003
+gpu.close()
 """
 
 
-def test_the_real_bindings_hand_a_driver_what_launches_say(tmp_path: Path) -> None:
-    """cuda-bindings, as installed, over a libcuda.so.1 that only says what it is asked."""
-    pytest.importorskip("cuda.bindings.driver")
+@pytest.mark.parametrize("bindings", [True, False])
+def test_a_driver_is_handed_what_launches_say(tmp_path: Path, bindings: bool) -> None:
+    """cuda-bindings, as installed, or ctypes alone, over a libcuda.so.1 that only says what it is asked."""
+    if bindings:
+        pytest.importorskip("cuda.bindings.driver")
     source = Path(__file__).parent / "native" / "cuda_driver.c"
     gcc = shutil.which("gcc")
     if gcc is None or sys.platform != "linux":
@@ -391,10 +407,18 @@ def test_the_real_bindings_hand_a_driver_what_launches_say(tmp_path: Path) -> No
         "-ldl",
     ]
     subprocess.run(built, check=True)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}, capture_output=True, text=True, check=False
-    )
+    script, where = SCRIPT if bindings else f"import sys; sys.modules['cuda'] = None\n{SCRIPT}", {"LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, **where}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     launched = "driver: launch 3 1 1, 256 1 1, shared 32, numbers 7 7"
-    said = ["driver: module ELF", "driver: function rows_halve", launched, "driver: capture 1", launched, "driver: graph"]
+    said = [
+        "driver: module ELF",
+        "driver: function rows_halve",
+        launched,
+        "driver: capture 1",
+        launched,
+        "driver: graph",
+        "driver: unload",
+        "driver: close",
+    ]
     assert done.stderr.splitlines() == said

@@ -17,15 +17,18 @@ import torch
 from test_native import FORMS, KINDS, choice_of, inputs_of, spec_of
 
 from edgesdk.agent.client import agent_files
+from edgesdk.bundles import read_manifest
 from edgesdk.errors import InputError, UnknownName
 from edgesdk.kernels.cuda.compile import Kernel
 from edgesdk.kernels.cuda.machine import Machine as Device
 from edgesdk.kernels.nearest import nearest
+from edgesdk.lower import build
 from edgesdk.model import ModelSpec
 from edgesdk.native.cuda import CudaMachine
-from edgesdk.native.cuda_lower import arch_of, asked, lower_cuda
+from edgesdk.native.cuda_lower import arch_of, asked, gpu_target, lower_cuda
 from edgesdk.native.program import ProgramError
 from edgesdk.packed import Code, decode
+from edgesdk.plan import plan
 from edgesdk.sequence.card import NAME, Card
 from edgesdk.sequence.generate import Settings, generate
 from tests.cuda_kernels import gpu, have_compiler, needs_nvrtc
@@ -272,3 +275,27 @@ except runner.RunnerError as error:
     assert not done.returncode, done.stderr
     what, hint = done.stdout.strip().split("|")
     assert "native-cuda refuses" in what and hint
+
+
+@needs_nvrtc
+def test_a_jetsons_gpu_is_planned_where_it_is_asked_for_and_built_with_a_twin_as_its_check(tmp_path: Path) -> None:
+    from sequence_small import encoder_decoder
+
+    ref = f"{Path(__file__).parent / 'sequence_small.py'}:encoder_decoder"
+    assert plan(ref, "jetson-orin-nano").runtime != "native-cuda"
+    made = plan(ref, "jetson-orin-nano", runtime="native-cuda")
+    assert made.unit == "gpu"
+    assert {u.precision for u in made.units if u.op == "linear"} <= {"int8-dynamic", "int4-g32"}
+    assert any("nothing was measured" in w for w in made.warnings)
+    bundle = build(made, encoder_decoder(), tmp_path / "small.edge")
+    manifest = read_manifest(bundle)
+    assert {"constants", "planned:decode:0"} <= set(manifest.memory)
+    assert manifest.runtime == "native-cuda" and manifest.golden and manifest.host_check
+    with pytest.raises(UnknownName, match="native-cuda"):
+        plan(ref, "raspberry-pi-5", runtime="native-cuda")
+
+
+def test_gpus_without_kernels_have_no_target() -> None:
+    assert gpu_target("jetson-agx-thor", ("sm_110",)) == "cuda-sm110"
+    with pytest.raises(InputError, match="names no GPU"):
+        gpu_target("jetson-nano", ())

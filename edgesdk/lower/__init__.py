@@ -62,7 +62,12 @@ def _native_form(runtime: str) -> list[object]:
     from edgesdk.kernels.panels import LAYOUT
     from edgesdk.native.lower import target_of
 
-    return [target_of(runtime), LAYOUT]
+    target = target_of(runtime)
+    if not target.startswith("cuda"):
+        return [target, LAYOUT]
+    from edgesdk.kernels.cuda.compile import sources_digest, version
+
+    return [target, LAYOUT, version(), sources_digest()]
 
 
 def _remember(spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str], content: bytes) -> None:
@@ -113,7 +118,7 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
     """Lower, check, evaluate and write the bundle. Raises `CheckFailed` when the program is wrong; then nothing is written.
 
     A program for a runtime that this host cannot run (a GPU's, an NPU's) is packed unchecked, and its manifest's `host_check` is empty. One of
-    our own kernels for another CPU is checked as its twin with the same weights for this one.
+    our own kernels for another CPU or a GPU is checked as its twin with the same weights for this one.
     """
     from edgesdk import __version__
     from edgesdk.bundles import write_bundle
@@ -126,7 +131,7 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
         raise InputError(f"the plan was made for another '{plan.model}'", "plan again: the model's code or weights have changed")
     choice = choice_of(plan)
     target = _target(plan)
-    runtime = f"native-{target}" if plan.runtime == "native" else plan.runtime
+    runtime = f"native-{target}" if plan.runtime.startswith("native") else plan.runtime
     program = lower(spec, runtime, choice, lambda text: step(text, 0.1), target)
     name, stored, sizes = _stored(plan.runtime, program, spec)
     members: dict[str, bytes] = {
@@ -142,7 +147,7 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
         "runtime_version": "not run on this host",
         "methods": tuple(plan.method_latency),
     }
-    if plan.runtime in ("executorch", "litert", "tflite-runtime", "native"):
+    if plan.runtime in ("executorch", "litert", "tflite-runtime", "native", "native-cuda"):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, name)
             if _runs_here(target):
@@ -151,7 +156,7 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
             else:
                 _twin(plan, spec, path)
             with silent():
-                runner = open_program(str(path), plan.runtime, plan.threads)
+                runner = open_program(str(path), _on_cpu(plan.runtime), plan.threads)
                 inputs = golden_inputs(spec)
             step("checking against the reference", 0.6)
             precisions = {u.precision for u in plan.units}
@@ -173,13 +178,23 @@ def _target(plan: Plan) -> str:
     """The instructions of the plan's device that our own kernels are made for; "" where the plan has none of them."""
     from edgesdk.lower.native_units import any_native
 
-    if plan.runtime != "native" and not any_native(u.precision for u in plan.units):
+    if not plan.runtime.startswith("native") and not any_native(u.precision for u in plan.units):
         return ""
     from edgesdk.devices import load_device
     from edgesdk.kernels.cpu import target_of
 
     device = load_device(plan.device)
-    return target_of(device.unit(next(r.unit for r in device.runtimes if r.name == plan.runtime)).isa)
+    isa = device.unit(next(r.unit for r in device.runtimes if r.name == plan.runtime)).isa
+    if plan.runtime == "native-cuda":
+        from edgesdk.native.cuda_lower import gpu_target
+
+        return gpu_target(device.name, isa)
+    return target_of(isa)
+
+
+def _on_cpu(runtime: str) -> str:
+    """The runtime that stands for one here: our kernels on a CPU for those on a GPU."""
+    return "native" if runtime == "native-cuda" else runtime
 
 
 def _kernels(plan: Plan, program: bytes, target: str) -> dict[str, bytes]:
@@ -208,7 +223,7 @@ def _twin(plan: Plan, spec: ModelSpec, path: Path) -> None:
     """The plan's program with the same weights for this machine, at `path`, with what it needs beside it."""
     from edgesdk.kernels.cpu import host_targets
 
-    path.write_bytes(program := lower(spec, plan.runtime, choice_of(plan)))
+    path.write_bytes(program := lower(spec, _on_cpu(plan.runtime), choice_of(plan)))
     for name, content in _kernels(plan, program, host_targets()[0]).items():
         path.with_name(name).write_bytes(content)
 
@@ -240,8 +255,8 @@ def _stored(runtime: str, program: bytes, spec: ModelSpec) -> tuple[str, bytes, 
 
     A compressed model's program holds its codes in place of the weights they stand for, and is expanded to the very bytes of `program` on load.
     """
-    name = "model.native" if runtime == "native" else "model.pte" if runtime.startswith("executorch") else "model.tflite"
-    if spec.codes and runtime != "native":
+    name = "model.native" if runtime.startswith("native") else "model.pte" if runtime.startswith("executorch") else "model.tflite"
+    if spec.codes and not runtime.startswith("native"):
         from edgesdk.lower.pack import packed
 
         content, sizes = packed(program, spec)
@@ -269,7 +284,7 @@ def _memory(runtime: str, program: bytes) -> dict[str, int]:
         from edgesdk.lower.executorch import memory_plan
 
         return memory_plan(program)
-    if runtime == "native":
+    if runtime.startswith("native"):
         from edgesdk.native.memory import memory_plan as native_plan
 
         return native_plan(program)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,15 @@ def arch_of(target: str) -> str:
     if target not in known:
         raise UnknownName("GPU target", target, known)
     return known[target]
+
+
+def gpu_target(device: str, isa: Iterable[str]) -> str:
+    """The target of a device's GPU by its profile. Raises `InputError` where the kernels are not for it."""
+    found = next((name for name in isa if name in ARCHITECTURES), None)
+    if found is None:
+        known = ", ".join(f"{name} ({what})" for name, what in ARCHITECTURES.items())
+        raise InputError(f"{device}: its profile names no GPU that the kernels are compiled for", f"isa of the unit is one of {known}")
+    return f"{TARGET}{found.replace('_', '')}"
 
 
 class _CudaLowering(Lowering):

@@ -32,6 +32,8 @@ _TFLITE_RUNTIME: dict[str, tuple[Precision, ...]] = {
     for op, kinds in _LITERT.items()
 }
 _NATIVE: dict[str, tuple[Precision, ...]] = {"linear": ("fp32", "int8-dynamic", "int4-g32"), "embedding": ("fp32", "int8-weight-only")}
+_NATIVE_CUDA: dict[str, tuple[Precision, ...]] = {**_NATIVE, "linear": ("int8-dynamic", "int4-g32")}
+"""Weights as these say; a GPU's inputs stay float16, which is nearer than the 8 bits that the names promise."""
 _STATIC_FOLLOWS = {"activation", "elementwise", "pool", "reshape", "softmax", "matmul"}
 """Operators without weights that run in int8 when everything around them does."""
 
@@ -53,6 +55,8 @@ def table(runtime: str) -> dict[str, tuple[Precision, ...]]:
         return {op: ("fp32", "int8-static") if "int8-static" in kinds else ("fp32",) for op, kinds in _EXECUTORCH.items()}
     if runtime == "native":
         return _NATIVE
+    if runtime == "native-cuda":
+        return _NATIVE_CUDA
     return _TFLITE_RUNTIME if runtime == "tflite-runtime" else _LITERT if runtime.startswith("litert") else {}
 
 

@@ -53,6 +53,12 @@ def headers() -> dict[str, str]:
     return {f.name: f.read_text() for f in sorted(folder.iterdir(), key=lambda f: f.name) if f.name.endswith((".cuh", ".h"))}
 
 
+def sources_digest() -> str:
+    """Of everything that kernels are compiled from."""
+    text = "".join(f"// {n}\n{t}" for n, t in headers().items() if n.endswith(".cuh"))
+    return hashlib.sha256("\n".join((text, *FLAGS)).encode()).hexdigest()[:16]
+
+
 @lru_cache(maxsize=64)
 def fields(args: str) -> tuple[tuple[str, str], ...]:
     """Name and letter (`P` an address, `i` int, `f` float) of each field of a struct of the sources; of structs in it, `name.field`."""

@@ -1,4 +1,4 @@
-"""A GPU through the CUDA driver (the cuda-bindings package): memory, kernels compiled for it, launches on one stream, graphs of launches."""
+"""A GPU through the CUDA driver (by the cuda-bindings package, or without it): memory, kernels compiled for it, launches on one stream, graphs of launches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from edgesdk.errors import DeviceError, MissingTool
+from edgesdk.errors import DeviceError
 
 from .compile import PTX, Kernel, compiled, supported
 from .machine import Copy, Launch, Memory, Shared, Work
@@ -19,12 +19,13 @@ PLAIN_SHARED = 48 << 10
 
 
 def _driver() -> Any:
+    """cuda-bindings where it is installed, else the driver itself. Raises `DeviceError` where there is none."""
     try:
         from cuda.bindings import driver
     except ImportError:
-        raise MissingTool(
-            "CUDA kernels are launched by the cuda-bindings package, which is not here", "pip install 'edgesdk[cuda]'"
-        ) from None
+        from .driver import Driver
+
+        return Driver()
     return driver
 
 
@@ -42,7 +43,7 @@ class Gpu:
     """A `Machine`. `code`: name of a kernel → what was compiled before, machine code or PTX, the first that the driver takes; where it is None
     kernels are compiled when they are first launched. It is used by the thread that made it, or that called `use` last, until it is closed.
 
-    Raises `MissingTool` without cuda-bindings, and `DeviceError` where there is no driver or no such GPU, or where the driver reports a fault.
+    Raises `DeviceError` where there is no driver or no such GPU, or where the driver reports a fault.
     """
 
     def __init__(self, index: int = 0, code: Code | None = None) -> None:

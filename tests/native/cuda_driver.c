@@ -24,6 +24,12 @@ int cuMemFree_v2(uint64_t address) { free((void *)address); return 0; }
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t size, void *stream) { memcpy((void *)to, from, size); return stream != HANDLE(2); }
 int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t size, void *stream) { memcpy(to, (void *)from, size); return stream != HANDLE(2); }
 int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t size, void *stream) { memcpy((void *)to, (void *)from, size); return stream != HANDLE(2); }
+int cuMemcpyAsync(uint64_t to, uint64_t from, size_t size, void *stream) { memcpy((void *)to, (void *)from, size); return stream != HANDLE(2); }
+int cuMemHostAlloc(void **address, size_t size, unsigned flags) { *address = aligned_alloc(256, (size + 255) / 256 * 256); return flags != 2; }
+int cuMemHostGetDevicePointer_v2(uint64_t *address, void *host, unsigned flags) { *address = (uint64_t)host; return flags; }
+int cuMemFreeHost(void *address) { free(address); return 0; }
+int cuModuleUnload(void *module) { SAY("unload\n"); return module != HANDLE(3); }
+int cuStreamDestroy_v2(void *stream) { SAY("close\n"); return stream != HANDLE(2); }
 int cuModuleLoadData(void **module, const char *image) { SAY("module %.3s\n", image + 1); *module = HANDLE(3); return 0; }
 int cuModuleGetFunction(void **function, void *module, const char *name) {
     SAY("function %s\n", name);
