@@ -33,6 +33,7 @@ class Deployment(Noun):
     previous: str | None
     good: bool  # the current one
     model_name: str | None = None
+    signer: str | None = None  # name and id of the trusted key that signed it; None: not asked for
     installed: tuple[Installed, ...] = ()
     golden: tuple[GoldenResult, ...] = ()
     gate_s: dict[str, float] = Field(default_factory=dict)  # median seconds a call, by method, where a latency gate was asked for

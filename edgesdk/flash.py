@@ -9,6 +9,7 @@ from edgesdk.agent.client import Agent, agent_folder
 from edgesdk.deployment import Action, Deployment, GoldenResult, Installed
 from edgesdk.errors import DeviceError, InputError
 from edgesdk.install import Source, Steps, Survey, install, read_source, rollback, survey
+from edgesdk.signing import Signer, signer_of
 from edgesdk.transport import Transport, parse_link
 from edgesdk.transport.scripts import LINK, script
 from edgesdk.transport.steps import Ask, Link, Put, Run, Step, Watch, Write
@@ -89,25 +90,27 @@ def flash(
     python: str | None = None,
     keep: int = 2,
     latency_gate: float | None = None,
+    allow_unsigned: bool = False,
     watch: Watch | None = None,
 ) -> Deployment:
     """Install `bundle` on the device behind the link `on` and make it current, if its outputs are right there.
 
     `latency_gate` is in seconds: no method's median call may take longer. `keep` is how many bundles stay installed (at least 2).
-    Raises `CheckFailed` (outputs, digest or gate; the device keeps what it had), `DeviceError` (full disk …), `LinkError`
-    (the same call resumes) and `InputError`.
+    `allow_unsigned`: one that no trusted key signed, too. Raises `CheckFailed` (signature, outputs, digest or gate; the device keeps what it
+    had), `DeviceError` (full disk …), `LinkError` (the same call resumes) and `InputError`.
     """
     if keep < 2:
         raise InputError(f"keep = {keep}, wanted at least 2", "the current and the previous bundle are always kept")
     source = read_source(bundle)
+    signer = None if allow_unsigned else signer_of(bundle)
     with _connected(on) as transport:
         before = survey(transport, source.digest, [m.name for m in source.manifest.members])
         if before.current == source.digest and before.good.get(source.digest) and latency_gate is None:
-            return _deployment("already-installed", transport, before, source)
+            return _deployment("already-installed", transport, before, source, signer=signer)
         steps = install(source, before, transport.root, python or transport.python, keep=keep, latency_gate_s=latency_gate)
         performer = _perform(transport, steps, python, dry_run, watch)
         after = before if dry_run else survey(transport)
-        return _deployment("dry-run" if dry_run else "installed", transport, after, source, performer)
+        return _deployment("dry-run" if dry_run else "installed", transport, after, source, performer, signer)
 
 
 def roll_back(on: str | Transport = "local", *, dry_run: bool = False, python: str | None = None, watch: Watch | None = None) -> Deployment:
@@ -149,7 +152,9 @@ def _perform(transport: Transport, steps: Steps, python: str | None, dry: bool, 
     return performer
 
 
-def _deployment(action: Action, transport: Transport, state: Survey, source: Source | None, done: Performer | None = None) -> Deployment:
+def _deployment(
+    action: Action, transport: Transport, state: Survey, source: Source | None, done: Performer | None = None, signer: Signer | None = None
+) -> Deployment:
     checked = done.answers.get("check", {}) if done else {}
     cases = checked.get("cases", [])
     return Deployment(
@@ -160,6 +165,7 @@ def _deployment(action: Action, transport: Transport, state: Survey, source: Sou
         previous=state.previous,
         good=bool(state.current and state.good.get(state.current)),
         model_name=source.manifest.model_name if source else None,
+        signer=f"{signer.name} ({signer.id})" if signer else None,
         installed=tuple(Installed(digest=d, good=g) for d, g in sorted(state.good.items())),
         golden=tuple(GoldenResult(method=c["method"], case=c["case"], relative_error=c["error"], allowed=c["allowed"]) for c in cases),
         gate_s=checked.get("seconds", {}),

@@ -157,10 +157,11 @@ def _transfer(source: Source, before: Survey, root: str) -> Steps:
         else:
             have = before.members[member.sha256][0]
             yield Run(script("share", SHARE, have, f"{part}/{member.name}"), "the device has this file in another bundle")
-    from edgesdk.bundles import read_member
+    from edgesdk.bundles import BESIDE, member_names, read_member
 
-    blob = Blob.of(read_member(source.path, "manifest.json"))
-    yield Put(f"{part}/manifest.json", blob, blob.sha256, blob.size_bytes)
+    for name in sorted(set(BESIDE) & set(member_names(source.path))):
+        blob = Blob.of(read_member(source.path, name))
+        yield Put(f"{part}/{name}", blob, blob.sha256, blob.size_bytes)
     names = sorted(m.name for m in source.manifest.members)
     for i in range(0, len(names), 50):
         text = yield Run(script("hashes", HASHES, part, *names[i : i + 50]), "verify every file on the device")

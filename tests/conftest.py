@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from tests.lab.phone import Phone
 
 
+@pytest.fixture(scope="session", autouse=True)
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keys of the tests' own, never the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGESDK_KEYS", str(tmp_path_factory.mktemp("keys")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def board() -> Iterator[Board]:
     """An emulated arm64 board, booted once for all its tests."""

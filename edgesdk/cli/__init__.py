@@ -22,8 +22,8 @@ app = typer.Typer(
 )
 
 VERBS = (
-    "devices", "compress", "delta", "adapt", "teach", "plan", "build", "flash", "profile", "run", "serve", "calibrate", "compare", "report", "bench", "layouts",
-    "kernels", "doctor",
+    "devices", "compress", "delta", "adapt", "teach", "plan", "build", "sign", "keys", "flash", "profile", "run", "serve", "calibrate", "compare", "report", "bench",
+    "layouts", "kernels", "doctor",
 )  # fmt: skip
 """Each is `edgesdk/cli/<verb>.py` with a `register(app)`."""
 

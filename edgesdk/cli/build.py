@@ -55,6 +55,7 @@ def build(
     draft: Draft = None,
     cache_bits: CacheBits = None,
     out: Annotated[str | None, typer.Option(help="The bundle to write. Default: MODEL-DEVICE.edge.")] = None,
+    sign: Annotated[str, typer.Option("--sign", help="Your key that signs it (see `edgesdk keys`); `none` for no signature.")] = "default",
     as_json: Json = False,
 ) -> None:
     """Lower a plan to a program, check it against the reference, and pack one bundle (exit 1 if the program is wrong)."""
@@ -64,6 +65,7 @@ def build(
     from edgesdk.lower import build as make
     from edgesdk.plan import DEFAULT_MODEL, Plan, Workload
     from edgesdk.plan import plan as make_plan
+    from edgesdk.signing import own_key
 
     if plan_file is not None and model is not None:
         raise InputError("a plan and --model were both given", "give one of them; a plan names its model")
@@ -82,7 +84,9 @@ def build(
             raise DoesNotFit(
                 f"the plan does not fit: {worst.name} needs {worst.reached / worst.limit:.2f}x its limit", "raise that limit and plan again"
             )
-        path = make(plan, load_model(plan.model, plan.workload.sizes), Path(out or f"{plan.model_name}-{plan.device}.edge"), step=step)
+        key = None if sign == "none" else own_key(sign).name
+        target = Path(out or f"{plan.model_name}-{plan.device}.edge")
+        path = make(plan, load_model(plan.model, plan.workload.sizes), target, step=step, key=key)
     manifest = read_manifest(path)
     if as_json:
         emit_json(

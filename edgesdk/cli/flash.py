@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     from edgesdk.deployment import Deployment
     from edgesdk.transport.steps import Watch
 
-On = Annotated[str, typer.Option("--on", help="local, local:/folder, ssh://user@host:port (?identity=FILE&root=FOLDER), fake.")]
+On = Annotated[
+    str,
+    typer.Option(
+        "--on",
+        help="local, local:/folder, ssh://user@host:port (?identity=FILE&root=FOLDER), adb://SERIAL, serial:/dev/ttyUSB0 (?baud=…&user=…), fake.",
+    ),
+]
 PythonPath = Annotated[
     str | None, typer.Option("--python", help="The interpreter on the device.", show_default="python3; locally this one")
 ]
@@ -25,6 +31,7 @@ def flash(
     python: PythonPath = None,
     keep: Annotated[int, typer.Option("--keep", help="How many bundles stay installed.", min=2)] = 2,
     latency_gate: Annotated[str | None, typer.Option("--latency-gate", help="Refuse if a method's median call takes longer: 20ms.")] = None,
+    allow_unsigned: Annotated[bool, typer.Option("--allow-unsigned", help="Install it although no trusted key signed it.")] = False,
     rollback: Annotated[bool, typer.Option("--rollback", help="Make the previous bundle current again.")] = False,
     status: Annotated[bool, typer.Option("--status", help="Show what is installed.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the steps and change nothing.")] = False,
@@ -45,7 +52,16 @@ def flash(
             if rollback:
                 answer = verb.roll_back(on, dry_run=dry_run, python=python, watch=_watch(step))
             else:
-                answer = verb.flash(str(bundle), on, dry_run=dry_run, python=python, keep=keep, latency_gate=gate, watch=_watch(step))
+                answer = verb.flash(
+                    str(bundle),
+                    on,
+                    dry_run=dry_run,
+                    python=python,
+                    keep=keep,
+                    latency_gate=gate,
+                    allow_unsigned=allow_unsigned,
+                    watch=_watch(step),
+                )
     if as_json:
         emit_json(answer)
     else:
@@ -79,6 +95,8 @@ def _show(d: Deployment) -> None:
         return
     words = {"installed": "installed and good", "already-installed": "already installed and good", "rolled-back": "rolled back"}
     out.print(f"[bold]{d.link}[/bold]: {words.get(d.action, d.action)}" + (f" ({d.model_name})" if d.model_name else ""))
+    if d.signer:
+        out.print(f"  signed    by {d.signer}", markup=False)
     out.print(f"  current   {d.current[:12] if d.current else 'nothing'}{'' if d.good or not d.current else '  (not checked here)'}")
     out.print(f"  previous  {d.previous[:12] if d.previous else 'nothing'}")
     for extra in d.installed:

@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from edgesdk.bundle import Manifest
-from edgesdk.bundles import bundle_digest, member_names, read_manifest, read_member, sha256, verify_bundle, write_bundle, write_members
+from edgesdk.bundles import (
+    BESIDE,
+    bundle_digest,
+    member_names,
+    read_manifest,
+    read_member,
+    sha256,
+    verify_bundle,
+    write_bundle,
+    write_members,
+)
 from edgesdk.errors import CheckFailed, InputError
 from edgesdk.noun import Noun
 from edgesdk.packed import Code
@@ -68,17 +78,17 @@ def make(base: str | Path, tuned: str | Path, out: str | Path, model: Compressed
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder, "whole")
         write_bundle(whole, members, program=name, **fields)
-        manifest, digest = read_member(whole, "manifest.json"), bundle_digest(whole)
+        beside, digest = {n: read_member(whole, n) for n in BESIDE}, bundle_digest(whole)
     known = {m.sha256 for m in first.members}
     package = {n: c for n, c in sorted(members.items()) if sha256(c) not in known}
-    size = sum(len(c) for c in package.values()) + len(manifest)
+    size = sum(len(c) for c in package.values()) + sum(len(c) for c in beside.values())
     if size >= Path(tuned).stat().st_size:
         raise CheckFailed(f"the package would be no smaller than {tuned}", "the two programs have too little in common; ship the bundle")
     about = Delta(
         model_name=second.model_name, base_model=first.model_name, base_digest=bundle_digest(base), bundle_digest=digest,
         whole_bytes=Path(tuned).stat().st_size, package_bytes=size, program_bytes=len(program), weights=len({id(p.code) for p, _ in pieces}),
     )  # fmt: skip
-    write_members(out, {ABOUT: about.to_json().encode(), "manifest.json": manifest, **package})
+    write_members(out, {ABOUT: about.to_json().encode(), **beside, **package})
     return about
 
 
@@ -129,7 +139,7 @@ def apply(base: str | Path, package: str | Path, out: str | Path) -> Delta:
     if missing:
         what = f"{base}: lacks '{missing[0]}' of {package}, which was made over {about.base_model} ({about.base_digest[:12]})"
         raise InputError(what, "give the bundle that the package was made over")
-    members = {"manifest.json": read_member(package, "manifest.json")}
+    members = {n: read_member(package, n) for n in BESIDE if n in names}
     members |= {m.name: read_member(package, m.name) if m.name in names else read_member(base, have[m.sha256]) for m in manifest.members}
     wrong = next((m.name for m in manifest.members if sha256(members[m.name]) != m.sha256), None)
     if wrong is not None or sha256(members["manifest.json"]) != about.bundle_digest:

@@ -114,8 +114,10 @@ def _lower(spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str], sa
     )
 
 
-def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = None) -> Path:
-    """Lower, check, evaluate and write the bundle. Raises `CheckFailed` when the program is wrong; then nothing is written.
+def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = None, key: str | None = "default") -> Path:
+    """Lower, check, evaluate, sign with one's own `key` (None: not at all) and write the bundle.
+
+    Raises `CheckFailed` when the program is wrong, `UnknownName` for a key that is not there; then nothing is written.
 
     A program for a runtime that this host cannot run (a GPU's, an NPU's) is packed unchecked, and its manifest's `host_check` is empty. One of
     our own kernels for another CPU or a GPU is checked as its twin with the same weights for this one.
@@ -168,7 +170,7 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
                 fields["quality"] = spec.evaluate(runner.run)
                 _refuse_loss(plan, fields["quality"], spec.quality_name)
     write_bundle(
-        out, members, model_name=spec.name, device=plan.device, runtime=plan.runtime, program=name, threads=plan.threads, plan_digest=plan.digest(),
+        out, members, key=key, model_name=spec.name, device=plan.device, runtime=plan.runtime, program=name, threads=plan.threads, plan_digest=plan.digest(),
         memory=_memory(plan.runtime, program) | sizes, edgesdk_version=__version__, **fields,
     )  # fmt: skip
     return Path(out)
