@@ -1,7 +1,7 @@
 """The kernels of a target by name, however they were made: addresses of functions with one signature, their args, and what runs them.
 
 gemv_4_block, gemm_8_row, embed_2_block_zeros  weights of so many bits; a scale a block of 32 columns or a row; with zeros of their own
-gemv_4_row_table, gemm_4_block_super, …        see KINDS
+gemv_4_row_table, gemm_4_block_super, embed_5_row_trits, …    see KINDS
 gemv_8_row_2of4, gemm_4_block_blocks, …       without weights that are zero: two of every four, or blocks (`panels.SparsePanels`)
 gemv_32, gemm_16, embed_16                     weights in float32 or float16 (`panels.FloatPanels`), inputs in float32
 embed, pick, sparse                            a table in float32; a row of each batch; the few weights that are kept apart
@@ -91,8 +91,8 @@ def bits_of(value: float) -> int:
 
 FLOATS = ("32", "16")
 """Forms of weights that are floats: their bits."""
-TABLES = ("table", "tables")
-"""Codes that stand for int8 numbers in a table, one for all rows or one a row."""
+TABLES = ("table", "tables", "trits")
+"""Codes that stand for int8 numbers in a table, one for all rows or one a row; codes of 5 bits that stand for three weights of -1, 0 or 1."""
 KINDS = (*TABLES, "super")
 """More that a form may be. Super: blocks have whole steps beside a float of 8 blocks, and zeros in sixteenths."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import reference
 from .cpu import TARGETS
-from .library import ACTIVATIONS, FLOATS, NORMS, TABLES, form
+from .library import ACTIVATIONS, FLOATS, NORMS, form
 from .patterns import BITS as NM_BITS
 from .patterns import BLOCKS, PATTERNS, pays
 
@@ -47,8 +47,10 @@ def _linear() -> list[Kernel]:
 def _coded() -> list[Kernel]:
     """Forms that are no plain grids; references take what panels keep of a code (`pack.as_kept`)."""
     forms = {form(4, True, False, "super"): "int4, a step and an offset of 8 bits a block, a float16 for 8 blocks"}
+    for per_block in (False, True):
+        forms[form(5, per_block, False, "trits")] = f"ternary, three weights in 5 bits, a scale {'a group' if per_block else 'a row'}"
     for bits in TABLE_BITS:
-        for kind in TABLES:
+        for kind in ("table", "tables"):
             for per_block in (False, True):
                 whose, scale = "one" if kind == "table" else "one a row", "a group" if per_block else "a row"
                 forms[form(bits, per_block, False, kind)] = f"a table of {1 << bits} int8 numbers, {whose}, a scale {scale}"

@@ -22,6 +22,7 @@ from .simd import ROWS, VNNI
 from .sparse import sparse_module
 from .steps import run
 from .tables import embed_module, tables_module
+from .ternary import ternary_module
 from .top import top_module
 
 
@@ -52,6 +53,8 @@ def _emitted(target: str, kind: str, detail: str) -> tuple[ir.Module, dict[str, 
     if kind in ("product", "embed"):
         bits, scale, *more = detail.split("_")
         form = (int(bits), scale == "block", "zeros" in more, more[-1] if more and more[-1] in KINDS else "")
+        if kind == "product" and form[3] == "trits":
+            return ternary_module(target, form[1]), {f"{n}_{detail}": n for n in ("gemv", "gemm")}
         if kind == "embed":
             return embed_module(target, *form), {f"embed_{detail}": "embed"}
         return product_module(target, *form), {f"{n}_{detail}": n for n in ("gemv", "gemm")}
