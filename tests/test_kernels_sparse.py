@@ -61,7 +61,7 @@ def product(p: Panels, target: str, x: Any, bias: Any = None, residual: Any = No
     if isinstance(p, FloatPanels):
         tape.floats(p, rows, out, **more)
     else:
-        tape.linear(p, tape.round(rows, tape.library.shift_of(p.bits)), out, **more)
+        tape.linear(p, tape.round(rows, tape.library.shift_of(p.value_bits)), out, **more)
     tape.run()
     return out.array.copy()
 

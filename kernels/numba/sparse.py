@@ -16,13 +16,13 @@ from edgesdk.kernels.panels import BLOCK
 from edgesdk.kernels.patterns import BLOCKS, PATTERNS, place_bits, unit
 
 from .products import NEAR, Product, wide
-from .simd import I8, I32, I64
+from .simd import I8, I16, I32, I64
 
 WINDOW = 16
 """Columns out of which a shuffle chooses."""
 AHEAD = 4096
 """Bytes by which a GEMV of n of m fetches weights before they are needed."""
-TILE = {"x86-avx512vnni": ((8, 4, 2, 1), (4, 2, 1)), "x86-avxvnni": ((4, 2, 1), (2, 1)), "x86-avx2": ((2, 1), (1,))}
+TILE = {"x86-avx512vnni": ((8, 4, 2, 1), (4, 2, 1)), "x86-avxvnni": ((8, 4, 2, 1), (4, 2, 1)), "x86-avx2": ((8, 4, 2, 1), (4, 2, 1))}
 """Target → rows of inputs of a GEMM's tile, where a row has one scale, and where blocks have."""
 ALONE = {"x86-avx512vnni": (12, 6, 4, 1), "x86-avxvnni": (6, 4, 1), "x86-avx2": (4, 1)}
 """The same over blocks, whose GEMM works on one panel at a time: no other has the same."""
@@ -35,8 +35,8 @@ class Pattern(Product):
         super().__init__(module, name, target, bits, per_block, False)
         n, m = PATTERNS[pattern]
         self.n, self.m, self.unit, self.place_bits = n, m, unit(bits, n, m), place_bits(m)
-        self.unsigned = self.signed  # inputs: `Compiled.shift_of`
         self.signed = True
+        self.small = bits == 4 and target == "x86-avx2"  # whose products of bytes, two of them added, must fit 16 bits
         self.vectors = WINDOW * n // m // 4  # of half a block
         size = 2 * self.unit * self.vectors * 4 * self.s.rows
         self.values_bytes, self.block_bytes = size * bits // 8, size * (bits + self.place_bits) // 8
@@ -84,10 +84,30 @@ class Pattern(Product):
             found = [b.select(odd, two, one) for one, two in zip(found[::2], found[1::2])]  # noqa: B905 (Python 3.9)
         return found[0]
 
-    def product(self, total: Any, values: Any, inputs: Any) -> Any:
-        if self.s.target == "x86-avx2" and not self.unsigned:
-            return self.s._plain_dot(total, values, inputs, False)
-        return self.s.dot(total, values, inputs, True)
+    @property
+    def top(self) -> bool:
+        return super().top and not self.small
+
+    def weights(self, at: Any, vector: int) -> Any:
+        """A vector of codes, their middle taken off."""
+        s = self.s
+        if not self.small:
+            return s.tops(at, self.bits, vector, 1)[0]
+        packed = s.load(at, vector // 2 * 4 * s.rows, s.bytes)
+        return s.b.sub(s.mask(s.shift_right(packed, vector % 2 * 4), 15), s.fill(s.bytes, 8))
+
+    def product(self, total: Any, weights: Any, inputs: Any) -> Any:
+        """`Simd.dot` of inputs that are not the same in every row."""
+        s, b = self.s, self.s.b
+        if s.target != "x86-avx2":
+            return s.dot(total, weights, inputs, True)
+        words = ir.VectorType(I16, 2 * s.rows)
+        if self.small:
+            pairs = s._call("llvm.x86.avx2.pmadd.ub.sw", words, [inputs, weights])
+            return b.add(total, s._call("llvm.x86.avx2.pmadd.wd", s.ints, [pairs, s.fill(words, 1)]))
+        halves = [(b.sext(s.part(weights, at, 16), words), b.zext(s.part(inputs, at, 16), words)) for at in (0, 16)]
+        found = s._call("llvm.x86.avx2.phadd.d", s.ints, [s._call("llvm.x86.avx2.pmadd.wd", s.ints, pair) for pair in halves])
+        return b.add(total, b.shuffle_vector(found, found, ir.Constant(s.ints, [0, 1, 4, 5, 2, 3, 6, 7])))  # rows lay in that order
 
     def blocks_of(self, u: Any) -> list[Any]:
         """The blocks of a unit; where the last one is not there, one that is: its weights are zero."""
@@ -120,7 +140,7 @@ class Pattern(Product):
                     for i in range(2 * self.vectors):
                         vector = 2 * self.vectors * j + i
                         x = self.chosen(self.inputs(q, i // self.vectors * WINDOW), self.places(at, vector), vector)
-                        total = self.product(total, s.tops(at, self.bits, vector, 1)[0], x)
+                        total = self.product(total, self.weights(at, vector), x)
                     if self.per_block:
                         b.store(s.fma(s.to_float(total), self.scale_at(panel, u, j), b.load(whole)), whole)
                     else:
@@ -178,7 +198,7 @@ class Pattern(Product):
     def _vector(self, values: list[list[Any]], codes: list[Any], q: Any, vector: int, first: int) -> None:
         """One vector of weights of each panel, and all rows of inputs."""
         places = [self.places(at, vector) for at in codes]
-        weights = [self.s.tops(at, self.bits, vector, 1)[0] for at in codes]
+        weights = [self.weights(at, vector) for at in codes]
         for i, row in enumerate(values):
             x = self.inputs(q, BLOCK * i + first)
             values[i] = [self.product(v, weights[k], self.chosen(x, places[k], vector)) for k, v in enumerate(row)]

@@ -181,7 +181,7 @@ def ours(task: Any, name: str) -> Any:
         if isinstance(layer, FloatPanels):
             tape.floats(layer, x, outs[min(i, 1)])
         else:
-            tape.linear(layer, tape.round(x, lib.shift_of(bits)), outs[min(i, 1)])
+            tape.linear(layer, tape.round(x, lib.shift_of(layer.value_bits)), outs[min(i, 1)])
     return Contestant(name, panels.nbytes, layers, tape.run, lambda: outs[0].array.copy(), weights)
 
 
