@@ -19,6 +19,7 @@ from edgesdk.kernels.cpu import host_targets, target_of
 from edgesdk.kernels.nearest import nearest
 from edgesdk.kernels.panels import LAYOUT
 from edgesdk.kernels.reference import round_inputs
+from edgesdk.kernels.superblocks import super_blocks
 from edgesdk.lower import build
 from edgesdk.model import Method, ModelSpec
 from edgesdk.native.lower import lower_native
@@ -83,6 +84,13 @@ def choice_of(spec: ModelSpec, precision: str) -> dict[tuple[str, str], str]:
     return found
 
 
+def as_planned(weight: Any, precision: str) -> Code:
+    """A weight as native programs for this machine round it."""
+    if precision == "int4-g32" and host_targets()[0].startswith("x86"):
+        return super_blocks(weight)
+    return nearest(weight, *FORMS[precision], True)
+
+
 def same_rounding(spec: ModelSpec, precision: str) -> dict[str, Any]:
     """The methods' modules with weights and inputs of matrices rounded as native programs round them."""
 
@@ -96,7 +104,7 @@ def same_rounding(spec: ModelSpec, precision: str) -> dict[str, Any]:
         module = copy.deepcopy(method.module)
         for path, part in module.named_modules():
             if isinstance(part, torch.nn.Linear):
-                part.weight.data = torch.from_numpy(decode(nearest(part.weight.detach().numpy(), *FORMS[precision], True)).copy())
+                part.weight.data = torch.from_numpy(decode(as_planned(part.weight.detach().numpy(), precision)).copy())
                 part.register_forward_pre_hook(before)
             elif isinstance(part, torch.nn.Embedding) and path.endswith("embed"):
                 part.weight.data = torch.from_numpy(decode(nearest(part.weight.detach().numpy(), 8, 0, True)).copy())
