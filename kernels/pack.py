@@ -9,12 +9,8 @@ import numpy as np
 
 from edgesdk.packed import Code, groups_of, spread
 
-from .panels import BLOCK, TRITS, Panels, UnfitWeights, aligned
+from .panels import BLOCK, OFFSET, SUPER, TRITS, Panels, UnfitWeights, aligned
 
-SUPER = 8
-"""Blocks of a super-block, which share a float."""
-OFFSET = np.float32(16)
-"""Parts of a step that an offset of a block counts in."""
 LOST = 0.02
 """Of the weights (root mean square): what may be lost where panels keep them less exactly than they are stored."""
 

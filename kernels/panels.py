@@ -21,6 +21,10 @@ BLOCK = 32
 """Columns that are summed in integers before a scale is applied; a group is one or more whole blocks, or the whole row."""
 
 
+SUPER = 8
+"""Blocks of a super-block, which share a float."""
+OFFSET = 16
+"""Parts of a step that an offset of a block counts in."""
 TRITS = 3
 """Blocks whose quads are in one code each of ternary weights."""
 

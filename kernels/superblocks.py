@@ -14,8 +14,8 @@ from numba import njit
 
 from edgesdk.packed import Code
 
-from .pack import OFFSET, per_block, rounded_supers
-from .panels import BLOCK
+from .pack import per_block, rounded_supers
+from .panels import BLOCK, OFFSET
 
 STRETCH = np.linspace(-1, 4, 16, dtype=np.float32)
 """Ranges that are tried: the block's own ends take this many steps more than 15, and what is beyond the last code is cut."""
@@ -30,7 +30,7 @@ def super_blocks(weight: Any, half: bool = True) -> Code:
     counts[:, -1] = cols - (blocks - 1) * BLOCK
     step, offset = (a.reshape(rows, -1) for a in _fitted(parts, counts.ravel(), STRETCH))
     d, steps, offsets = rounded_supers(step, offset, half)
-    q = _settled(parts, counts.ravel(), per_block(d, blocks).ravel(), steps.ravel(), offsets.ravel(), OFFSET)
+    q = _settled(parts, counts.ravel(), per_block(d, blocks).ravel(), steps.ravel(), offsets.ravel(), np.float32(OFFSET))
     codes = q.reshape(rows, -1)[:, :cols]
     return Code("grid", (rows, cols), (4, BLOCK), (codes, steps * per_block(d, blocks), 8 - offsets / OFFSET))
 

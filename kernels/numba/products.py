@@ -12,8 +12,7 @@ from typing import Any
 from llvmlite import ir
 
 from edgesdk.kernels.library import LINEAR_ARGS, TABLES
-from edgesdk.kernels.pack import OFFSET, SUPER
-from edgesdk.kernels.panels import BLOCK
+from edgesdk.kernels.panels import BLOCK, OFFSET, SUPER
 
 from .emitter import Emitter
 from .simd import F16, F32, I8, I16, I32, I64, VNNI
@@ -123,7 +122,7 @@ class Product(Emitter):
         s, b = self.s, self.b
         zero = b.sext(s.load(panel["zeros"], 0 if g is None else self.times(g, s.rows), ir.VectorType(I8, s.rows)), s.ints)
         if self.kind == "super":  # in sixteenths, as codes at the top of their bytes are
-            return zero if self.top else b.sub(zero, s.fill(s.ints, 8 * int(OFFSET)))
+            return zero if self.top else b.sub(zero, s.fill(s.ints, 8 * OFFSET))
         if self.top:
             zero = b.shl(b.sub(zero, s.fill(s.ints, 1 << (self.bits - 1))), s.fill(s.ints, 8 - self.bits))
         return b.neg(zero)

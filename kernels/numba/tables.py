@@ -7,8 +7,7 @@ from typing import Any
 from llvmlite import ir
 
 from edgesdk.kernels.library import EMBED_ARGS, PICK_ARGS, SPARSE_ARGS, TABLES
-from edgesdk.kernels.pack import OFFSET, SUPER
-from edgesdk.kernels.panels import BLOCK, TRITS
+from edgesdk.kernels.panels import BLOCK, OFFSET, SUPER, TRITS
 
 from .emitter import Emitter
 from .products import halves
@@ -71,7 +70,7 @@ class Embed(Emitter):
             middle = self.real(0.0 if self.bits == 8 or self.kind in TABLES else float(1 << (self.bits - 1)))
             zero = b.sitofp(one.load(zeros, place, I8), F32) if self.zeros else middle
             if self.kind == "super":
-                zero = b.fsub(middle, b.fmul(b.sitofp(one.load(zeros, place, I8), F32), self.real(1 / float(OFFSET))))
+                zero = b.fsub(middle, b.fmul(b.sitofp(one.load(zeros, place, I8), F32), self.real(1 / OFFSET)))
                 step = b.fmul(step, b.uitofp(one.load(scales, place, I8), F32))
             unit = b.udiv(g, self.number(TRITS)) if self.kind == "trits" else g
             place = b.add(codes, self.times(unit, BLOCK * lanes * self.bits // 8))
