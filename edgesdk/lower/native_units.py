@@ -59,6 +59,8 @@ def _code(stored: Any, weight: Any, precision: str, half: bool) -> Any:
     """A compressed weight's own grid where it is of this precision, else the weight rounded to it."""
     if stored is not None and name_of(stored) == precision:
         return stored
+    if "table" in precision:
+        raise InputError(f"{precision}: nothing is rounded to tables", "compress the model with a method that stores them")
     from edgesdk.kernels.nearest import nearest
 
     bits, group = bits_and_group(precision) or (8, 0)

@@ -1,6 +1,7 @@
 """Precisions of single units on our own kernels, by name: native-int4-g32 is 4 bits with a scale every 32 columns, native-int8 8 bits with one a row.
 
 A weight that is compressed to such a grid runs as it is stored (its groups may be any multiple of 32, its zeros its own); others are rounded.
+native-table4 is for what is stored as numbers in tables, which nothing is rounded to.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 ROUNDED: tuple[Precision, ...] = ("native-int8", "native-int4-g32")
 """What weights that nobody compressed may be rounded to."""
-_NAME = re.compile(r"native-int([2348])(-g32)?")
+_NAME = re.compile(r"native-(?:int|table)([2348])(-g32)?")
 _LIKE = {"native-int8": "int8-dynamic"}
 
 
@@ -46,10 +47,8 @@ def name_of(code: Code) -> str | None:
         refuse_unfit(code)
     except UnfitWeights:
         return None
-    if code.kind != "grid":
-        return None
     bits, group = code.numbers
-    return f"native-int{bits}" + ("-g32" if group and group < code.shape[1] else "")
+    return f"native-{'table' if code.kind == 'table' else 'int'}{bits}" + ("-g32" if group and group < code.shape[1] else "")
 
 
 def like(precision: str) -> str:

@@ -73,11 +73,9 @@ def packed(code: Code, kernels: Library, bias: Any = None, precision: str = "nat
     for name, value in zip(_NUMBERS, numbers, strict=True):
         head[name] = value
     head["target"], head["form"], head["precision"] = asked.target, asked.names[-1].partition("_")[2], precision
-    for i, value in enumerate(args.tolist()):
-        head["kinds"][i], head["args"][i] = int(value in places), places.get(value, value)
-    for i in (LINEAR_ARGS.index(name) for name in ("q", "q_sums", "q_scale", "q_zero", "out", "zeros")):
-        if not head["kinds"][i]:
-            head["args"][i] = 0
+    for i, (name, value) in enumerate(zip(LINEAR_ARGS, args.tolist(), strict=True)):
+        number = name.endswith("_bytes") or name == "blocks"  # else an address: of the weights, or what a call brings
+        head["kinds"][i], head["args"][i] = int(not number and value in places), value if number else places.get(value, 0)
     out[: _HEAD.itemsize] = np.frombuffer(head.tobytes(), np.uint8)
     return out
 
@@ -100,6 +98,8 @@ def linear(x: Any, content: Any) -> Any:
     from edgesdk.kernels.library import library
 
     head = head_of(content)
+    if x.shape[-1:] != (head["cols"],):
+        raise ValueError(f"{OPERATOR}: inputs of shape {x.shape} for weights of {head['cols']} columns")
     kernels = library(head["target"].decode())
     m = x.size // int(head["cols"])
     rows, out = (np.zeros((m, n), np.float32) for n in (int(head["blocks"]) * BLOCK, int(head["padded"])))

@@ -12,7 +12,8 @@ from edgesdk.sequence.sizes import Sizes
 
 Precision = Literal[
     "fp32", "fp16", "int8-static", "int8-dynamic", "int8-weight-only", "int4-g32", "as-is", "native-int8", "native-int8-g32", "native-int4",
-    "native-int4-g32", "native-int3", "native-int3-g32", "native-int2", "native-int2-g32",
+    "native-int4-g32", "native-int3", "native-int3-g32", "native-int2", "native-int2-g32", "native-table4", "native-table4-g32", "native-table3",
+    "native-table3-g32", "native-table2", "native-table2-g32",
 ]  # fmt: skip
 """int4-g32: int4 weights in groups of 32, int8 dynamic activations (8da4w). as-is: a quantized flatbuffer kept. native-…: a unit of an ExecuTorch
 program on our own kernels (`native.formats`)."""
