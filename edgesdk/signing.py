@@ -239,7 +239,7 @@ def signer_of(path: str | Path) -> Signer:
     """The trusted key that signed a bundle. Raises `CheckFailed`: not signed, signed by nobody who is trusted here, changed since."""
     found, known = signatures_of(path), trusted()
     if found is None or not found.signatures:
-        hint = "sign it where it was built (edgesdk sign), or --allow-unsigned if you know where it is from"
+        hint = "sign it where it was built (edgesdk sign), or if you know where it is from: edgesdk flash --allow-unsigned"
         raise CheckFailed(f"{path}: not signed", hint)
     text = _ABOUT_BUNDLE + _manifest(path)
     here = [(s, known[s.key]) for s in found.signatures if s.key in known]
