@@ -48,6 +48,10 @@ SPARSE_ARGS = ("x", "stride", "m", "starts", "columns", "values", "out", "out_st
 TOP_ARGS = ("x", "stride", "n", "k", "values", "ids")
 """Of each row of x (n floats, rows of `stride` bytes) the k largest, largest first, of equal ones the first: values float32 [rows, k], ids int64
 [rows, k]; -infinity and -1 where there are no more. What is no number is never one of them. Parts: the rows."""
+TURN_ARGS = ("x", "stride", "m", "out", "out_stride")
+"""Rows of x [M, 32 · parts] as columns: out [32 · parts, M], whose rows have `out_stride` bytes. Parts: blocks of 32 columns. `sparse_turned` takes x
+so, `stride` from a column to the next; its M is made a multiple of a vector with zeros. Its parts: as many rows n as a vector has lanes, so `starts`
+goes on, with its last number, and `out` may be read and written, to whole parts."""
 HEADS_ARGS = ("x", "stride", "n", "heads", "weight", "eps", "cos", "sin", "scale", "out")
 """x float32, B · N rows of `stride` bytes, each of `heads` heads → out [B, heads, N, D]. `weight` (or 0) and `eps` (the bits of a float32): an
 RMS norm of each head. `cos`, `sin` (or 0): [B · N, D / 2], which turn the first half of D against the second. `scale`: bits of a float32.
@@ -77,6 +81,7 @@ def args_of(name: str) -> tuple[str, ...]:
         "embed": EMBED_ARGS,
         "pick": PICK_ARGS,
         "sparse": SPARSE_ARGS,
+        "turn": TURN_ARGS,
         "top": TOP_ARGS,
         "heads": HEADS_ARGS,
         "attend": ATTEND_ARGS,

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from . import reference
 from .cpu import TARGETS
 from .library import ACTIVATIONS, FLOATS, NORMS, form
@@ -89,6 +91,8 @@ def _rest() -> list[Kernel]:
         Kernel("embed", "embedding", floats, every, "llvm", reference.embedding, 1e-6),
         Kernel("pick", "rows by number", floats, every, "llvm", reference.pick, 0.0),
         Kernel("sparse", "linear, single weights", floats, every, "llvm", reference.sparse, 1e-5),
+        Kernel("sparse_turned", "linear, single weights, many tokens", floats, every, "llvm", reference.sparse, 1e-5),
+        Kernel("turn", "rows as columns", floats, every, "llvm", np.transpose, 0.0),
         Kernel("top", "largest numbers", floats, every, "llvm", reference.top, 0.0),
         Kernel("attend", "attention", "caches in float32", every, "llvm", reference.attention, 2e-5),
         Kernel("attend_half", "attention", "caches in float16", every, "llvm", reference.attention, 2e-5),

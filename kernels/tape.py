@@ -171,6 +171,12 @@ class Tape:
             panel_bytes=p.codes.nbytes // p.panels, out=out, stride=out.stride, **more,
         )  # fmt: skip
 
+    def turn(self, x: Rows) -> Rows:
+        """x as columns, whole blocks of them."""
+        out = self.room(x.blocks * BLOCK, x.rows, "turned")
+        self.add("turn", x.blocks, x=x, stride=x.stride, m=x.rows, out=out, out_stride=out.stride)
+        return out
+
     @property
     def nbytes(self) -> int:
         """Of everything that was made for these steps."""
@@ -182,6 +188,20 @@ class Tape:
         if self._steps is None:
             self._steps = np.array(self._rows, np.int64).reshape(-1, 4)
         self.library.run(self._steps, self.threads)
+
+
+def singles(tape: Any, x: Rows, turned: Rows | None, weights: tuple[Any, Any, Any], out: Rows) -> None:
+    """out += x · Wᵀ with single weights: where each row's begin, their columns, their values. `turned`: x as columns, for many rows."""
+    starts, columns, values = weights
+    least = max(1, 16384 * out.cols // (max(1, len(values)) * out.rows))
+    given = {"m": out.rows, "columns": columns, "values": values, "out": out, "out_stride": out.stride}
+    if turned is None:
+        tape.add("sparse", out.cols, least, x=x, stride=x.stride, starts=starts, **given)
+        return
+    lanes = tape.library.lanes
+    parts = -(-out.cols // lanes)
+    starts = np.pad(starts, (0, parts * lanes - out.cols), mode="edge")
+    tape.add("sparse_turned", parts, max(1, least // lanes), x=turned, stride=turned.stride, starts=starts, **given)
 
 
 def panel_sizes(p: Panels) -> dict[str, int]:

@@ -15,7 +15,7 @@ from edgesdk.kernels.floats import pack_floats, unpacked
 from edgesdk.kernels.library import args_of, bits_of, library
 from edgesdk.kernels.panels import FloatPanels, Panels, UnfitWeights
 from edgesdk.kernels.reference import embedding, linear, matrix
-from edgesdk.kernels.tape import Tape, panel_sizes
+from edgesdk.kernels.tape import Tape, panel_sizes, singles
 from edgesdk.packed import Code, decode
 
 TOLERANCE = 2e-3
@@ -227,3 +227,26 @@ def test_rows_of_float_panels_are_looked_up(target: str, bits: int) -> None:
 def test_names_have_their_args() -> None:
     assert "kept" in args_of("gemm_4_block_zeros_blocks") and "x_stride" in args_of("gemv_16")
     assert args_of("gemv_8_row_2of4") == args_of("gemv_8_row")
+
+
+@pytest.mark.parametrize("target", host_targets())
+def test_single_weights_meet_columns_of_many_rows(target: str) -> None:
+    rng = np.random.default_rng(5)
+    for rows, cols, m in ((64, 64, 16), (70, 100, 5), (3, 33, 70), (130, 40, 129), (1, 1, 3)):
+        weights = np.where(rng.random((rows, cols)) < 0.1, rng.standard_normal((rows, cols)), 0).astype(np.float32)
+        n, columns = np.nonzero(weights)
+        starts = np.concatenate([[0], np.cumsum(np.bincount(n, minlength=rows))]).astype(np.int32)
+        found = []
+        for threads in (1, 2):
+            tape = Tape(library(target), threads)
+            x, out = tape.room(m, cols), tape.room(m, rows)
+            x.array[:] = np.random.default_rng(m).standard_normal((m, cols))
+            out.array[:] = 1
+            turned = tape.turn(x)
+            singles(tape, x, turned, (starts, columns.astype(np.int32), weights[n, columns]), out)
+            tape.run()
+            assert np.array_equal(turned.array[:cols], x.array.T)
+            assert far(out.array, matrix(x.array, weights) + 1) < 1e-5
+            assert not out.values[:, rows:].any()
+            found.append(out.array.copy())
+        assert np.array_equal(*found)

@@ -12,12 +12,14 @@ import numpy as np
 from edgesdk.kernels.attention import kernel, room
 from edgesdk.kernels.library import Library, args_of, bits_of, library
 from edgesdk.kernels.panels import FloatPanels, Panels, read
-from edgesdk.kernels.tape import Rows, Tape, panel_sizes
+from edgesdk.kernels.tape import Rows, Tape, panel_sizes, singles
 
 from .masks import Masks
 from .parts import Part, Reshaped, Taken, Weights, wide, window
 from .program import Program
 
+TURNED = 3
+"""Rows of inputs from which single weights meet them as columns."""
 LIBRARY = "libedgekernels.so"
 """Beside a program, for a device that compiles nothing."""
 
@@ -138,11 +140,8 @@ class Method:
             name = f"{path}.plus{i}"
             if kind == "sparse":
                 starts, columns, values = (self.program.array(f"{name}.{part}") for part in ("starts", "columns", "values"))
-                least = max(1, 16384 * out.cols // (max(1, len(values)) * out.rows))
-                self.tape.add(
-                    "sparse", out.cols, least, x=x.rows, stride=x.rows.stride, m=out.rows, starts=starts, columns=columns, values=values,
-                    out=out, out_stride=out.stride,
-                )  # fmt: skip
+                turned = x.turned() if out.rows >= TURNED and isinstance(self.tape, Tape) else None
+                singles(self.tape, x.rows, turned, (starts, columns, values), out)
                 continue
             down, up = (self.machine.panels(f"{name}.{part}") for part in ("down", "up"))
             thin = self.tape.room(out.rows, down.rows, "thin")

@@ -29,12 +29,19 @@ class Taken:
     def __init__(self, tape: Tape, rows: Rows, first: Callable[[int], Rounded] | None = None) -> None:
         self.tape, self.rows, self._first = tape, rows, first
         self._by: dict[int, Rounded] = {}
+        self._turned: Rows | None = None
 
     def floats(self) -> Rows:
         """The rows themselves, behind what comes before them."""
         if self._first is not None:
             self.rounded(0)
         return self.rows
+
+    def turned(self) -> Rows:
+        """The rows as columns."""
+        if self._turned is None:
+            self._turned = self.tape.turn(self.floats())
+        return self._turned
 
     def rounded(self, shift: int) -> Rounded:
         if shift not in self._by:

@@ -11,6 +11,7 @@ from llvmlite import ir
 from edgesdk.kernels.library import FLOATS, KINDS, ROUNDINGS
 from edgesdk.kernels.patterns import BLOCKS, PATTERNS
 
+from .apart import apart_module
 from .attention import attention_module
 from .compiled import loaded, object_code
 from .floats import floats_module
@@ -37,6 +38,8 @@ def _module(name: str) -> tuple[str, str]:
         return family, ""
     if family in ("gemv", "gemm"):
         return "product", rest
+    if name in ("turn", "sparse_turned"):
+        return "apart", ""
     if family in ("embed", "pick", "sparse"):
         return ("embed", rest) if rest else ("tables", "")
     return "round", ""
@@ -65,6 +68,8 @@ def _emitted(target: str, kind: str, detail: str) -> tuple[ir.Module, dict[str, 
         return attention_module(target, int(size), what), {f"attend_{detail}": "attend"}
     if kind == "top":
         return top_module(target), {"top": "top"}
+    if kind == "apart":
+        return apart_module(target), {n: n for n in ("turn", "sparse_turned")}
     if kind == "tables":
         return tables_module(target), {n: n for n in ("embed", "pick", "sparse")}
     return rounding_module(target), {n: n for n in ROUNDINGS}
