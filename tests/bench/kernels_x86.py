@@ -37,8 +37,10 @@ OURS = {
     "edgesdk int4 g32, 2 of 4": (4, 32, "2of4"), "edgesdk int4 g32, 1 of 4": (4, 32, "1of4"),
     "edgesdk int8 a row, half the blocks": (8, 0, "blocks"), "edgesdk int4 g32, half the blocks": (4, 32, "blocks"),
     "edgesdk float32": (32, 0, ""), "edgesdk float16": (16, 0, ""),
+    "edgesdk super-blocks": (4, 32, "super"), "edgesdk any4, a table a row": (4, 0, "any4"), "edgesdk ternary a row": (2, 0, "ternary"),
+    "edgesdk 2 bits a row": (2, 0, ""),
 }  # fmt: skip
-"""Name → bits, columns of a group (0: the row), and "zeros" of groups' own, or which weights are left out (`kernels.patterns`)."""
+"""Name → bits, columns of a group (0: the row), and "zeros" of groups' own, a form of `forms`, or which weights are left out (`kernels.patterns`)."""
 
 
 # ---- what the computer can do
@@ -161,14 +163,17 @@ def ours(task: Any, name: str) -> Any:
     from edgesdk.kernels.sparse import packed
     from edgesdk.kernels.tape import Tape
     from edgesdk.packed import Code
+    from tests.bench.forms import FORMS
     from tests.bench.kernels_x86_peers import Contestant
 
     lib = library(host_targets()[0])
     bits, group, what = OURS[name]
-    pattern = what.replace("zeros", "")
+    pattern = "" if what == "zeros" or what in FORMS else what
     weights = pruned(task.weights, pattern, lib.lanes) if pattern else task.weights
     if bits in (16, 32):
         code = Code("dense", weights.shape, (bits,), (weights,))
+    elif what in FORMS:
+        code = FORMS[what](weights)
     else:
         code = with_zeros(weights, bits, group) if what == "zeros" else nearest(weights, bits, group, lib.half)
     panels = packed(code, pattern, lib.lanes, lib.together, lib.half)
@@ -193,7 +198,7 @@ def elsewhere(panels: Any, i: int) -> Any:
 
     def moved(array: Any) -> Any:
         parts = np.ascontiguousarray(array)
-        if "starts" not in arrays or not arrays["starts"].size:
+        if "starts" not in arrays and array.size >= panels.panels and (array is not panels.tables or len(array) > 1):
             parts = np.roll(parts.reshape(panels.panels, -1), i, 0)
         return aligned(parts).view(array.dtype).reshape(array.shape)
 
