@@ -37,7 +37,7 @@ def put_in(spec: ModelSpec, modules: dict[str, Any], choice: Mapping[tuple[str, 
             continue  # done, in a method that shares the owner
         if id(module) not in made:
             bias = None if module.bias is None else module.bias.detach().float().numpy()
-            code = _code(codes.get((method, path)), module.weight.detach().float().numpy(), precision, kernels.half)
+            code = _code(codes.get((method, path)), module.weight.detach().float().numpy(), precision, kernels)
             made[id(module)] = (module, native_linear(packed(code, kernels, bias, precision), code.shape[0]))
         setattr(owner, name, made[id(module)][1])
 
@@ -55,16 +55,15 @@ def _kernels(target: str) -> Any:
     return Compiled(target)
 
 
-def _code(stored: Any, weight: Any, precision: str, half: bool) -> Any:
-    """A compressed weight's own grid where it is of this precision, else the weight rounded to it."""
+def _code(stored: Any, weight: Any, precision: str, kernels: Any) -> Any:
+    """A compressed weight's own codes where they are of this precision, else the weight rounded to it as native programs round theirs."""
     if stored is not None and name_of(stored) == precision:
         return stored
     if "table" in precision:
         raise InputError(f"{precision}: nothing is rounded to tables", "compress the model with a method that stores them")
-    from edgesdk.kernels.nearest import nearest
+    from edgesdk.native.lower import rounded_to
 
-    bits, group = bits_and_group(precision) or (8, 0)
-    return nearest(weight, bits, group, half)
+    return rounded_to(weight, *(bits_and_group(precision) or (8, 0)), kernels)
 
 
 def calls(program: Any, plan: Any) -> list[Any]:

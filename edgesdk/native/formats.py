@@ -34,8 +34,8 @@ def stored_bytes(rows: int, cols: int, precision: str) -> int:
     found = bits_and_group(precision)
     assert found is not None
     (bits, group), width = found, -(-cols // 32) * 32
-    scale = 4 if bits == 8 else 2
-    return rows * (width * bits // 8 + scale * (width // 32 if group else 1) + 8)
+    scale = 4 if bits == 8 else 2 + 2 / 8 * (group == 32 and bits == 4)  # super-blocks have a float16 for eight blocks
+    return round(rows * (width * bits // 8 + scale * (width // 32 if group else 1) + 8))
 
 
 def name_of(code: Code) -> str | None:

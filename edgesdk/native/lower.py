@@ -52,6 +52,18 @@ def sequence_of(spec: ModelSpec) -> SequenceModel:
     return found  # type: ignore[no-any-return]
 
 
+def rounded_to(weight: Any, bits: int, group: int, kernels: Library) -> Code:
+    """A float32 matrix on the grid of least error that the kernels read. int4 in groups has an offset a block, for an eighth less error at 1% more
+    bytes, but not for kernels in C and CUDA, which have no such form, nor where many weights are zero, which would be zero no longer."""
+    from edgesdk.kernels.nearest import nearest  # and Numba with it: whether a model runs natively is asked without
+    from edgesdk.kernels.superblocks import super_blocks
+
+    offsets = (
+        (bits, group) == (4, 32) and getattr(kernels, "target", "").startswith("x86") and np.count_nonzero(weight) > 0.99 * weight.size
+    )
+    return super_blocks(weight, kernels.half) if offsets else nearest(weight, bits, group, kernels.half)
+
+
 class Lowering:
     floats = FLOATS
 
@@ -71,21 +83,6 @@ class Lowering:
 
     def _precision(self, path: str) -> str:
         return self.choice.get(path, "int8-dynamic")
-
-    def nearest(self, weight: Any, bits: int, group: int) -> Code:
-        from edgesdk.kernels.nearest import nearest  # and Numba with it: whether a model runs natively is asked without
-
-        return nearest(weight, bits, group, self.kernels.half)
-
-    def offsets(self, weight: Any) -> bool:
-        """Whether int4 has an offset a block, for an eighth less error at 1% more bytes. Kernels in C and CUDA have no such form, and with offsets
-        weights of zero are no longer zero."""
-        return getattr(self.kernels, "target", "").startswith("x86") and np.count_nonzero(weight) > 0.99 * weight.size
-
-    def super_blocks(self, weight: Any) -> Code:
-        from edgesdk.kernels.superblocks import super_blocks
-
-        return super_blocks(weight, self.kernels.half)
 
     def readable(self, code: Code) -> bool:
         """Whether the kernels read a matrix as it is stored."""
@@ -118,7 +115,7 @@ class Lowering:
         if precision not in BITS:
             known = ", ".join(sorted({*BITS, *self.floats}))
             raise InputError(f"{path} is planned in {precision}, which the native target has not", f"known: {known}")
-        return self.super_blocks(weight) if precision == "int4-g32" and self.offsets(weight) else self.nearest(weight, *BITS[precision])
+        return rounded_to(weight, *BITS[precision], self.kernels)
 
     def add_apart(self, path: str) -> list[str]:
         """What a compressed weight keeps beside its grid: kinds, in order."""
@@ -129,7 +126,7 @@ class Lowering:
             name = f"{path}.plus{i}"
             if part.kind == "lowrank":
                 for which, thin in (("up", part.parts[0]), ("down", part.parts[1])):
-                    self.add_panels(f"{name}.{which}", self.nearest(decode(thin), 8, 0))
+                    self.add_panels(f"{name}.{which}", rounded_to(decode(thin), 8, 0, self.kernels))
                 continue
             values = decode(part)
             rows, columns = np.nonzero(values)
@@ -208,7 +205,7 @@ class Lowering:
             own = self.codes.get(path)
             exact = own is not None and own.kind == "grid" and not is_super(own)
             stored = own is not None and (exact or weight.shape[1] % BLOCK == 0)  # of others columns beyond the last are not 0
-            self.add_panels(path, self.code(path) if stored else self.nearest(weight, 8, 0))
+            self.add_panels(path, self.code(path) if stored else rounded_to(weight, 8, 0, self.kernels))
             entry["panels"] = path
         self.linears[path] = entry
 

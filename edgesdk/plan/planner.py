@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 
@@ -11,13 +12,26 @@ from edgesdk.devices import load_device
 from edgesdk.errors import EdgeError, InputError, UnknownName
 from edgesdk.graph.memory import weight_bytes
 from edgesdk.graph.memory_plan import dry_plan
-from edgesdk.graph.types import MethodGraph, ModelGraph, Unit
+from edgesdk.graph.types import ModelGraph, Unit
 from edgesdk.model import SEPARATOR
 from edgesdk.native.formats import is_native
 from edgesdk.plan.answering import answering, answers_of
 from edgesdk.plan.cost import Z80, UnitCost, breaking, breaks, call_seconds, fused, total, working_set
 from edgesdk.plan.harm import Step, harm_of, quality_of
-from edgesdk.plan.setting import Setting, cost_of, group_of, harm_at, memory_of, need_power, offered_by, runtimes_of, setting_of, table_of
+from edgesdk.plan.setting import (
+    Setting,
+    cost_of,
+    fewer_bits,
+    group_of,
+    harm_at,
+    memory_of,
+    native_in,
+    need_power,
+    offered_by,
+    runtimes_of,
+    setting_of,
+    table_of,
+)
 from edgesdk.plan.solve import Solution, solve
 from edgesdk.plan.subject import Subject
 from edgesdk.plan.types import Budget, BudgetCheck, Candidate, Estimate, Plan, Precision, UnitPlan, Workload
@@ -250,7 +264,7 @@ def _solved(s: Setting, budget: Budget, strict: float) -> Plan:
         forced = wider.stretch < solution.stretch
         solution = wider if forced else solution
     if s.harm.quality is None and solution.stretch <= 1 and not s.whole:
-        every = [o for o in fast if o.precision not in ("int4-g32", "int8-static", *_fewer_bits(s, o.group))]
+        every = [o for o in fast if o.precision not in ("int4-g32", "int8-static", *fewer_bits(s, o.group))]
         careful = solve(every, fixed, limits)
         solution = careful if careful.stretch <= 1 else solution
     return _plan(s, budget, limits, fixed, solution, refused, forced)
@@ -265,7 +279,7 @@ def _plan(
 ) -> Plan:
     units, per_method, seen = [], {}, set()
     for method in s.graph.methods:
-        native = _native_in(method, solution)
+        native = native_in(method, solution)
         own, touched, quiet = [], working_set(method, {}), fused(method, native)
         for unit in method.units:
             group = group_of(method.name, unit)
@@ -310,21 +324,9 @@ def _plan(
         model=s.subject.ref, model_name=s.subject.facts.name, layout=s.subject.facts.layout, device=s.device.name, runtime=s.runtime, unit=s.compute.name, threads=s.threads,
         power_mode=s.device.default_power_mode, workload=s.workload, budget=budget, fits=all(c.fits for c in checks), checks=checks, units=tuple(units),
         latency=latency, method_latency=per_method, memory=memory, storage_bytes=stored, quality=None if s.harm.quality is None else s.harm.quality + s.lost, quality_drop=drop,
-        proof=solution.proof, front=(candidate, *_front(s, limits)), reasons=_reasons(s, refused), warnings=_warnings(s, forced),
+        proof=solution.proof, front=(candidate, *_front(s, limits)), reasons=_reasons(s, refused, units), warnings=_warnings(s, forced),
         digests={"model": s.subject.facts.model_digest, "graph": s.graph.digest(), "device": s.device.digest(), "efficiency": s.efficiency.digest(), "edgesdk": __version__},
     )  # fmt: skip
-
-
-def _fewer_bits(s: Setting, group: str) -> set[str]:
-    """Native precisions of less than 8 bits that a weight would first be rounded to."""
-    fewer: set[str] = {p for p in s.native if p != "native-int8"}
-    return fewer - {s.subject.facts.formats.get(group, "")}
-
-
-def _native_in(method: MethodGraph, solution: Solution) -> set[str]:
-    """The units of a method that are chosen to run on our kernels inside another runtime's program."""
-    groups = ((u.name, group_of(method.name, u)) for u in method.units if u.weight_elements)
-    return {name for name, group in groups if group in solution.chosen and is_native(solution.chosen[group].precision)}
 
 
 def _whole(graph: ModelGraph, per_method: dict[str, Estimate]) -> Estimate:
@@ -384,8 +386,12 @@ def _why(s: Setting, unit: Unit, precision: str, offered: list[Precision], touch
     return f"{float_s / own_s:.2g}x the speed of float, {smaller:.2g}x smaller" if own_s > 0 else f"{smaller:.2g}x smaller"
 
 
-def _reasons(s: Setting, refused: int) -> tuple[str, ...]:
+def _reasons(s: Setting, refused: int, units: Sequence[UnitPlan]) -> tuple[str, ...]:
     reasons = [f"times: {s.efficiency.origin}" + (f", {s.efficiency.notes[0]}" if s.efficiency.notes else "")]
+    if native := sum(u.runtime == "native" for u in units) if s.runtime != "native" else 0:
+        reasons.append(
+            f"{native} of {len(units)} units run on our own kernels inside {s.runtime}, which calibration measured for each kind"
+        )
     if refused:
         reasons.append(f"{refused} quantized options were refused: predicted slower than float on {s.device.name} with {s.runtime}")
     if s.harm.quality is None:

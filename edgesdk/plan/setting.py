@@ -16,7 +16,7 @@ from edgesdk.plan.cost import UnitCost, breaking, breaks, call_seconds, fused, u
 from edgesdk.plan.harm import Harm
 from edgesdk.plan.options import options
 from edgesdk.plan.rates import calibration_path, efficiency_for
-from edgesdk.plan.solve import Option
+from edgesdk.plan.solve import Option, Solution
 from edgesdk.plan.subject import Subject
 from edgesdk.plan.types import MemoryAnswer, Precision, Workload
 from edgesdk.sequence.card import NATIVE_BITS
@@ -194,6 +194,18 @@ def _broken(s: Setting, method: MethodGraph, quiet: frozenset[str]) -> dict[str,
             clamp = cost_of(s, after, "fp32", 0.0).seconds if after and after.name in quiet else 0.0
             found[unit.name] = breaks(near, {unit.name}) * each * s.workload.batch + clamp
     return found
+
+
+def fewer_bits(s: Setting, group: str) -> set[str]:
+    """Native precisions of less than 8 bits that a weight would first be rounded to."""
+    fewer: set[str] = {p for p in s.native if p != "native-int8"}
+    return fewer - {s.subject.facts.formats.get(group, "")}
+
+
+def native_in(method: MethodGraph, solution: Solution) -> set[str]:
+    """The units of a method that are chosen to run on our kernels inside another runtime's program."""
+    groups = ((u.name, group_of(method.name, u)) for u in method.units if u.weight_elements)
+    return {name for name, group in groups if group in solution.chosen and is_native(solution.chosen[group].precision)}
 
 
 def stored_bytes(s: Setting, unit: Unit, precision: str) -> float:
