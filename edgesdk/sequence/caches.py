@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,8 @@ import numpy as np
 from .card import Card, SequenceError, groups, layout_of
 
 HIDDEN = np.float32(-1e4)
+Zeros = Callable[[Any, Any], Any]
+"""Makes an array of a shape and a dtype, all zero."""
 HALF_MOST = np.float32(65504)
 """The largest float16."""
 
@@ -42,9 +44,9 @@ def held(pairs: Sequence[Any], bits: int) -> list[Any]:
     return [a for i in range(0, len(pairs), 2) for a in (values[i], values[i + 1], scales[i], scales[i + 1])]
 
 
-def empty(bits: int, *shape: int) -> list[Any]:
-    """A pair of keys and values `shape` [rows, K, slots, D] as `held` gives it, all zero."""
-    return [np.zeros((*shape[:-1], *([width] if width else [])), kind) for kind, width in layout_of(bits, shape[-1]) for _ in "kv"]
+def empty(bits: int, *shape: int, zeros: Zeros = np.zeros) -> list[Any]:
+    """A pair of keys and values `shape` [rows, K, slots, D] as `held` gives it, all zero, made by `zeros`."""
+    return [zeros((*shape[:-1], *([width] if width else [])), kind) for kind, width in layout_of(bits, shape[-1]) for _ in "kv"]
 
 
 class Caches:
@@ -54,8 +56,9 @@ class Caches:
     A token's slot is its position; in a layer with a window W it is the position modulo W.
     """
 
-    def __init__(self, card: Card, rows: int, slots: int) -> None:
-        self.slots, self.rows = slots, rows
+    def __init__(self, card: Card, rows: int, slots: int, zeros: Zeros = np.zeros) -> None:
+        """`zeros`: makes the arrays, in memory that programs read where it is."""
+        self.slots, self.rows, self._zeros = slots, rows, zeros
         self.windows = [int(c.get("window", 0)) for c in card.caches]
         if len({w for w in self.windows if w}) > 1:
             raise SequenceError(f"layers with windows of {sorted(set(self.windows) - {0})} tokens", "one window a model is supported")
@@ -64,7 +67,7 @@ class Caches:
         self.bits = card.cache_bits
         self.arrays: list[Any] = []
         for c, window in zip(card.caches, self.windows):  # noqa: B905 (Python 3.9)
-            self.arrays += empty(self.bits, rows, int(c["heads"]), window or slots, int(c["head"]))
+            self.arrays += empty(self.bits, rows, int(c["heads"]), window or slots, int(c["head"]), zeros=zeros)
         self.each = len(self.arrays) // max(1, len(self.windows))
 
     @property
@@ -84,7 +87,7 @@ class Caches:
         """Move to caches of more slots."""
         for i, old in enumerate(self.arrays):
             if not self.window_of(i):
-                new = np.zeros((*old.shape[:2], slots, *old.shape[3:]), old.dtype)
+                new = self._zeros((*old.shape[:2], slots, *old.shape[3:]), old.dtype)
                 new[:, :, : self.slots] = old
                 self.arrays[i] = new
         self.slots = slots
@@ -125,7 +128,9 @@ class Caches:
 
     def take(self, order: Any) -> None:
         """The rows `order`, which may be more than there were."""
-        self.arrays = [np.ascontiguousarray(a[order]) for a in self.arrays]
+        for i, old in enumerate(self.arrays):
+            self.arrays[i] = self._zeros((len(order), *old.shape[1:]), old.dtype)
+            self.arrays[i][...] = old[order]
         self.lengths, self.rows = self.lengths[order], len(order)
 
     def mask(self, tokens: int) -> Any:

@@ -71,7 +71,7 @@ class Session:
         self.source, self._cross, begin = 0, [], [[*x, *card.start] for x in inputs] if not programs.role("encode") else []
         if programs.role("encode"):
             outputs, mask, self.source = encode(programs, inputs, self._prefixes)
-            self._cross, begin = [mask, *held(outputs, card.cache_bits)], [list(card.start) for _ in inputs]
+            self._cross, begin = [mask, *map(programs.placed, held(outputs, card.cache_bits))], [list(card.start) for _ in inputs]
         self.decodes = {n: m for n, m in self.decodes.items() if m["source"] == self.source}
         if not self.decodes:
             raise SequenceError(f"no program decodes behind a source of {self.source} tokens", "build the bundle again")
@@ -89,7 +89,7 @@ class Session:
         """Caches of the smallest size that holds the prompt."""
         name = smallest(self.decodes, "cache", longest)
         slots = largest(self.decodes, "cache") if name is None else int(self.decodes[name]["cache"])
-        self.caches = Caches(self.programs.card, rows, slots)
+        self.caches = Caches(self.programs.card, rows, slots, self.programs.zeros)
         if name is None and self.caches.bounded:
             raise SequenceError(
                 f"the prompt has {longest} tokens",
@@ -107,7 +107,7 @@ class Session:
         for first in range(0, len(padded), batch):
             at = padded[first : first + batch]
             whole = np.array_equal(at, np.arange(at[0], at[0] + batch))
-            self._grouped.append([a[at[0] : at[0] + batch] if whole else np.ascontiguousarray(a[at]) for a in self._cross])
+            self._grouped.append([a[at[0] : at[0] + batch] if whole else self.programs.placed(a[at]) for a in self._cross])
 
     def _begin(self, begin: list[list[int]]) -> Any:
         """Run each row's first tokens: `prefill` as far as it goes, `decode` for the rest. Logits [rows, V] behind each row's last."""
