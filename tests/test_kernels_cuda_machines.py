@@ -24,7 +24,7 @@ from edgesdk.kernels.cuda.compile import Compiled, Kernel, compiled
 from edgesdk.kernels.cuda.emulated import Emulated, compiler, library
 from edgesdk.kernels.cuda.launch import Gpu
 from edgesdk.kernels.cuda.linear import Linear, product_kernel
-from edgesdk.kernels.cuda.machine import Copy, launch
+from edgesdk.kernels.cuda.machine import Copy, Memory, launch
 from edgesdk.kernels.cuda.rows import argmax, row_kernel
 from edgesdk.packed import Code, decode
 
@@ -167,7 +167,13 @@ class FakeDriver:
         ctypes.memmove(to, source, size)
         return (0,)
 
-    cuMemcpyDtoHAsync = cuMemcpyDtoDAsync = cuMemcpyAsync = cuMemcpyHtoDAsync
+    cuMemcpyDtoHAsync = cuMemcpyDtoDAsync = cuMemcpyHtoDAsync
+
+    def cuMemcpyAsync(self, to: int, source: int, size: int, stream: Any) -> tuple[int]:
+        if self.recorded is None:
+            return self.cuMemcpyHtoDAsync(to, source, size, stream)
+        self.recorded.append(Copy(*(Memory(address, (size,), np.dtype(np.uint8)) for address in (to, source))))
+        return (0,)
 
     def no_memory(self, size: int) -> tuple[Any]:
         return (NoMemory(),)

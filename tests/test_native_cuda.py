@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_kernels_cuda_machines import FakeDriver
 from test_native import FORMS, KINDS, choice_of, inputs_of, spec_of
 
 from edgesdk.agent.client import agent_files
 from edgesdk.bundles import read_manifest
 from edgesdk.errors import InputError, UnknownName
+from edgesdk.kernels.cuda import launch as launching
 from edgesdk.kernels.cuda.compile import Kernel
+from edgesdk.kernels.cuda.launch import Gpu
 from edgesdk.kernels.cuda.machine import Machine as Device
 from edgesdk.kernels.nearest import nearest
 from edgesdk.lower import build
@@ -173,6 +176,26 @@ def test_caches_that_lie_elsewhere_are_copied_and_graphs_are_kept(tmp_path: Path
     assert len(method._graphs) == 2
     del own, there
     assert not machine._shared
+
+
+def test_a_driver_is_given_graphs_and_gets_all_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`Gpu` over a driver whose launches run on the emulated one: what is recorded once serves every call."""
+    spec = spec_of("ctc")
+    content = program(spec, "int8-dynamic")
+    device_of(0, content)
+    driver = FakeDriver(list(quick_kernels()))
+    monkeypatch.setattr(launching, "_driver", lambda: driver)
+    path = tmp_path / "model.native"
+    path.write_bytes(content)
+    machine = CudaMachine(str(path), device=Gpu(code=lambda name: [b"refused", b"PTX"]))
+    arrays, eager = inputs_of(spec.methods["encode"], "encode"), eager_of(spec, "int8-dynamic")
+    for _ in range(2):
+        arrays[0] = (arrays[0] + 1) % 61
+        assert off(machine.run("encode", arrays)[0][:, :3], eager("encode", arrays)[0][:, :3]) < TOLERANCE
+    assert driver.launched == 0 and set(driver.loaded) == {b"PTX"}
+    machine.close()
+    assert machine.device.stream is None  # type: ignore[attr-defined]
+    machine.close()
 
 
 def with_parts_apart() -> tuple[ModelSpec, dict[str, Code]]:

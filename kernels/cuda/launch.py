@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -157,6 +158,10 @@ class Gpu:
         self._modules.clear()
         self._do(self._d.cuStreamDestroy, self.stream)
         self.stream = None
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # at the end of a process there may be no driver left to give back to
+            self.close()
 
     # ---- kernels
 
