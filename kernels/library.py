@@ -52,6 +52,12 @@ TURN_ARGS = ("x", "stride", "m", "out", "out_stride")
 """Rows of x [M, 32 · parts] as columns: out [32 · parts, M], whose rows have `out_stride` bytes. Parts: blocks of 32 columns. `sparse_turned` takes x
 so, `stride` from a column to the next; its M is made a multiple of a vector with zeros. Its parts: as many rows n as a vector has lanes, so `starts`
 goes on, with its last number, and `out` may be read and written, to whole parts."""
+DEPTHWISE_ARGS = (
+    "x", "nothing", "weights", "bias", "scales", "out", "height", "width", "channels", "rows", "columns", "top", "left", "zero", "low", "high",
+)  # fmt: skip
+"""x int8 [B, height, width, channels], `top` and `left` of it padded before it → out [B, rows, columns, channels], int8 or (`_float`) float32;
+weights, bias, scales: `kernels.depthwise.pack`. `nothing`: a pixel of the input's zero point. A result is held between `low` and `high` (bits of
+float32) and `zero` added to it where it is int8. Parts: B · rows."""
 HEADS_ARGS = ("x", "stride", "n", "heads", "weight", "eps", "cos", "sin", "scale", "out")
 """x float32, B · N rows of `stride` bytes, each of `heads` heads → out [B, heads, N, D]. `weight` (or 0) and `eps` (the bits of a float32): an
 RMS norm of each head. `cos`, `sin` (or 0): [B · N, D / 2], which turn the first half of D against the second. `scale`: bits of a float32.
@@ -83,6 +89,7 @@ def args_of(name: str) -> tuple[str, ...]:
         "sparse": SPARSE_ARGS,
         "turn": TURN_ARGS,
         "top": TOP_ARGS,
+        "depthwise": DEPTHWISE_ARGS,
         "heads": HEADS_ARGS,
         "attend": ATTEND_ARGS,
     }

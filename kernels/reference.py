@@ -45,6 +45,21 @@ def pick(x: Any, last: Any) -> Any:
     return np.asarray(x)[np.arange(len(x)), last]
 
 
+def depthwise(x: Any, weights: Any, scales: Any, bias: Any, zero: int, stride: int, pads: tuple[int, int, int, int]) -> Any:
+    """x int8 [B, H, W, C] with weights int8 [size, size, C] → Σ (x - zero) · w + bias, times scales: [B, rows, columns, C]. `pads`: above, below,
+    left, right, of the input's zero."""
+    above, below, left, right = pads
+    x = np.pad(np.asarray(x, np.float64) - zero, ((0, 0), (above, below), (left, right), (0, 0)))
+    size = len(weights)
+    rows, columns = ((x.shape[i] - size) // stride + 1 for i in (1, 2))
+    total = np.zeros((len(x), rows, columns, x.shape[3])) + (0 if bias is None else bias)
+    for i in range(size):
+        for j in range(size):
+            part = x[:, i : i + stride * (rows - 1) + 1 : stride, j : j + stride * (columns - 1) + 1 : stride]
+            total += part * np.asarray(weights, np.float64)[i, j]
+    return total * scales
+
+
 def top(x: Any, k: int) -> tuple[Any, Any]:
     """The k largest of each row of x [M, n], largest first, of equal ones the first, and where they are; -infinity and -1 where there are no more."""
     x = np.asarray(x, np.float64)

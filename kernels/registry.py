@@ -10,6 +10,7 @@ import numpy as np
 
 from . import reference
 from .cpu import TARGETS
+from .depthwise import PLACES
 from .library import ACTIVATIONS, FLOATS, NORMS, form
 from .patterns import BITS as NM_BITS
 from .patterns import BLOCKS, PATTERNS, pays
@@ -94,6 +95,11 @@ def _rest() -> list[Kernel]:
         Kernel("sparse_turned", "linear, single weights, many tokens", floats, every, "llvm", reference.sparse, 1e-5),
         Kernel("turn", "rows as columns", floats, every, "llvm", np.transpose, 0.0),
         Kernel("top", "largest numbers", floats, every, "llvm", reference.top, 0.0),
+        *(
+            Kernel(f"depthwise_{size}_{stride}{ending}", "depthwise convolution", f"int8 → {out}", every, "llvm", reference.depthwise, 1e-6)
+            for size, stride in PLACES
+            for ending, out in (("", "int8"), ("_float", "float32"))
+        ),
         Kernel("attend", "attention", "caches in float32", every, "llvm", reference.attention, 2e-5),
         Kernel("attend_half", "attention", "caches in float16", every, "llvm", reference.attention, 2e-5),
         Kernel("attend_int8", "attention", "caches in int8, a scale a token and head", every, "llvm", reference.attention, 2e-5),

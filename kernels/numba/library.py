@@ -14,6 +14,7 @@ from edgesdk.kernels.patterns import BLOCKS, PATTERNS
 from .apart import apart_module
 from .attention import attention_module
 from .compiled import loaded, object_code
+from .depthwise import depthwise_module
 from .floats import floats_module
 from .folded import product_module
 from .heads import HEADS, heads_module
@@ -34,6 +35,8 @@ def _module(name: str) -> tuple[str, str]:
         return family, name.rpartition("_")[2] if family == "heads" else rest
     if family in ("gemv", "gemm", "embed") and rest in FLOATS:
         return "floats", rest
+    if family == "depthwise":
+        return family, rest.removesuffix("_float")
     if family == "top":
         return family, ""
     if family in ("gemv", "gemm"):
@@ -66,6 +69,8 @@ def _emitted(target: str, kind: str, detail: str) -> tuple[ir.Module, dict[str, 
     if kind == "attend":
         what, _, size = detail.rpartition("_")
         return attention_module(target, int(size), what), {f"attend_{detail}": "attend"}
+    if kind == "depthwise":
+        return depthwise_module(target, *map(int, detail.split("_"))), {f"depthwise_{detail}{e}": f"depthwise{e}" for e in ("", "_float")}
     if kind == "top":
         return top_module(target), {"top": "top"}
     if kind == "apart":
