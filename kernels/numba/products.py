@@ -87,6 +87,10 @@ class Product(Emitter):
         if prefetch:
             for line in range(0, self.block_bytes, 64):
                 self.s.prefetch(here, AHEAD[self.bits] + line)
+            if self.kind == "super":
+                at = self.times(g, self.s.rows)
+                self.s.prefetch(self.b.add(panel["scales"], at), 1024)
+                self.s.prefetch(self.b.add(panel["zeros"], at), 1024)
         return self.codes(here, 0, QUADS, tables)
 
     def place(self, panel: dict[str, Any], g: Any) -> tuple[Any, list[Any]]:
