@@ -350,9 +350,10 @@ def test_the_benchmark_runs_and_its_table_has_a_row_for_everything(monkeypatch: 
         "gpu": gpu.name, "nvrtc": "-", "copy": bench.copy_rate(gpu, 2, 1 << 12), "torch": {"40 x 96": {"float16": {1: [1.0]}}},
         "products": [{"shape": "40 x 96", "form": "int4 g32", "times": bench.product(gpu, code, [1], 2, 1 << 13)}],
         "decode": {"tiny": bench.decode_loop(gpu, 4, 32, 8, sizes, 3, 1)},
+        "programs": {"whole": {"parameters": 331e6, "launched": 263, "graph": [0.5], "launches": [1.0]}},
     }  # fmt: skip
     text = bench.table(found)
-    assert "| 40 x 96 | int4 g32 | 1 |" in text and "| tiny |" in text
+    assert "| 40 x 96 | int4 g32 | 1 |" in text and "| tiny |" in text and "| whole | 331M | 263 | 2 | 1 |" in text
     assert found["products"][0]["times"][0]["error"] < 2e-3
 
 

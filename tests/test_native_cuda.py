@@ -33,6 +33,7 @@ from edgesdk.native.program import ProgramError
 from edgesdk.packed import Code, decode
 from edgesdk.plan import plan
 from edgesdk.sequence.card import NAME, Card
+from edgesdk.sequence.config import SequenceConfig
 from edgesdk.sequence.generate import Settings, generate
 from tests.cuda_kernels import gpu, have_compiler, needs_nvrtc
 
@@ -255,7 +256,7 @@ def test_other_architectures_heads_and_damaged_programs_are_refused(tmp_path: Pa
     assert arch_of("cuda-sm110") == "sm_110"
     with pytest.raises(UnknownName, match="cuda-sm75"):
         arch_of("cuda-sm75")
-    from edgesdk.sequence.config import SequenceConfig, Stack
+    from edgesdk.sequence.config import Stack
     from edgesdk.sequence.export import sequence_spec
     from edgesdk.sequence.model import SequenceModel
 
@@ -302,6 +303,14 @@ except runner.RunnerError as error:
     assert not done.returncode, done.stderr
     what, hint = done.stdout.strip().split("|")
     assert "native-cuda refuses" in what and hint
+
+
+def test_the_benchmark_of_a_whole_program_runs(tmp_path: Path) -> None:
+    from tests.bench.native_cuda import program_loop, table
+
+    config = SequenceConfig(**{**KINDS["llama"][0], "vocab": 61})
+    found = program_loop(device_of(0, program(spec_of("llama"), "int4-g32")), config, "int4-g32", source=8, tokens=2, repeats=1)
+    assert found["launched"] == 25 and "| tiny | 0M | 25 |" in table({"tiny": found})
 
 
 @needs_nvrtc

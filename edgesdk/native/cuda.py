@@ -38,13 +38,13 @@ class _Kernels:
 
 
 class CudaMachine(machine.Machine):
-    """`run(method, arrays)` as `Machine` has it. `device`: what runs it; the first GPU where it is None.
+    """`run(method, arrays)` as `Machine` has it. `device`: what runs it; the first GPU where it is None. `graphs`: a call is one CUDA graph.
 
     Raises `ProgramError` for a damaged file, and what `launch.Gpu` raises.
     """
 
-    def __init__(self, path: str, threads: int = 1, device: Device | None = None) -> None:
-        self.program, self.threads = Program(path), threads
+    def __init__(self, path: str, threads: int = 1, device: Device | None = None, graphs: bool = True) -> None:
+        self.program, self.threads, self.graphs = Program(path), threads, graphs
         header = self.program.header
         if not self.program.target.startswith("cuda-") or header.get("tiles") != LAYOUT:
             raise ProgramError(
@@ -174,7 +174,8 @@ class CudaMethod(machine.Method):
             while len(self._graphs) >= GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
             work = self.tape.work(dict(zip(self._kept, addresses)))  # noqa: B905 (Python 3.9)
-            self._graphs[addresses] = self.machine.device.graph(work)
+            device = self.machine.device
+            self._graphs[addresses] = device.graph(work) if self.machine.graphs else lambda: device.run(work)
         return self._graphs[addresses]
 
     def _answer(self) -> list[Any]:

@@ -28,6 +28,9 @@ from edgesdk.kernels.cuda.decode import Layer, decode_step
 from edgesdk.kernels.cuda.launch import Gpu
 from edgesdk.kernels.cuda.linear import Linear
 from edgesdk.packed import Code, decode
+from tests.bench.native_330m import configs
+from tests.bench.native_cuda import program_loop
+from tests.bench.native_cuda import table as programs_table
 
 TOKENS = (1, 8, 64, 512)
 SHAPES = ((4096, 4096), (12288, 4096), (4096, 12288))
@@ -229,7 +232,7 @@ def table(found: dict[str, Any]) -> str:
     for name, one in found["decode"].items():
         fast, plain = (statistics.median(one[n]) for n in ("graph", "launches"))
         lines.append(f"| {name} | {1 / fast:.0f} | {1 / plain:.0f} | {one['weight_bytes'] / fast / 1e9:.0f} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", programs_table(found["programs"])])
 
 
 def measure(gpu: Gpu, repeats: int, torch: bool) -> dict[str, Any]:
@@ -241,6 +244,7 @@ def measure(gpu: Gpu, repeats: int, torch: bool) -> dict[str, Any]:
         "products": [],
         "torch": {},
         "decode": {},
+        "programs": {},
     }
     for shape in SHAPES:
         label = f"{shape[0]} x {shape[1]}"
@@ -253,6 +257,8 @@ def measure(gpu: Gpu, repeats: int, torch: bool) -> dict[str, Any]:
             found["torch"][label] = torch_times(shape, TOKENS, repeats)
     for name, (bits, group, cache_bits) in {"int4 g32, int8 cache": (4, 32, 8), "int8, float16 cache": (8, 0, 16)}.items():
         found["decode"][name] = decode_loop(gpu, bits, group, cache_bits, Sizes(), 256, repeats)
+    for weights_of, precision in (("int4 g32", "int4-g32"), ("int8", "int8-dynamic")):
+        found["programs"][f"decoder-only, {weights_of}"] = program_loop(gpu, configs()["decoder-only"], precision, 512, 64, repeats)
     return found
 
 
