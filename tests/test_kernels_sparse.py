@@ -109,6 +109,18 @@ def test_blocks_of_every_form_are_left_out(target: str, bits: int, group: int, z
         assert far(product(packed(code, sparse.BLOCKS, target), target, x), linear(x, code)) < TOLERANCE
 
 
+@pytest.mark.parametrize("target", [t for t in host_targets() if "vnni" in t] or host_targets()[:1])
+@pytest.mark.parametrize("pattern", ["2of4", "1of4"])
+def test_many_rows_meet_weights_that_scales_were_multiplied_into(target: str, pattern: str) -> None:
+    """Rounded once more, to int8."""
+    for rows, cols, m in ((65, 500, 130), (130, 288, 71)):
+        code, x = grid(rows, rows, cols, 4, 32, pattern), np.random.default_rng(m).standard_normal((m, cols)).astype(np.float32)
+        p, wanted = packed(code, pattern, target), linear(x, code)
+        y = product(p, target, x)
+        assert far(y, wanted) < 0.02 and np.square(y - wanted).mean() < 0.008**2 * np.square(wanted).mean()
+        assert np.array_equal(y, product(p, target, x, threads=2))
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 70), cols=st.integers(1, 200), m=st.integers(1, 14), bits=st.sampled_from(sparse.BITS),

@@ -15,8 +15,9 @@ from edgesdk.kernels.library import KEPT_ARGS
 from edgesdk.kernels.panels import BLOCK
 from edgesdk.kernels.patterns import BLOCKS, PATTERNS, place_bits, unit
 
+from .folded import LARGEST, MOST, ROWS, Folded
 from .products import NEAR, Product, wide
-from .simd import I8, I16, I32, I64
+from .simd import I8, I16, I32, I64, VNNI
 
 WINDOW = 16
 """Columns out of which a shuffle chooses."""
@@ -38,8 +39,12 @@ class Pattern(Product):
         self.signed = True
         self.small = bits == 4 and target == "x86-avx2"  # whose products of bytes, two of them added, must fit 16 bits
         self.vectors = WINDOW * n // m // 4  # of half a block
+        self.sized(bits)
+
+    def sized(self, bits: int) -> None:
+        """Bytes of a unit, and of the codes before its places."""
         size = 2 * self.unit * self.vectors * 4 * self.s.rows
-        self.values_bytes, self.block_bytes = size * bits // 8, size * (bits + self.place_bits) // 8
+        self.bits, self.values_bytes, self.block_bytes = bits, size * bits // 8, size * (bits + self.place_bits) // 8
 
     # ---- parts
 
@@ -177,10 +182,7 @@ class Pattern(Product):
         with self.loop(self.number(0), self.units()) as u:
             codes = [b.add(p["codes"], self.times(u, self.block_bytes)) for p in panels]
             for at in codes:
-                following = b.add(at, self.times(self.a["panel_bytes"], len(panels)))
-                for line in range(0, self.block_bytes, 64):
-                    s.prefetch(at, NEAR + line)
-                    s.prefetch(following, line, near=2)
+                self.fetch(at, len(panels))
             for j, g in enumerate(self.blocks_of(u)):
                 q, _ = self.q_at(g, m)
                 values = [[s.zero(s.ints) if self.per_block else b.load(v) for v in row] for row in sums]
@@ -195,6 +197,13 @@ class Pattern(Product):
                 value = b.load(sums[i][k])
                 self.write(value if self.per_block else b.fmul(s.to_float(value), self.scale(p, None)), p, self.add(m, i))
 
+    def fetch(self, at: Any, panels: int) -> None:
+        """What comes next of a panel, and of the next group's."""
+        following = self.b.add(at, self.times(self.a["panel_bytes"], panels))
+        for line in range(0, self.block_bytes, 64):
+            self.s.prefetch(at, NEAR + line)
+            self.s.prefetch(following, line, near=2)
+
     def _vector(self, values: list[list[Any]], codes: list[Any], q: Any, vector: int, first: int) -> None:
         """One vector of weights of each panel, and all rows of inputs."""
         places = [self.places(at, vector) for at in codes]
@@ -202,6 +211,76 @@ class Pattern(Product):
         for i, row in enumerate(values):
             x = self.inputs(q, BLOCK * i + first)
             values[i] = [self.product(v, weights[k], self.chosen(x, places[k], vector)) for k, v in enumerate(row)]
+
+
+class _Bytes(Pattern):
+    """The GEMM over weights that were folded: int8 with one scale a row."""
+
+    def __init__(self, whole: Pattern) -> None:
+        self.__dict__.update(whole.__dict__)
+        self.sized(8)
+        self.per_block, self.scale_kind = False, self.s.floats
+
+    def scale(self, panel: dict[str, Any], g: Any) -> Any:
+        return self.b.load(panel["step"])
+
+    def factors(self, panel: dict[str, Any]) -> tuple[Any, Any]:
+        return self.b.load(panel["row_scale"]), self.b.load(panel["sums"])
+
+    def fetch(self, at: Any, panels: int) -> None:
+        """Nothing: it was written just now."""
+
+
+class FoldedPattern(Pattern, Folded):
+    """The GEMM of a form whose blocks have scales: over many rows of inputs they are multiplied into the weights first (`folded`)."""
+
+    def gemm(self) -> None:
+        b = self.b
+        many = b.icmp_signed(">=", self.a["m"], self.number(ROWS[False]))
+        fits = b.icmp_signed("<=", self.a["blocks"], self.number(MOST // BLOCK))
+        with b.if_then(b.and_(many, fits)):
+            self._groups()
+            b.ret_void()
+        Pattern.gemm(self)
+
+    def _groups(self) -> None:
+        s, b, many, inner = self.s, self.b, wide(self.s.target), _Bytes(self)
+        size = self.times(self.units(), inner.block_bytes)
+        place = b.alloca(ir.ArrayType(I8, 64), size=b.udiv(self.add(self.times(size, many), 63), self.number(64)))
+        place.align = 64
+        room = b.ptrtoint(place, I64)
+        kept = [{n: self.variable(s.floats) for n in ("step", "row_scale", "sums")} for _ in range(many)]
+        with self.loop(self.first, self.last) as group:
+            panels = []
+            for i in range(many):
+                panel, at = self.panel(self.add(self.times(group, many), i)), self.add(room, self.times(size, i))
+                self._fold_units(panel, at, kept[i], inner)
+                panels.append({**panel, **kept[i], "codes": at})
+            inner.over_rows(inner.tiles(), panels)
+
+    def _fold_units(self, panel: dict[str, Any], room: Any, kept: dict[str, Any], inner: Pattern) -> None:
+        """A panel's weights as int8, and Σ of them; their places as they are."""
+        s, b, vector = self.s, self.b, 4 * self.s.rows
+        total = self.variable(s.ints)
+        b.store(s.zero(s.ints), total)
+        step = b.fdiv(self._most(panel), ir.Constant(s.floats, [LARGEST] * s.rows))
+        inverse = b.fdiv(ir.Constant(s.floats, [32768.0] * s.rows), step)
+        with self.loop(self.number(0), self.units()) as u:
+            at, to = b.add(panel["codes"], self.times(u, self.block_bytes)), b.add(room, self.times(u, inner.block_bytes))
+            for line in range(0, self.block_bytes, 64):
+                s.prefetch(at, AHEAD + line)
+            for j in range(self.unit):
+                factor = self._pairs(b.fptosi(s.rounded(b.fmul(self.scale_at(panel, u, j), inverse)), s.ints))
+                for i in range(2 * self.vectors * j, 2 * self.vectors * (j + 1)):
+                    folded = self._times_scale(self.weights(at, i), factor, None)
+                    s.store(folded, to, vector * i)
+                    b.store(s.dot(b.load(total), folded, s.fill(s.ints, 0x01010101), True), total)
+            for place in range(0, self.block_bytes - self.values_bytes, vector):
+                s.store(s.load(at, self.values_bytes + place, s.bytes), to, inner.values_bytes + place)
+        row_scale, _ = self.factors(panel)
+        b.store(step, kept["step"])
+        b.store(row_scale, kept["row_scale"])
+        b.store(b.fmul(s.to_float(b.load(total)), b.fmul(step, row_scale)), kept["sums"])
 
 
 class Kept(Product):
@@ -246,10 +325,10 @@ def sparse_module(target: str, bits: int, per_block: bool, zeros: bool, pattern:
     """`gemv` and `gemm` of one form of weights."""
     module = ir.Module(f"sparse-{target}-{bits}-{per_block}-{zeros}-{pattern}")
     for name in ("gemv", "gemm"):
-        made = (
-            Kept(module, name, target, bits, per_block, zeros)
-            if pattern == BLOCKS
-            else Pattern(module, name, target, bits, per_block, pattern)
-        )
+        if pattern == BLOCKS:
+            made: Product = Kept(module, name, target, bits, per_block, zeros)
+        else:
+            folds = per_block and bits == 4 and target in VNNI and name == "gemm"
+            made = (FoldedPattern if folds else Pattern)(module, name, target, bits, per_block, pattern)
         made.gemv() if name == "gemv" else made.gemm()
     return module
