@@ -181,8 +181,9 @@ def ours(task: Any, name: str) -> Any:
     x = tape.room(len(task.x), weights.shape[1])
     x.array[:] = task.x
     outs = [tape.room(len(task.x), len(weights)) for _ in range(2)]
+    room = Room(layers * (panels.nbytes + 1024))
     for i in range(layers):
-        layer = panels if i == 0 else elsewhere(panels, i)
+        layer = elsewhere(panels, i, room)
         if isinstance(layer, FloatPanels):
             tape.floats(layer, x, outs[min(i, 1)])
         else:
@@ -190,17 +191,37 @@ def ours(task: Any, name: str) -> Any:
     return Contestant(name, panels.nbytes, layers, tape.run, lambda: outs[0].array.copy(), weights)
 
 
-def elsewhere(panels: Any, i: int) -> Any:
-    """The same matrix in memory of its own, its panels in another order where all are of one size."""
+class Room:
+    """Memory for all matrices side by side, as a program's file has them: so much at once has large pages."""
+
+    def __init__(self, nbytes: int) -> None:
+        import numpy as np
+
+        self._all = np.empty(nbytes + 64, np.uint8)
+        self._free = -self._all.ctypes.data % 64
+
+    def take(self, array: Any) -> Any:
+        """A copy of an array."""
+        import numpy as np
+
+        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        place = self._all[self._free : self._free + flat.size]
+        place[:] = flat
+        self._free += -(-flat.size // 64) * 64
+        return place.view(array.dtype).reshape(array.shape)
+
+
+def elsewhere(panels: Any, i: int, room: Room) -> Any:
+    """The same matrix in `room`, of the i-th its panels in another order where all are of one size."""
     import numpy as np
 
-    from edgesdk.kernels.panels import aligned, written
+    from edgesdk.kernels.panels import written
 
     def moved(array: Any) -> Any:
         parts = np.ascontiguousarray(array)
         if "starts" not in arrays and array.size >= panels.panels and (array is not panels.tables or len(array) > 1):
             parts = np.roll(parts.reshape(panels.panels, -1), i, 0)
-        return aligned(parts).view(array.dtype).reshape(array.shape)
+        return room.take(parts.reshape(array.shape))
 
     arrays = written(panels)[1]
     return dataclasses.replace(panels, **{name: moved(array) for name, array in arrays.items() if array.size})
