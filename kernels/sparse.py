@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,9 @@ from .floats import pack_floats
 from .pack import is_super, laid, pack
 from .panels import BLOCK, Panels, SparsePanels, UnfitWeights, aligned
 from .patterns import BITS, BLOCKS, PATTERNS, pays, place_bits, unit
+
+FEW = 64
+"""Rows that tell most matrices without a pattern."""
 
 
 def of_pattern(code: Code, pattern: str, lanes: int, together: int = 1, half: bool = True) -> SparsePanels:
@@ -30,7 +34,7 @@ def of_pattern(code: Code, pattern: str, lanes: int, together: int = 1, half: bo
     used = groups != 0
     if used.sum(2).max() > n:
         raise UnfitWeights(f"{int(used.sum(2).max())} of {m} columns are not zero: {pattern} holds {n}")
-    which = np.argsort(~used, axis=2, kind="stable")[..., :n]
+    which = _first_places(m)[np.packbits(used, 2, "little").view(f"u{m // 8 or 1}")[..., 0], :n]
     values = np.take_along_axis(groups, which, 2) + (0 if p.bits == 8 else 1 << (p.bits - 1))
     flat = (len(p.row_scale), -1)
     units = -(-p.blocks // unit(p.bits, n, m))
@@ -68,7 +72,7 @@ def pattern_of(code: Code, lanes: int) -> str:
     sizes = {"": bits + scale}
     symmetric = not code.arrays[2].size or bool((code.arrays[2] == 1 << (bits - 1)).all())
     for pattern, (n, m) in PATTERNS.items() if bits in BITS and symmetric else ():
-        if pays(bits, pattern) and used.reshape(len(used), -1, m).sum(2).max() <= n:
+        if pays(bits, pattern) and all(part.reshape(len(part), -1, m).sum(2).max() <= n for part in (used[:FEW], used)):
             sizes[pattern] = n * (bits + place_bits(m)) / m + scale
     kept = np.add.reduceat(used.reshape(len(used), -1, BLOCK).any(2), np.arange(0, len(used), lanes)) > 0
     sizes[BLOCKS] = float(kept.mean()) * (bits + scale + 32 / (BLOCK * lanes))
@@ -101,6 +105,13 @@ def as_grid(code: Code) -> Code:
     return Code(
         "grid", code.shape, (inner.numbers[0], 0), (values, np.broadcast_to(scale.reshape(-1, 1), (code.shape[0], scale.size)), zero)
     )
+
+
+@lru_cache
+def _first_places(m: int) -> Any:
+    """Of each mask of m bits the places of those that are set, then the others: int64 [2^m, m]."""
+    bits = np.arange(1 << m)[:, None] >> np.arange(m) & 1
+    return np.argsort(1 - bits, 1, kind="stable")
 
 
 def _centred(code: Code, padded: int, multiple: int) -> Any:
