@@ -127,15 +127,15 @@ def _table(code: Code, lanes: int, unit: int, half: bool) -> Panels:
     row_scale = np.abs(scale).max(1)
     row_scale[row_scale == 0] = 1
     padded, width = -(-rows // unit) * unit, -(-cols // BLOCK) * BLOCK
-    ints = np.zeros((padded, width), np.int16)
+    ints = np.zeros((padded, width), np.uint8)
     ints[: len(q)] = np.abs(numbers[:, : 1 << bits]).argmin(1)[
         :, None
     ]  # columns beyond the last one meet inputs of zero, `sums` counts them
     ints[:rows, :cols] = q
     per, times = (1, 1) if group == 0 else (width // BLOCK, group // BLOCK)
-    found = np.take_along_axis(np.broadcast_to(numbers, (rows, 16)), ints[:rows].astype(np.intp), 1)
-    kept = kept_scales(scale, half) * step
-    sums = (found * spread(kept, width, group)).sum(1, dtype=np.float64)
+    found = numbers[0][ints[:rows]] if len(numbers) == 1 else numbers.ravel()[ints[:rows] + 16 * np.arange(rows, dtype=np.int32)[:, None]]
+    counted = found.reshape(rows, per, -1).sum(2, dtype=np.int32)
+    sums = (counted * np.repeat(kept_scales(scale, half) * step, times, 1)[:, :per]).sum(1, dtype=np.float64)
     own = len(numbers) > 1
     tables = np.zeros((padded if own else 1, 16), np.int8)
     tables[: len(numbers)] = numbers
@@ -178,37 +178,38 @@ def is_super(code: Code) -> bool:
 
 
 def _supers(code: Code, half: bool) -> tuple[Any, Any, Any, Any, float]:
-    """Codes, d, steps and offsets (`rounded_supers`) of a grid of 4 bits, and the error of that, of the weights (root mean square)."""
+    """Codes, d, steps and offsets (`rounded_supers`) of a grid of 4 bits, and the error of that, of the weights (root mean square), as it is
+    where all codes are there equally often."""
     (_, group), (q, scale, zero) = code.numbers, code.arrays
     rows, cols = code.shape
     blocks, groups = -(-cols // BLOCK), groups_of(cols, group)
     scale, zero = (np.broadcast_to(a.astype(np.float32) if a.size else np.float32(1), (rows, groups)) for a in (scale, zero))
     turned = scale < 0
-    q = np.where(spread(turned, cols, group), 15 - q.astype(np.int16), q)
+    if turned.any():
+        q = np.where(spread(turned, cols, group), 15 - q, q)
     times = blocks if groups == 1 else group // BLOCK
     step, zero = (np.repeat(a, times, 1)[:, :blocks] for a in (np.abs(scale), np.where(turned, 15 - zero, zero)))
     d, steps, offsets = rounded_supers(step, 8 - zero, half)
-    found = [
-        (q - spread(z, cols, BLOCK)) * spread(s, cols, BLOCK)
-        for s, z in ((step, zero), (steps * per_block(d, blocks), 8 - offsets / OFFSET))
-    ]
-    size = float(np.square(found[0]).sum())
-    return q, d, steps, offsets, float(np.sqrt(np.square(found[0] - found[1]).sum() / size)) if size else 0.0
+    kept = steps * per_block(d, blocks)
+    spreads = 21.25 + (7.5 - zero) ** 2  # of codes from 0 to 15 about their zero
+    lost = float(np.square(kept - step).ravel() @ spreads.ravel() + np.square(kept * (8 - offsets / OFFSET - zero)).sum())
+    size = float(np.square(step).ravel() @ spreads.ravel())
+    return q, d, steps, offsets, (lost / size) ** 0.5 if size else 0.0
 
 
 def _super(code: Code, lanes: int, unit: int, half: bool) -> Panels:
     q, d, steps, offsets, _ = _supers(code, half)
-    rows, cols = code.shape
-    padded, width = -(-rows // unit) * unit, -(-cols // BLOCK) * BLOCK
-    ints = np.full((padded, width), 8, np.int16)
-    ints[:rows, :cols] = q
-    values = (ints[:rows] - 8 + spread(offsets / OFFSET, width, BLOCK)) * spread(steps * per_block(d, steps.shape[1]), width, BLOCK)
+    (rows, cols), blocks = code.shape, steps.shape[1]
+    padded = -(-rows // unit) * unit
+    codes = np.full((padded, blocks * BLOCK), 8, np.uint8)
+    codes[:rows, :cols] = q
+    counted = codes[:rows].reshape(rows, blocks, BLOCK).sum(2) + np.float32(BLOCK) * (offsets / OFFSET - 8)
     row_scale = d.max(1)
     row_scale[row_scale == 0] = 1
     return Panels(
-        rows=rows, cols=cols, bits=4, group=BLOCK, lanes=lanes, codes=laid(ints, 4, lanes), kind="super",
+        rows=rows, cols=cols, bits=4, group=BLOCK, lanes=lanes, codes=laid(codes, 4, lanes), kind="super",
         scales=_paneled(steps, padded, lanes, np.uint8), zeros=_paneled(offsets, padded, lanes, np.int8),
-        row_scale=_padded(row_scale, padded), sums=_padded(values.sum(1, dtype=np.float64), padded),
+        row_scale=_padded(row_scale, padded), sums=_padded((counted * steps * per_block(d, blocks)).sum(1, dtype=np.float64), padded),
         tables=_paneled(d / row_scale[:, None], padded, lanes, np.float16 if half else np.float32),
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ from edgesdk.packed import Code
 from .pack import per_block, rounded_supers
 from .panels import BLOCK, OFFSET
 
-STRETCH = np.linspace(-1, 4, 16, dtype=np.float32)
+STRETCH = np.linspace(-1, 3.5, 10, dtype=np.float32)
 """Ranges that are tried: the block's own ends take this many steps more than 15, and what is beyond the last code is cut."""
 
 

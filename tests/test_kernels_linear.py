@@ -83,10 +83,17 @@ def test_products_are_those_of_float64(target: str, bits: int, group: int, zeros
         assert far(layer(x), linear(x, code, bias)) < TOLERANCE
 
 
+WIDE = pytest.mark.wide
+
+
 @pytest.mark.parametrize("target", host_targets())
-@pytest.mark.parametrize("bits", [4, 3, 2])
-@pytest.mark.parametrize("group", [0, 32])
-@pytest.mark.parametrize("own", [False, True], ids=["one", "own"])
+@pytest.mark.parametrize(
+    ("bits", "group", "own"),
+    [
+        (4, 0, True), (4, 32, False), (3, 32, True), (2, 0, False),
+        *(pytest.param(*p, marks=WIDE) for p in ((4, 0, False), (4, 32, True), (3, 0, False), (3, 0, True), (3, 32, False), (2, 0, True), (2, 32, False), (2, 32, True))),
+    ],
+)  # fmt: skip
 def test_products_of_tables_are_those_of_float64(target: str, bits: int, group: int, own: bool) -> None:
     rng = np.random.default_rng(bits + group)
     for rows, cols, m in ((64, 512, 1), (3, 33, 17), (130, 288, 2), (65, 500, 21)):
