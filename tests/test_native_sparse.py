@@ -15,15 +15,18 @@ import torch
 from edgesdk.compress import compress
 from edgesdk.compress.weights import holders
 from edgesdk.errors import InputError
+from edgesdk.intake import load_model
 from edgesdk.kernels.cpu import host_targets
 from edgesdk.kernels.nearest import nearest
 from edgesdk.kernels.panels import BLOCK
 from edgesdk.kernels.reference import round_inputs
+from edgesdk.lower import build
 from edgesdk.model import ModelSpec
 from edgesdk.native.lower import lower_native
 from edgesdk.native.machine import Machine
 from edgesdk.native.shared import kernels_of
 from edgesdk.packed import Code, decode
+from edgesdk.plan import plan
 from edgesdk.sequence.config import SequenceConfig, Stack
 from edgesdk.sequence.export import sequence_spec
 from edgesdk.sequence.model import SequenceModel
@@ -197,3 +200,13 @@ def test_floats_are_an_option_of_native_plans() -> None:
     from edgesdk.plan.options import table
 
     assert "fp32" in table("native")["linear"]
+
+
+def test_a_pruned_model_is_planned_and_built_without_its_zeros(tmp_path: Path) -> None:
+    ref = f"{Path(__file__).parent / 'sequence_small.py'}:encoder_decoder"
+    saved = compress(ref, [NM.format(2, 4), "rtn:bits=8,group=0"], evaluate=False).save(tmp_path / "small.edgec")
+    bundle = build(plan(str(saved), "host", runtime="native"), load_model(str(saved)), tmp_path / "small.edge")
+    with zipfile.ZipFile(bundle) as file:
+        (tmp_path / "model.native").write_bytes(file.read(next(n for n in file.namelist() if n.endswith("model.native"))))
+    assert forms(Machine(str(tmp_path / "model.native"))) <= {"8_row_2of4", "8_row"}
+    assert Machine(str(tmp_path / "model.native")).panels("head").form == "8_row_2of4"
