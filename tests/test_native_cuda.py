@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ import torch
 from test_kernels_cuda_machines import FakeDriver
 from test_native import FORMS, KINDS, choice_of, inputs_of, spec_of
 
+from edgesdk import runner
 from edgesdk.agent.client import agent_files
 from edgesdk.bundles import read_manifest
-from edgesdk.errors import InputError, UnknownName
+from edgesdk.errors import DeviceError, InputError, UnknownName
 from edgesdk.kernels.cuda import launch as launching
 from edgesdk.kernels.cuda.compile import Kernel
 from edgesdk.kernels.cuda.launch import Gpu
@@ -39,7 +41,6 @@ from tests.cuda_kernels import gpu, have_compiler, needs_nvrtc
 
 TOLERANCE = 5e-3
 """Of the outputs' size, behind all layers: inputs of products are float16, and so are the scales of groups."""
-KINDS.setdefault("encoder-decoder-caches-8", (KINDS["encoder-decoder"][0], {**KINDS["encoder-decoder"][1], "cache_bits": 8}))
 QUICK = [("llama", "int4-g32"), ("encoder-decoder-caches-8", "int4-g32"), ("ctc", "int8-dynamic"), ("bart", "int8-dynamic")]
 ALL = [(kind, precision) for kind in KINDS for precision in FORMS]
 
@@ -303,6 +304,25 @@ except runner.RunnerError as error:
     assert not done.returncode, done.stderr
     what, hint = done.stdout.strip().split("|")
     assert "native-cuda refuses" in what and hint
+
+
+def test_a_gpu_that_fails_in_the_middle_is_told_in_two_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from edgesdk.agent import installed
+    from edgesdk.agent.wire import Refused
+
+    def run(method: str, arrays: Any) -> Any:
+        raise DeviceError("Fake: 8 MB more do not fit; 3 of 9 MB are free", "close other programs")
+
+    monkeypatch.setitem(sys.modules, "runner", runner)
+    monkeypatch.setitem(sys.modules, "sequence.serve", SimpleNamespace(serve=lambda *given: run("", given), SequenceError=ValueError))
+    monkeypatch.setitem(installed.OPEN, os.path.realpath(tmp_path), SimpleNamespace(run=run))
+    for call in (
+        lambda: installed.run(str(tmp_path), "decode", []),
+        lambda: installed.generate(str(tmp_path), [], {}, print, lambda: False),
+    ):
+        with pytest.raises(Refused, match="8 MB more") as caught:
+            call()
+        assert "close other programs" in str(vars(caught.value))
 
 
 def test_the_benchmark_of_a_whole_program_runs(tmp_path: Path) -> None:

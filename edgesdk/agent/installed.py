@@ -232,7 +232,8 @@ def run(folder: str, method: str, inputs: list[str]) -> dict[str, Any]:
         outputs = runner.run(method, arrays)
     except Exception as error:
         bad_input = type(error).__name__ == "RunnerError"
-        raise Refused(str(error).splitlines()[0], "give one array for each input, in order, of the shape named", bad_input) from None
+        hint = getattr(error, "hint", "") or "give one array for each input, in order, of the shape named"
+        raise Refused(str(error).splitlines()[0], hint, bad_input) from None
     seconds = (time.perf_counter_ns() - start) / 1e9
     texts = []
     for array in outputs:
@@ -260,4 +261,8 @@ def generate(
         raise Refused(error.what, error.hint, not isinstance(error, serve.AwayError)) from None
     except sys.modules["runner"].RunnerError as error:
         raise Refused(f"the prompt is not what the program takes: {error}", "give a text, or inputs of that shape", True) from None
+    except Exception as error:
+        if not getattr(error, "hint", ""):
+            raise
+        raise Refused(str(error).splitlines()[0], error.hint) from None  # type: ignore[attr-defined]
     return {}
