@@ -15,6 +15,8 @@ from .pack import is_super, laid, pack
 from .panels import BLOCK, Panels, SparsePanels, UnfitWeights, aligned
 from .patterns import BITS, BLOCKS, PATTERNS, pays, place_bits, unit
 
+WORTH = 0.8
+"""Share of blocks below which they alone are kept: over many rows of inputs a block then takes a third longer."""
 FEW = 64
 """Rows that tell most matrices without a pattern."""
 
@@ -75,7 +77,8 @@ def pattern_of(code: Code, lanes: int) -> str:
         if pays(bits, pattern) and all(part.reshape(len(part), -1, m).sum(2).max() <= n for part in (used[:FEW], used)):
             sizes[pattern] = n * (bits + place_bits(m)) / m + scale
     kept = np.add.reduceat(used.reshape(len(used), -1, BLOCK).any(2), np.arange(0, len(used), lanes)) > 0
-    sizes[BLOCKS] = float(kept.mean()) * (bits + scale + 32 / (BLOCK * lanes))
+    if kept.mean() < WORTH:
+        sizes[BLOCKS] = float(kept.mean()) * (bits + scale + 32 / (BLOCK * lanes))
     return min(sizes, key=lambda pattern: sizes[pattern])
 
 

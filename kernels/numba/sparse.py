@@ -29,7 +29,18 @@ ALONE = {"x86-avx512vnni": (12, 6, 4, 1), "x86-avxvnni": (6, 4, 1), "x86-avx2": 
 """The same over blocks, whose GEMM works on one panel at a time: no other has the same."""
 
 
-class Pattern(Product):
+class _Tiled(Product):
+    def over_rows(self, tiles: tuple[int, ...], panels: list[dict[str, Any]]) -> None:
+        """All rows of inputs, in tiles."""
+        done = self.number(0)
+        for tile in tiles:
+            count = self.times(self._times(self.b.sub(self.a["m"], done), tile), tile)
+            with self.loop(done, self.b.add(done, count), tile) as m:
+                self._tile(panels, m, tile)
+            done = self.b.add(done, count)
+
+
+class Pattern(_Tiled):
     """Of n of m."""
 
     def __init__(self, module: ir.Module, name: str, target: str, bits: int, per_block: bool, pattern: str) -> None:
@@ -164,15 +175,6 @@ class Pattern(Product):
             self.over_rows(self.tiles(), panels)
         self.b.ret_void()
 
-    def over_rows(self, tiles: tuple[int, ...], panels: list[dict[str, Any]]) -> None:
-        """All rows of inputs, in tiles."""
-        done = self.number(0)
-        for tile in tiles:
-            count = self.times(self._times(self.b.sub(self.a["m"], done), tile), tile)
-            with self.loop(done, self.b.add(done, count), tile) as m:
-                self._tile(panels, m, tile)
-            done = self.b.add(done, count)
-
     def _tile(self, panels: list[dict[str, Any]], m: Any, tile: int) -> None:
         s, b = self.s, self.b
         kind = s.floats if self.per_block else s.ints
@@ -283,7 +285,7 @@ class FoldedPattern(Pattern, Folded):
         b.store(b.fmul(s.to_float(b.load(total)), b.fmul(step, row_scale)), kept["sums"])
 
 
-class Kept(Product):
+class Kept(_Tiled):
     """Over the blocks that are kept."""
 
     def __init__(self, module: ir.Module, name: str, target: str, bits: int, per_block: bool, zeros: bool) -> None:
@@ -312,12 +314,7 @@ class Kept(Product):
     def gemm(self) -> None:
         many = wide(self.s.target)
         with self.loop(self.times(self.first, many), self.times(self.last, many)) as p:
-            panel, done = self.panel(p), self.number(0)
-            for tile in ALONE.get(self.s.target, (8, 4, 1)):
-                count = self.times(self._times(self.b.sub(self.a["m"], done), tile), tile)
-                with self.loop(done, self.b.add(done, count), tile) as m:
-                    self._tile([panel], m, tile)
-                done = self.b.add(done, count)
+            self.over_rows(ALONE.get(self.s.target, (8, 4, 1)), [self.panel(p)])
         self.b.ret_void()
 
 
