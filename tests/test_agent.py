@@ -13,7 +13,7 @@ from tiny import tiny_bundle
 
 from edgesdk.agent import facts as on_device
 from edgesdk.agent import wire
-from edgesdk.agent.client import Agent, agent_sources
+from edgesdk.agent.client import ARCHIVE, Agent, agent_files, agent_sources
 from edgesdk.agent.frames import decode, encode, is_frame
 from edgesdk.agent.installed import relative_error
 from edgesdk.errors import DeviceError, InputError, LinkError
@@ -153,3 +153,13 @@ def test_relative_error_refuses_what_is_no_number():
     assert relative_error([np.array([1, np.nan, 1, 1])], one) is None
     assert relative_error([np.ones(3)], one) is None
     assert relative_error([], one) is None
+
+
+def test_what_native_programs_run_with_is_sent_whole(tmp_path):
+    """Nothing but the archive and numpy: what it leaves out is found on this machine, not on a device."""
+    archive = tmp_path / ARCHIVE
+    archive.write_bytes(agent_files()[ARCHIVE])
+    paths = [str(archive), str(Path(np.__file__).parents[1])]
+    code = f"import sys; sys.path[:0] = {paths!r}; import edgesdk.native.machine, edgesdk.kernels.neon.load"
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

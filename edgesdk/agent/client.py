@@ -53,7 +53,8 @@ def _kernels() -> dict[str, bytes]:
     """What runs native programs, under the names it has here."""
     top = files("edgesdk")
     found = {"edgesdk/__init__.py": b"", **{f"edgesdk/{name}": (top / name).read_bytes() for name in ("cache.py", "errors.py")}}
-    found |= {f"edgesdk/{name}": content for name, content in _part("native", "machine", "cuda").items()}
+    parts = _part("native", "machine", "cuda") | _part("sequence", "card")
+    found |= {f"edgesdk/{name}": content for name, content in parts.items()}
     for folder in ("kernels", "kernels/numba", "kernels/neon", "kernels/cuda"):
         place = files("edgesdk.kernels")
         for part in folder.split("/")[1:]:
