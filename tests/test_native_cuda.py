@@ -269,6 +269,7 @@ def test_other_architectures_heads_and_damaged_programs_are_refused(tmp_path: Pa
     for damaged, words in (
         (content[:-64], "bytes"),
         (content.replace(b'"tiles": 1', b'"tiles": 0'), "build it again"),
+        (content.replace(b'"blocks"', b'"blockz"'), "no blocks"),
         (content.replace(b'"target": "cuda-sm87"', b'"target": "arm-neon2"'), "build it again"),
     ):
         path = tmp_path / "damaged"

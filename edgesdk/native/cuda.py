@@ -17,7 +17,7 @@ from edgesdk.kernels.cuda import look as looks
 from edgesdk.kernels.cuda import rows as of_rows
 from edgesdk.kernels.cuda.linear import Linear
 from edgesdk.kernels.cuda.machine import Machine as Device
-from edgesdk.kernels.cuda.machine import Memory, Scratch
+from edgesdk.kernels.cuda.machine import Memory, Paper, Scratch
 from edgesdk.kernels.cuda.tape import Halved, Rows, Tape
 from edgesdk.kernels.cuda.tiles import LAYOUT, PARTS, Tiles
 
@@ -50,13 +50,16 @@ class CudaMachine(machine.Machine):
             raise ProgramError(
                 f"{path}: a program for {self.program.target}, weights laid out as {header.get('tiles')}; these kernels read {LAYOUT}: build it again"
             )
+        self.on_paper = isinstance(device, Paper)
+        missing = [key for key in ("kernels", "blocks", "code_at") if key not in header and not self.on_paper]
+        if missing:
+            raise ProgramError(f"{path}: its header has no {', '.join(missing)}: build it again")
         self.kernels = _Kernels()  # type: ignore[assignment]
         self.methods = tuple(sorted(self.program.methods))
         self._open: dict[str, machine.Method] = {}
         self._panels: dict[str, Any] = {}
         self._shared: dict[int, tuple[int, int]] = {}  # where memory that is mapped for the GPU begins → bytes, where the GPU has it
         self.device = device if device is not None else self._gpu()
-        self.on_paper = "blocks" not in header
         weights = self.program.first(header.get("code_at", header["bytes"]))
         self._weights, self._first = self.device.put(weights), int(weights.ctypes.data)
         self.scratch = Scratch(self.device)
