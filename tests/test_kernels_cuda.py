@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgesdk.errors import InputError
-from edgesdk.kernels.cuda.compile import ARCHITECTURES, PTX, Kernel, codes, compiled, fields, packed_args
+from edgesdk.kernels.cuda import registry
+from edgesdk.kernels.cuda.compile import ARCHITECTURES, PTX, Kernel, codes, compiled, fields, headers, packed_args
 from edgesdk.kernels.cuda.linear import Linear, prefill_kernel, product_kernel
 from edgesdk.kernels.cuda.machine import Machine, Memory
 from edgesdk.kernels.cuda.tiles import STEP, Tiles
@@ -203,6 +204,15 @@ def fits_its_registers(kernel: Kernel) -> None:
 def test_kernels_compile_for_every_architecture_and_keep_to_their_registers(kernel: Kernel) -> None:
     fits_its_registers(kernel)
     assert b".target sm_80" in compiled(kernel, PTX).code
+
+
+def test_every_kernel_is_listed_with_its_reference() -> None:
+    text = "\n".join(headers().values())
+    rows = registry.kernels()
+    assert all(f" {row.name}(const " in text and callable(row.reference) and row.made == "nvrtc" for row in rows)
+    bodies = {kernel.body.split("<")[0] for kernel in ALL}
+    assert bodies <= {row.name for row in rows}
+    assert len({(row.name, row.format, row.operation) for row in rows}) == len(rows)
 
 
 @needs_nvrtc

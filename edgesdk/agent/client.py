@@ -23,7 +23,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)
 _HOST_ONLY = (
     "kernels/linear.py", "kernels/nearest.py", "kernels/pack.py", "kernels/reference.py", "kernels/registry.py", "kernels/sparse.py",
     "kernels/superblocks.py", "kernels/floats.py",
-    "kernels/neon/build.py", "kernels/cuda/weights.py", "kernels/cuda/emulated.py",
+    "kernels/neon/build.py", "kernels/cuda/weights.py", "kernels/cuda/emulated.py", "kernels/cuda/registry.py",
 )  # fmt: skip
 """Of the kernels, what packs weights and checks."""
 _MAIN = b"from agent.agent import main\n\nmain()\n"

@@ -13,14 +13,16 @@ def kernels(
     every: Annotated[bool, typer.Option("--every", help="Those of all targets, not only of this machine's best.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Our own kernels, which `--runtime native` is made of: what each computes, for which CPUs, and how far it may be from its reference."""
+    """Our own kernels, which `--runtime native` and native-cuda are made of: what each computes, for which CPUs and GPUs, and how far it may be
+    from its reference."""
     from rich.table import Table
 
     from edgesdk.kernels.cpu import host_targets
-    from edgesdk.kernels.registry import kernels as known
+    from edgesdk.kernels.cuda.registry import kernels as of_gpus
+    from edgesdk.kernels.registry import kernels as of_cpus
 
     best = host_targets()[0]
-    found = [k for k in known() if every or best in k.targets]
+    found = [k for k in (*of_cpus(), *of_gpus()) if every or best in k.targets]
     if as_json:
         rows = [
             {"name": k.name, "operation": k.operation, "format": k.format, "targets": k.targets, "made": k.made, "tolerance": k.tolerance}
