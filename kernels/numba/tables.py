@@ -114,6 +114,9 @@ class Pick(Emitter):
         b.ret_void()
 
 
+FOUR = ir.VectorType(F32, 4)
+
+
 class Sparse(Emitter):
     """Parts: the rows of the weights."""
 
@@ -125,16 +128,28 @@ class Sparse(Emitter):
         with self.loop(self.first, self.last) as n:
             start, stop = (b.sext(s.load(a["starts"], self.add(self.times(n, 4), more), I32), I64) for more in (0, 4))
             with self.loop(self.number(0), a["m"]) as m:
-                x, total = b.add(a["x"], b.mul(m, a["stride"])), self.variable(F32)
+                x, four, total = b.add(a["x"], b.mul(m, a["stride"])), self.variable(FOUR), self.variable(F32)
                 out = b.add(b.add(a["out"], b.mul(m, a["out_stride"])), self.times(n, 4))
                 b.store(s.load(out, 0, F32), total)
-                with self.loop(start, stop) as i:
-                    at4 = self.times(i, 4)
-                    column = b.sext(s.load(a["columns"], at4, I32), I64)
-                    product = b.fmul(s.load(a["values"], at4, F32), s.load(x, self.times(column, 4), F32))
+                whole = b.add(start, b.and_(b.sub(stop, start), self.number(-4)))
+                with b.if_then(b.icmp_signed(">", whole, start)):
+                    b.store(s.zero(FOUR), four)
+                    with self.loop(start, whole, 4) as i:
+                        found = ir.Constant(FOUR, ir.Undefined)
+                        for k in range(4):
+                            found = b.insert_element(found, self._met(x, self.add(i, k)), ir.Constant(I32, k))
+                        b.store(s.fma(s.load(a["values"], self.times(i, 4), FOUR), found, b.load(four)), four)
+                    b.store(b.fadd(b.load(total), s.total(b.load(four))), total)
+                with self.loop(whole, stop) as i:
+                    product = b.fmul(s.load(a["values"], self.times(i, 4), F32), self._met(x, i))
                     b.store(b.fadd(b.load(total), product), total)
                 s.store(b.load(total), out, 0)
         b.ret_void()
+
+    def _met(self, x: Any, i: Any) -> Any:
+        """The input that weight i meets."""
+        column = self.b.sext(self.s.load(self.a["columns"], self.times(i, 4), I32), I64)
+        return self.s.load(x, self.times(column, 4), F32)
 
 
 def embed_module(target: str, bits: int, per_block: bool, zeros: bool, kind: str = "") -> ir.Module:
