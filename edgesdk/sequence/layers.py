@@ -64,9 +64,10 @@ def rotate(x: Tensor, places: Pair | None) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def split(x: Tensor, heads: int) -> Tensor:
-    """[B, N, heads · D] → [B, heads, N, D]."""
+def split(x: Tensor, heads: int, norm: nn.Module | None = None) -> Tensor:
+    """[B, N, heads · D] → [B, heads, N, D], each head behind `norm`: in three dimensions, as the converter to .tflite spoils products behind norms of four."""
     b, n, _ = x.shape
+    x = x if norm is None else norm(x.reshape(b, n * heads, -1))
     return x.reshape(b, heads, 1, -1) if n == 1 else x.reshape(b, n, heads, -1).transpose(1, 2)
 
 
@@ -129,8 +130,7 @@ class KeysValues(nn.Module):
             self.k_norm = Norm(stack.head, config) if qk_norm else None
 
     def keys_values(self, x: Tensor, places: Pair | None) -> Pair:
-        k = split(self.k(x), self.kv_heads)
-        return rotate(k if self.k_norm is None else self.k_norm(k), places), split(self.v(x), self.kv_heads)
+        return rotate(split(self.k(x), self.kv_heads, self.k_norm), places), split(self.v(x), self.kv_heads)
 
 
 class Attention(KeysValues):
@@ -146,8 +146,7 @@ class Attention(KeysValues):
 
     def forward(self, x: Tensor, places: Pair | None, parts: Sequence[Held], mask: Tensor) -> Tensor:
         b, n, _ = x.shape
-        q = split(self.q(x), self.heads)
-        q = rotate(q if self.q_norm is None else self.q_norm(q), places) * self.scale
+        q = rotate(split(self.q(x), self.heads, self.q_norm), places) * self.scale
         out = attend(q.reshape(b, self.kv_heads, -1, self.size), parts, mask)
         out = out.reshape(b, 1, -1) if n == 1 else out.reshape(b, self.heads, n, self.size).transpose(1, 2).reshape(b, n, -1)
         return self.o(out)  # type: ignore[no-any-return]
