@@ -28,10 +28,11 @@ def plan(
     Without `runtime` and `layout` all of them are weighed. With `verify` every candidate of `plan.front` is built, checked and evaluated on this
     host (`front[i].built`). Raises `InputError` or `UnknownName` for what it cannot read.
     """
-    from edgesdk.plan.cache_bits import weighed
+    from edgesdk.plan.cache_bits import refuse_unread, weighed
     from edgesdk.plan.planner import make_plan
 
     step = step or (lambda text, share: None)
+    refuse_unread(workload or Workload(), device, runtime)
 
     def make(asked: Workload) -> Plan:
         return make_plan(model, device, budget or Budget(), asked, runtime, threads, layout, step)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Literal
 
+from edgesdk.devices import load_device
 from edgesdk.errors import EdgeError
 from edgesdk.plan.rates import calibration_path
 from edgesdk.plan.types import Plan, Workload
 from edgesdk.sequence.card import NATIVE_BITS
+from edgesdk.sequence.sizes import refuse_narrow
 from edgesdk.units import show_bytes
 
 LONG_BYTES = 4 * 2**20
@@ -18,6 +20,14 @@ FASTER = 1.05
 MAY_LOSE = 0.01
 """Measured quality that narrow caches may cost, where the budget names no limit."""
 _NAMES: dict[Literal[16, 8, 4], str] = {16: "float16", 8: "int8", 4: "int4"}
+
+
+def refuse_unread(asked: Workload, device: str, runtime: str | None) -> None:
+    """Raises `InputError` for caches that the runtime asked for, or the device, cannot read: before anything is measured."""
+    if asked.cache_bits in NATIVE_BITS:
+        refuse_narrow(
+            asked.cache_bits, runtime or "native", device, (runtime or "native") in {r.name for r in load_device(device).runtimes}
+        )
 
 
 def weighed(plan: Plan, make: Callable[[Workload], Plan]) -> Plan:
