@@ -161,7 +161,7 @@ def test_norms_of_float32_stay_in_place(machine: Machine) -> None:
 
 def test_rows_are_picked_and_single_weights_added(machine: Machine) -> None:
     rng = np.random.default_rng(0)
-    x, last = rng.standard_normal((6, 40)).astype(np.float32), np.array([2, 0], np.int64)
+    x, last = rng.standard_normal((6, 40)).astype(np.float32), np.array([2, 1], np.int64)
     out = poisoned(machine, (2, 40), np.float32)
     machine.run([of_rows.pick(machine.put(x), machine.put(last), out, 3, 40)])
     assert np.array_equal(machine.get(out), reference.pick(x.reshape(2, 3, 40), last))

@@ -21,7 +21,7 @@ from edgesdk.sequence.config import SequenceConfig
 from edgesdk.sequence.generate import generate
 from tests.bench.layout_programs import prompt, spec_of
 
-FIRST = 4
+FIRST = 2
 """Tokens of the short answer that is taken off the long one: reading the prompt and writing the graph count with neither."""
 
 
