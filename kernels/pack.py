@@ -208,7 +208,8 @@ def _super(code: Code, lanes: int, unit: int, half: bool) -> Panels:
     row_scale[row_scale == 0] = 1
     return Panels(
         rows=rows, cols=cols, bits=4, group=BLOCK, lanes=lanes, codes=laid(codes, 4, lanes), kind="super",
-        scales=_paneled(steps, padded, lanes, np.uint8), zeros=_paneled(offsets, padded, lanes, np.int8),
+        scales=np.concatenate([_paneled(steps, padded, lanes, np.uint8), _paneled(offsets, padded, lanes, np.int8).view(np.uint8)], 2),
+        zeros=np.zeros(0, np.int8),
         row_scale=_padded(row_scale, padded), sums=_padded((counted * steps * per_block(d, blocks)).sum(1, dtype=np.float64), padded),
         tables=_paneled(d / row_scale[:, None], padded, lanes, np.float16 if half else np.float32),
     )  # fmt: skip

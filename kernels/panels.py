@@ -29,7 +29,7 @@ TRITS = 3
 """Blocks whose quads are in one code each of ternary weights."""
 
 
-LAYOUT = 3
+LAYOUT = 4
 """Raised by one whenever panels are laid out anew: programs of another number are refused."""
 
 
@@ -45,8 +45,8 @@ class UnfitWeights(ValueError):
 class Panels:
     """`codes` uint8, a panel after the other; `scales` float16 (of 8 bits, or without `half`: float32) [panels, blocks or 1, lanes]; `zeros` int8 of the same shape, or empty
     where every zero is 2^(bits-1); `row_scale`, `sums` (Σ of the row's weights) float32 [padded rows]. `kind`: see `library.KINDS`. `tables` int8
-    [1, 16] of "table", [panels, 4, lanes / 4, 16] of "tables": row 4i + j of a panel at [j, i]. Of "super" `scales` are uint8, `zeros` offsets,
-    and `tables` the float16 (float32 without `half`) of super-blocks [panels, super-blocks, lanes]: `pack.rounded_supers`. Of "trits" `tables`
+    [1, 16] of "table", [panels, 4, lanes / 4, 16] of "tables": row 4i + j of a panel at [j, i]. Of "super" `scales` are uint8 steps and int8 offsets
+    [panels, blocks, 2 · lanes], and `tables` the float16 (float32 without `half`) of super-blocks [panels, super-blocks, lanes]: `pack.rounded_supers`. Of "trits" `tables`
     are int8 [1, 3, 32]: what a code of 5 bits says of quad j of the first, second and third of `TRITS` blocks."""
 
     rows: int
@@ -65,7 +65,7 @@ class Panels:
     @property
     def form(self) -> str:
         """What the names of their kernels end in."""
-        return form(self.bits, self.group != 0, self.zeros.size > 0 and not self.kind, self.kind)
+        return form(self.bits, self.group != 0, self.zeros.size > 0, self.kind)
 
     @property
     def value_bits(self) -> int:

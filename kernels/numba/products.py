@@ -88,9 +88,7 @@ class Product(Emitter):
             for line in range(0, self.block_bytes, 64):
                 self.s.prefetch(here, AHEAD[self.bits] + line)
             if self.kind == "super":
-                at = self.times(g, self.s.rows)
-                self.s.prefetch(self.b.add(panel["scales"], at), 1024)
-                self.s.prefetch(self.b.add(panel["zeros"], at), 1024)
+                self.s.prefetch(self.b.add(panel["scales"], self.times(g, 2 * self.s.rows)), 1024)
         return self.codes(here, 0, QUADS, tables)
 
     def place(self, panel: dict[str, Any], g: Any) -> tuple[Any, list[Any]]:
@@ -118,15 +116,17 @@ class Product(Emitter):
         real = F16 if halves(s.target) else F32
         at = self.times(b.ashr(g, self.number(SUPER.bit_length() - 1)), s.rows * (2 if halves(s.target) else 4))
         d = s.load(panel["tables"], at, ir.VectorType(real, s.rows))
-        whole = b.zext(s.load(panel["scales"], self.times(g, s.rows), ir.VectorType(I8, s.rows)), s.ints)
+        whole = b.zext(s.load(panel["scales"], self.times(g, 2 * s.rows), ir.VectorType(I8, s.rows)), s.ints)
         return b.fmul(s.to_float(d) if halves(s.target) else d, s.to_float(whole))
 
     def zero(self, panel: dict[str, Any], g: Any) -> Any:
         """What Σ q of a block (of the row with g = None) is multiplied with, so that codes count from their zeros."""
         s, b = self.s, self.b
-        zero = b.sext(s.load(panel["zeros"], 0 if g is None else self.times(g, s.rows), ir.VectorType(I8, s.rows)), s.ints)
         if self.kind == "super":  # in sixteenths, as codes at the top of their bytes are
-            return zero if self.top else b.sub(zero, s.fill(s.ints, 8 * OFFSET))
+            at = self.add(self.times(g, 2 * s.rows), s.rows)
+            offset = b.sext(s.load(panel["scales"], at, ir.VectorType(I8, s.rows)), s.ints)
+            return offset if self.top else b.sub(offset, s.fill(s.ints, 8 * OFFSET))
+        zero = b.sext(s.load(panel["zeros"], 0 if g is None else self.times(g, s.rows), ir.VectorType(I8, s.rows)), s.ints)
         if self.top:
             zero = b.shl(b.sub(zero, s.fill(s.ints, 1 << (self.bits - 1))), s.fill(s.ints, 8 - self.bits))
         return b.neg(zero)

@@ -70,8 +70,9 @@ class Embed(Emitter):
             middle = self.real(0.0 if self.bits == 8 or self.kind in TABLES else float(1 << (self.bits - 1)))
             zero = b.sitofp(one.load(zeros, place, I8), F32) if self.zeros else middle
             if self.kind == "super":
-                zero = b.fsub(middle, b.fmul(b.sitofp(one.load(zeros, place, I8), F32), self.real(1 / OFFSET)))
-                step = b.fmul(step, b.uitofp(one.load(scales, place, I8), F32))
+                mine = self.add(self.times(g, 2 * lanes), lane)
+                zero = b.fsub(middle, b.fmul(b.sitofp(one.load(scales, self.add(mine, lanes), I8), F32), self.real(1 / OFFSET)))
+                step = b.fmul(step, b.uitofp(one.load(scales, mine, I8), F32))
             unit = b.udiv(g, self.number(TRITS)) if self.kind == "trits" else g
             place = b.add(codes, self.times(unit, BLOCK * lanes * self.bits // 8))
             found = one.fives(place, 0, BLOCK // 4) if self.kind == "trits" else one.quads(place, self.bits, 0, BLOCK // 4)
