@@ -26,11 +26,12 @@ def small_codes(array: Any) -> tuple[Any, Any]:
     """uint8 codes of keys or values [..., K, N, D], two a byte [..., D / 2]: column i in the low half, column i + D / 2 in the high one; and
     float16 [..., 2 · groups], a scale and the least value of each group of columns: a number is scale · code + least."""
     size = array.shape[-1]
-    parts = np.clip(array, -HALF_MOST, HALF_MOST).reshape(*array.shape[:-1], groups(size), -1)
+    parts = np.minimum(np.maximum(array, -HALF_MOST), HALF_MOST).reshape(*array.shape[:-1], groups(size), -1)
     least, most = parts.min(-1), parts.max(-1)
     beside = np.stack([(most - least) * np.float32(1 / 15), least], -1).astype(np.float16)
     scale, least = (np.asarray(beside[..., i, None], np.float32) for i in (0, 1))
-    found = np.clip(np.rint((parts - least) / np.where(scale, scale, 1)), 0, 15).astype(np.uint8).reshape(array.shape)
+    steps = np.rint((parts - least) / np.where(scale, scale, 1))
+    found = np.minimum(np.maximum(steps, 0), 15).astype(np.uint8).reshape(array.shape)
     return found[..., : size // 2] | found[..., size // 2 :] << 4, beside.reshape(*array.shape[:-1], -1)
 
 
@@ -38,9 +39,10 @@ def held(pairs: Sequence[Any], bits: int) -> list[Any]:
     """Keys and values, pair by pair, as programs with caches of `bits` take them: with 8 and 4 both codes, then what stands beside each."""
     if bits == 32:
         return list(pairs)
+    every = np.stack([np.asarray(p, np.float32) for p in pairs])  # all are of one shape
     if bits == 16:
-        return [np.clip(p, -HALF_MOST, HALF_MOST).astype(np.float16) for p in pairs]
-    values, scales = (codes if bits == 8 else small_codes)(np.stack([np.asarray(p, np.float32) for p in pairs]))  # all are of one shape
+        return list(np.minimum(np.maximum(every, -HALF_MOST), HALF_MOST).astype(np.float16))
+    values, scales = (codes if bits == 8 else small_codes)(every)
     return [a for i in range(0, len(pairs), 2) for a in (values[i], values[i + 1], scales[i], scales[i + 1])]
 
 
