@@ -310,7 +310,8 @@ def _fit_precision(
     profile: DeviceProfile, compute: ComputeUnit, runtime: str, head: dict[str, Any], known: list[OpRate], samples: list[Sample],
     precision: str,
 ) -> tuple[list[OpRate], list[float]]:  # fmt: skip
-    """Fit (overhead, rate, per output) of each class and the call's (overhead, per tensor, per element) at once, on log residuals."""
+    """Fit (overhead, rate, per output) of each class, the weights a second of linear layers, and the call's (overhead, per tensor, per element) at
+    once, on log residuals."""
     import numpy as np
     from scipy.optimize import least_squares
 
@@ -324,6 +325,8 @@ def _fit_precision(
     top = max(compute.peak_ops_per_s.values()) / compute.cores
     tensor = next((r.per_tensor_s for r in known if r.op == "call"), 1e-6)
     start = np.log([v for n in names for v in ((2e-6, tensor, 1e-9) if n == "call" else (1e-6, 0.2 * top if n in _MACS else 2e9, 1e-10))])
+    apart = "linear" in names and precision in ("int8-dynamic", "int4-g32", *ROUNDED)
+    start = np.append(start, np.log(5e10)) if apart else start
     measured = np.log([s.seconds for s in samples])
 
     def rows_of(x: Any) -> list[OpRate]:
@@ -339,6 +342,7 @@ def _fit_precision(
                     overhead_s=over,
                     per_output_s=out,
                     **second,
+                    weights_per_s=float(v[-1]) if apart and name == "linear" else None,
                     log_sd=0.1,
                     n=len(samples),
                     source="calibrated here",

@@ -25,6 +25,7 @@ class OpRate(Part):
     precision: str  # edgesdk.plan.types.Precision; "int8" stands for every integer one, "*" matches every precision
     ops_per_s: PositiveFloat | None = None
     share_of_peak: Annotated[float, Field(gt=0, le=1)] | None = None
+    weights_per_s: PositiveFloat | None = None  # at most, of linear layers: what taking weights apart costs however few inputs they meet
     per_output_s: NonNegativeFloat = 0.0
     per_tensor_s: NonNegativeFloat = 0.0  # of op "call" alone, what a call costs beside its operators: for each input and output
     overhead_s: NonNegativeFloat = 0.0

@@ -147,6 +147,8 @@ def unit_cost(
     streaming = stream_seconds(weights, touched, device, efficiency, compute, threads)
     streaming += acts / bandwidth(near, device, efficiency, compute, threads)
     computing = work / _rate(row, unit, precision, compute, threads, efficiency)
+    if row and row.weights_per_s:
+        computing = max(computing, unit.weight_elements / (row.weights_per_s * math.pow(threads / efficiency.threads, 0.9)))
     overhead = row.overhead_s + row.per_output_s * unit.out_elements if row else 1e-6
     log_sd = row.log_sd if row else 1.0
     seconds = overhead + max(computing, streaming)
