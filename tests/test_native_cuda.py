@@ -31,6 +31,8 @@ from edgesdk.lower import build
 from edgesdk.model import ModelSpec
 from edgesdk.native.cuda import CudaMachine
 from edgesdk.native.cuda_lower import arch_of, asked, gpu_target, lower_cuda
+from edgesdk.native.lower import lower_native
+from edgesdk.native.machine import Machine
 from edgesdk.native.program import ProgramError
 from edgesdk.packed import Code, decode
 from edgesdk.plan import plan
@@ -332,6 +334,15 @@ def test_the_benchmark_of_a_whole_program_runs(tmp_path: Path) -> None:
     config = SequenceConfig(**{**KINDS["llama"][0], "vocab": 61})
     found = program_loop(device_of(0, program(spec_of("llama"), "int4-g32")), config, "int4-g32", source=8, tokens=2, repeats=1)
     assert found["launched"] == 25 and "| tiny | 0M | 25 |" in table({"tiny": found})
+
+
+def test_a_twin_on_the_cpu_has_the_gpus_weights(tmp_path: Path) -> None:
+    spec = spec_of("llama")
+    (tmp_path / "twin").write_bytes(lower_native(spec, "native", choice_of(spec, "int4-g32"), rounded_for="cuda-sm87"))
+    twin, machine = Machine(str(tmp_path / "twin")), opened(program(spec, "int4-g32"), tmp_path)
+    arrays = inputs_of(spec.methods["decode"], "decode")
+    for one, other in zip(twin.run("decode", arrays), machine.run("decode", arrays), strict=True):
+        assert off(one, other) < 0.05  # the twin's inputs have 8 bits
 
 
 @needs_nvrtc

@@ -31,7 +31,7 @@ def lower(
     spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str], say: Callable[[str], None] = lambda text: None, target: str = ""
 ) -> bytes:  # fmt: skip
     """The program's bytes for a runtime, kept in the cache by content. `target`: the instructions of single units on our own kernels, "" for
-    this machine's.
+    this machine's; of a whole program on them ("native") those whose weights it has, as their twin here.
 
     Raises `MissingTool`, `InputError`, and `CheckFailed` when the program does not hold a unit in the precision of `choice`.
     """
@@ -42,7 +42,7 @@ def lower(
     from edgesdk.runner import installed
 
     own = runtime if runtime.startswith("native") else f"native-{target}" if target else "native" if any_native(choice.values()) else ""
-    by = [installed(), __version__, *(_native_form(own) if own else [])]
+    by = [installed(), __version__, *(_native_form(own) if own else []), target]
     key = json.dumps(["kept", spec.digest, runtime, sorted([*k, p] for k, p in choice.items()), *by])
     path = cache_dir("lowered") / hashlib.sha256(key.encode()).hexdigest()[:40]
     if path.exists():
@@ -107,7 +107,7 @@ def _lower(spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str], sa
     if runtime.startswith("native"):
         from edgesdk.native.lower import lower_native
 
-        return lower_native(spec, runtime, choice, say)
+        return lower_native(spec, runtime, choice, say, target if runtime == "native" else "")
     raise MissingTool(
         f"edgesdk cannot lower for '{runtime}'",
         "its compiler comes from the vendor and runs on the device; choose --runtime executorch, litert or native",
@@ -156,7 +156,7 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
                 for member in (name, *(n for n in members if n.startswith("libedge"))):
                     Path(folder, member).write_bytes(members[member])
             else:
-                _twin(plan, spec, path)
+                _twin(plan, spec, path, target if plan.runtime.startswith("native") else "")
             with silent():
                 runner = open_program(str(path), _on_cpu(plan.runtime), plan.threads)
                 inputs = golden_inputs(spec)
@@ -221,11 +221,11 @@ def _runs_here(target: str) -> bool:
     return not target or target in host_targets()
 
 
-def _twin(plan: Plan, spec: ModelSpec, path: Path) -> None:
-    """The plan's program with the same weights for this machine, at `path`, with what it needs beside it."""
+def _twin(plan: Plan, spec: ModelSpec, path: Path, target: str) -> None:
+    """The plan's program with the weights that `target` has for this machine, at `path`, with what it needs beside it."""
     from edgesdk.kernels.cpu import host_targets
 
-    path.write_bytes(program := lower(spec, _on_cpu(plan.runtime), choice_of(plan)))
+    path.write_bytes(program := lower(spec, _on_cpu(plan.runtime), choice_of(plan), target=target))
     for name, content in _kernels(plan, program, host_targets()[0]).items():
         path.with_name(name).write_bytes(content)
 

@@ -49,7 +49,7 @@ class _CudaLowering(Lowering):
     floats: dict[str, int] = {}
 
     def __init__(self, spec: ModelSpec, choice: Mapping[tuple[str, str], str]) -> None:
-        super().__init__(spec, choice, SimpleNamespace(half=True))
+        super().__init__(spec, choice, SimpleNamespace(half=True, target="cuda"))
         for stack in (self.config.encoder, self.config.decoder):
             if stack is not None and (stack.head % 8 or stack.head > 256):
                 raise InputError(f"{spec.name}: heads of {stack.head} numbers", "on a GPU heads have a multiple of 8, at most 256")

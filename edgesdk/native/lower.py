@@ -52,23 +52,23 @@ def sequence_of(spec: ModelSpec) -> SequenceModel:
     return found  # type: ignore[no-any-return]
 
 
-def rounded_to(weight: Any, bits: int, group: int, kernels: Library) -> Code:
+def rounded_to(weight: Any, bits: int, group: int, kernels: Library, target: str = "") -> Code:
     """A float32 matrix on the grid of least error that the kernels read. int4 in groups has an offset a block, for an eighth less error at 1% more
     bytes, but not for kernels in C and CUDA, which have no such form, nor where many weights are zero, which would be zero no longer."""
     from edgesdk.kernels.nearest import nearest  # and Numba with it: whether a model runs natively is asked without
     from edgesdk.kernels.superblocks import super_blocks
 
-    offsets = (
-        (bits, group) == (4, 32) and getattr(kernels, "target", "").startswith("x86") and np.count_nonzero(weight) > 0.99 * weight.size
-    )
+    offsets = (bits, group) == (4, 32) and (target or kernels.target).startswith("x86") and np.count_nonzero(weight) > 0.99 * weight.size
     return super_blocks(weight, kernels.half) if offsets else nearest(weight, bits, group, kernels.half)
 
 
 class Lowering:
     floats = FLOATS
 
-    def __init__(self, spec: ModelSpec, choice: Mapping[tuple[str, str], str], kernels: Library) -> None:
+    def __init__(self, spec: ModelSpec, choice: Mapping[tuple[str, str], str], kernels: Library, rounded_for: str = "") -> None:
+        """`rounded_for`: the target whose weights these are, of a twin; "" for that of `kernels`."""
         self.model, self.kernels = sequence_of(spec), kernels
+        self.rounded_for = rounded_for or getattr(kernels, "target", "")
         self.config: SequenceConfig = self.model.config
         self.state = {k: v.detach().cpu().float().numpy() for k, v in self.model.state_dict().items()}
         self.arrays: dict[str, Any] = {}
@@ -115,7 +115,7 @@ class Lowering:
         if precision not in BITS:
             known = ", ".join(sorted({*BITS, *self.floats}))
             raise InputError(f"{path} is planned in {precision}, which the native target has not", f"known: {known}")
-        return rounded_to(weight, *BITS[precision], self.kernels)
+        return rounded_to(weight, *BITS[precision], self.kernels, self.rounded_for)
 
     def add_apart(self, path: str) -> list[str]:
         """What a compressed weight keeps beside its grid: kinds, in order."""
@@ -126,7 +126,7 @@ class Lowering:
             name = f"{path}.plus{i}"
             if part.kind == "lowrank":
                 for which, thin in (("up", part.parts[0]), ("down", part.parts[1])):
-                    self.add_panels(f"{name}.{which}", rounded_to(decode(thin), 8, 0, self.kernels))
+                    self.add_panels(f"{name}.{which}", rounded_to(decode(thin), 8, 0, self.kernels, self.rounded_for))
                 continue
             values = decode(part)
             rows, columns = np.nonzero(values)
@@ -205,7 +205,7 @@ class Lowering:
             own = self.codes.get(path)
             exact = own is not None and own.kind == "grid" and not is_super(own)
             stored = own is not None and (exact or weight.shape[1] % BLOCK == 0)  # of others columns beyond the last are not 0
-            self.add_panels(path, self.code(path) if stored else rounded_to(weight, 8, 0, self.kernels))
+            self.add_panels(path, self.code(path) if stored else rounded_to(weight, 8, 0, self.kernels, self.rounded_for))
             entry["panels"] = path
         self.linears[path] = entry
 
@@ -259,9 +259,11 @@ def _padded(values: Any) -> Any:
 
 
 def lower_native(
-    spec: ModelSpec, runtime: str, choice: Mapping[tuple[str, str], str], say: Callable[[str], None] = lambda text: None
-) -> bytes:
-    """The program. `runtime`: "native-" and a target of `kernels.cpu`, or of a GPU ("cuda-sm87"). Raises `InputError`."""
+    spec: ModelSpec, runtime: str, choice: Mapping[tuple[str, str], str], say: Callable[[str], None] = lambda text: None,
+    rounded_for: str = "",
+) -> bytes:  # fmt: skip
+    """The program. `runtime`: "native-" and a target of `kernels.cpu`, or of a GPU ("cuda-sm87"); `rounded_for`: the target whose weights it has, "" for
+    its own. Raises `InputError`."""
     target = target_of(runtime)
     if target.startswith("cuda"):
         from edgesdk.native.cuda_lower import lower_cuda
@@ -272,7 +274,7 @@ def lower_native(
     from edgesdk.kernels.numba.library import Compiled
 
     say("packing weights")
-    work = Lowering(spec, choice, Compiled(target))
+    work = Lowering(spec, choice, Compiled(target), rounded_for)
     work.add_matrices()
     work.add_rest()
     return write(header_of(spec, work, target), work.arrays)
