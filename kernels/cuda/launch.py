@@ -190,7 +190,7 @@ class Gpu:
                 said = error.what
         raise DeviceError(
             f"{kernel.name}: no code for {self.name} ({self.arch}): {said}",
-            "the driver is older than the compiler (for JetPack 6 build with cuda-bindings and NVRTC 12.6), or the program is for another GPU",
+            "the driver is older than the compiler (for JetPack 6 build with cuda-bindings 12.9 and NVRTC 12.6), or the program is for another GPU",
         )
 
     def run(self, work: Sequence[Work]) -> None:
