@@ -54,7 +54,8 @@ class Gpu:
         except (RuntimeError, DeviceError) as error:
             said = str(error).splitlines()[0]
             raise DeviceError(
-                f"no NVIDIA GPU can be used here: {said}", "run it on a machine with a GPU; tests use edgesdk.kernels.cuda.emulated"
+                f"no NVIDIA GPU can be used here: {said}",
+                "install NVIDIA's driver (on a Jetson: JetPack), or run it on a machine with a GPU",
             ) from None
         count = self._do(d.cuDeviceGetCount)
         if index >= count:
