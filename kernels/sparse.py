@@ -11,7 +11,7 @@ import numpy as np
 from edgesdk.packed import Code, decode, places, spread
 
 from .floats import pack_floats
-from .pack import is_super, laid, pack
+from .pack import TRITS_PAY, is_super, is_ternary, laid, pack
 from .panels import BLOCK, Panels, SparsePanels, UnfitWeights, aligned
 from .patterns import BITS, BLOCKS, PATTERNS, pays, place_bits, unit
 
@@ -27,7 +27,7 @@ def of_pattern(code: Code, pattern: str, lanes: int, together: int = 1, half: bo
     In panels: for every `unit` of blocks the codes that stay, four a row and vector, then their places. Raises `UnfitWeights`.
     """
     n, m = PATTERNS[pattern]
-    p = pack(code, lanes, together, half)
+    p = pack(code, lanes, together, half, trits=False)
     if p.bits not in BITS or p.zeros.size or not pays(p.bits, pattern):
         raise UnfitWeights(
             f"{p.bits} bits{', zeros of their own' * bool(p.zeros.size)}: {pattern} is for {' and '.join(map(str, BITS))} where it saves bytes"
@@ -51,7 +51,7 @@ def of_pattern(code: Code, pattern: str, lanes: int, together: int = 1, half: bo
 
 def of_blocks(code: Code, lanes: int, together: int = 1, half: bool = True) -> SparsePanels:
     """A grid without the blocks, a panel's rows by 32 columns, that are all zero. Raises `UnfitWeights`."""
-    p = pack(code, lanes, together, half)
+    p = pack(code, lanes, together, half, trits=False)
     used = (_centred(code, len(p.row_scale), BLOCK).reshape(p.panels, lanes, -1, BLOCK) != 0).any((1, 3))
     panel, kept = np.nonzero(used)
     starts = np.concatenate([[0], np.cumsum(used.sum(1))]).astype(np.int32)
@@ -71,7 +71,7 @@ def pattern_of(code: Code, lanes: int) -> str:
         return ""
     bits, group = code.numbers
     scale = 0 if group == 0 or group >= code.shape[1] else (16 if bits != 8 else 32) / BLOCK
-    sizes = {"": bits + scale}
+    sizes = {"": (5 / 3 if lanes in TRITS_PAY and is_ternary(code) else bits) + scale}
     symmetric = not code.arrays[2].size or bool((code.arrays[2] == 1 << (bits - 1)).all())
     for pattern, (n, m) in PATTERNS.items() if bits in BITS and symmetric else ():
         if pays(bits, pattern) and all(part.reshape(len(part), -1, m).sum(2).max() <= n for part in (used[:FEW], used)):

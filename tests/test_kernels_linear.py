@@ -16,7 +16,9 @@ from edgesdk.kernels.numba import library as numba_library
 from edgesdk.kernels.numba.simd import permutes
 from edgesdk.kernels.pack import LOST, as_kept, pack
 from edgesdk.kernels.panels import Panels, UnfitWeights
+from edgesdk.kernels.patterns import BLOCKS
 from edgesdk.kernels.reference import embedding, linear, round_inputs
+from edgesdk.kernels.sparse import packed, pattern_of
 from edgesdk.kernels.superblocks import super_blocks
 from edgesdk.kernels.tape import Tape, panel_sizes
 from edgesdk.packed import Code, decode
@@ -143,6 +145,14 @@ def test_ternary_weights_take_five_bits_for_three_where_that_is_faster() -> None
     assert pack(code, 16).nbytes * 8 / code.arrays[0].size == pytest.approx(5 / 3, abs=0.03)
     assert pack(code, 4).form == "2_row_zeros" and pack(code, 16).form == "5_row_trits"
     assert pack(grid(0, 4, 64, 2, 0, False), 16).form == "2_row"
+
+
+def test_ternary_weights_may_leave_out_blocks_of_zeros() -> None:
+    code = ternary(0, 64, 320, 0)
+    code.arrays[0][:, 64:256] = 1  # 0
+    assert pattern_of(code, 16) == BLOCKS and pattern_of(ternary(0, 64, 320, 0), 16) == ""
+    panels = packed(code, BLOCKS, 16, 2)
+    assert panels.form == "2_row_zeros_blocks" and panels.nbytes < 0.6 * pack(code, 16, 2).nbytes
 
 
 @pytest.mark.parametrize("target", host_targets())
