@@ -74,7 +74,8 @@ def example(args: argparse.Namespace) -> dict[str, Path]:
     for name, runtime in (("native", "native"), ("ExecuTorch", "executorch")):
         files[name] = args.folder / f"normalizer-{runtime}"
         core.core.config.save(args.folder / f"normalizer-{runtime}.json")
-        files[name].write_bytes(lower(spec, runtime, choice_of(plan("example:normalizer", "host", runtime=runtime))))  # type: ignore[arg-type]
+        made = plan("example:normalizer", "host", runtime=runtime, layout="encoder-decoder")
+        files[name].write_bytes(lower(spec, runtime, choice_of(made)))
     return files
 
 
@@ -117,8 +118,8 @@ def table(runs: list[dict[str, Any]], clock: str) -> str:
         for r in here:
             each = {m: sorted(statistics.median(x[key][m]) * 1e3 for x in r["rounds"]) for m in (first, "decode")}
             middle = {m: statistics.median(v) for m, v in each.items()}
-            peak = statistics.median(x["peak_bytes"] for x in r["rounds"]) / 1e6
-            grown = statistics.median(x["peak_bytes"] - x["before"]["VmRSS"] for x in r["rounds"]) / 1e6
+            peak = statistics.median(x["after"]["VmHWM"] for x in r["rounds"]) / 1e6
+            grown = statistics.median(x["after"]["VmHWM"] - x["before"]["VmRSS"] for x in r["rounds"]) / 1e6
             opened = statistics.median(x["opened_s"] for x in r["rounds"])
             lines.append(
                 f"| {r['name']} | {middle['decode']:.3g} | {each['decode'][0]:.3g} … {each['decode'][-1]:.3g} | {1e3 / middle['decode']:.0f} | "
