@@ -273,6 +273,15 @@ def test_plans_choose_it_where_it_was_measured_to_be_faster(model: str, tmp_path
     bundle = build(made, load_model(model), tmp_path / "net.edge")
     manifest = read_manifest(bundle)
     assert OPERATORS in {m.name for m in manifest.members} and 0 < manifest.host_check["forward"] < 0.05
+
+
+@pytest.mark.wide
+def test_flash_and_profile(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent opens the library on the device."""
+    from edgesdk.intake import load_model
+
+    monkeypatch.setattr("edgesdk.plan.setting.efficiency_for", lambda *a: rates(1e13))
+    bundle = build(plan(model, "host", runtime="executorch"), load_model(model), tmp_path / "net.edge")
     device = LocalTransport(tmp_path / "root")
     assert flash(bundle, device).golden[0].relative_error == pytest.approx(0, abs=1e-4)
     report = profile(bundle, device, runs=20)
