@@ -44,7 +44,9 @@ CODES = {
 
 def test_a_compressed_model_is_planned_built_and_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ref = f"{Path(__file__).parent / 'sequence_small.py'}:encoder_decoder::any4:table=row"
-    bundle = build(plan(ref, "host", runtime="native"), load_model(ref), tmp_path / "small.edge")
+    made = plan(ref, "host", runtime="native")
+    assert {u.precision for u in made.units if u.op == "linear"} == {"native-table4"}  # counted as it is stored
+    bundle = build(made, load_model(ref), tmp_path / "small.edge")
     with zipfile.ZipFile(bundle) as file:
         programs = [content for name in file.namelist() if (content := file.read(name)).startswith(MAGIC)]
     assert len(programs) == 1

@@ -10,7 +10,7 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgesdk.native.formats import bits_and_group, is_native, stored_bytes
+from edgesdk.native.formats import bits_and_group, is_native, like, stored_bytes
 from edgesdk.plan.types import Estimate
 
 if TYPE_CHECKING:
@@ -179,6 +179,7 @@ def _row(efficiency: Efficiency, unit: Unit, precision: str) -> OpRate | None:
         precision = "int8-static" if unit.act_bytes == 1 else "fp32"
     if found := bits_and_group(precision):  # calibrated in two forms; the others compute as fast as the nearer of them
         precision = "native-int8" if found[0] == 8 else "native-int4-g32"
+        precision = like(precision) if efficiency.runtime == "native" else precision
     known = {r.op for r in efficiency.rows}
     kind = next((k for k in (kind_of(unit), unit.op, _LIKE.get(unit.op, "*")) if k in known), unit.op)
     return efficiency.row(kind, precision)

@@ -114,6 +114,8 @@ def offered_by(s: Setting, unit: Unit, method: str) -> list[Precision]:
     stored = s.subject.facts.formats.get(unit.weight or "")
     native = [cast(Precision, stored)] if stored and s.native else s.native
     found = options(unit, method, s.runtime, s.device, source=s.graph.source, static=static, native=native)
+    if stored and s.runtime == "native" and unit.op == "linear":  # it runs as it is stored, whatever is planned
+        return [cast(Precision, stored)]
     if s.whole:
         return ["int8-static"] if "int8-static" in found else found[:1]
     return found if unit.weight_elements else found[:1]
