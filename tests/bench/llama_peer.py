@@ -184,6 +184,7 @@ def timed(path: Path, config: SequenceConfig, threads: int, seconds: float, toke
     filled = slots - 1 if encode else len(tokens) + slots - 1
     for method in ("encode" if encode else "prefill", "decode"):
         if method == "decode":  # up to where the last token goes
+            llama.forget(0 if encode else len(tokens))
             for first in range(0 if encode else len(tokens), filled, len(tokens)):
                 llama.call(np.resize(tokens, min(len(tokens), filled - first)), first)
         wall: list[float] = []
