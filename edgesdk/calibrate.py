@@ -223,9 +223,12 @@ def _kept(spec: ModelSpec, runtime: str, what: str, make: Callable[[], bytes]) -
     """`make()`, kept in the cache by the micro-programs' content and the runtime's version."""
     from edgesdk import __version__
     from edgesdk.cache import cache_dir
+    from edgesdk.kernels.cpu import host_targets
+    from edgesdk.kernels.panels import LAYOUT
     from edgesdk.runner import installed
 
-    key = hashlib.sha256(repr((spec.digest, runtime, what, sorted(installed().items()), __version__)).encode()).hexdigest()[:40]
+    form = (LAYOUT, host_targets()[0]) if "native" in what else ()  # of weights on our own kernels
+    key = hashlib.sha256(repr((spec.digest, runtime, what, form, sorted(installed().items()), __version__)).encode()).hexdigest()[:40]
     path = cache_dir("lowered") / f"micro-{key}"
     if path.exists():
         return path.read_bytes()
