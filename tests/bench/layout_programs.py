@@ -60,29 +60,17 @@ def lower_llama(config: SequenceConfig, path: Path, kind: str, source: int) -> f
     wanted = path.with_name(f"{config.layout}-{config.parameters // 10**6}M-{source}.npy")
     if not wanted.exists():
         with torch.no_grad():
-            seen = torch.zeros(tokens.shape)
-            answer = model(tokens, seen, torch.zeros((1, 1), dtype=torch.int64)) if config.encoder else model(None, None, tokens)
-        np.save(wanted, answer[0, -1].numpy())
+            np.save(wanted, model(None, None, tokens)[0, -1].numpy())
     write(config, {k: v.numpy() for k, v in model.state_dict().items()}, path, kind)
     return time.process_time() - start
 
 
 def logits_of(runner: Any, config: SequenceConfig, source: int) -> list[float]:
-    """What a program of ours says to the prompt: its last token's logits, or those of a first token behind an encoder."""
+    """What a decoder-only program of ours says to the prompt: its last token's logits."""
     import numpy as np
 
-    from edgesdk.sequence.caches import HIDDEN
-
-    tokens = prompt(config, source)[None]
-    if config.encoder is None:
-        at = np.arange(source)[None]
-        return list(map(float, runner.run("prefill", [tokens, at, np.array([source - 1]), np.zeros((1, source), np.float32)])[0][0]))
-    seen = np.zeros((1, source), np.float32)
-    arrays = [np.zeros(shape, dtype) for shape, dtype in runner.inputs("decode")]
-    cross = runner.run("encode", [tokens, seen])
-    arrays[2][..., :-1] = HIDDEN
-    arrays[4 : 4 + len(cross)] = cross
-    return list(map(float, runner.run("decode", arrays)[0][0, 0]))
+    arrays = [prompt(config, source)[None], np.arange(source)[None], np.array([source - 1]), np.zeros((1, source), np.float32)]
+    return list(map(float, runner.run("prefill", arrays)[0][0]))
 
 
 def lower_to(config: SequenceConfig, path: Path, runtime: str, weights: str, source: int, slots: int, batch: int = 1) -> float:

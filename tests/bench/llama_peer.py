@@ -1,7 +1,7 @@
 """llama.cpp as a peer of whole models: a model of ours with its own weights as a GGUF file, and its times. Called by `layout_programs.py`.
 
-Decoder-only models go to its `llama` architecture, encoder-decoders to `t5`. What the two must have for that: RMS norms before the layers, no
-biases; a gated SiLU feed-forward and rotary positions, or relative positions, scores without a scale, and as many heads of keys as of queries.
+Decoder-only models alone, as its `llama` architecture has them: RMS norms before the layers, no biases, a gated SiLU feed-forward, rotary
+positions, a tied head. (Its `t5` computes keys and values of the source anew for every token.)
 The libraries are those that `kernels_x86 --install` builds; the bindings and the writer come from the same source package.
 """
 
@@ -62,9 +62,9 @@ def write(config: SequenceConfig, state: dict[str, Any], path: Path, kind: str) 
 
     stack = config.decoder
     assert stack is not None and config.tied and config.norm == "rms" and config.norm_place == "pre"
-    arch = "t5" if config.encoder else "llama"
+    assert config.encoder is None and config.positions == "rope" and config.gated and config.activation == "silu"
     whole = path.with_suffix(".f16")
-    out = gguf.GGUFWriter(str(whole), arch)
+    out = gguf.GGUFWriter(str(whole), "llama")
     out.add_vocab_size(config.vocab)
     out.add_tokenizer_model("none")
     out.add_context_length(config.max_positions)
@@ -75,19 +75,11 @@ def write(config: SequenceConfig, state: dict[str, Any], path: Path, kind: str) 
     out.add_key_length(stack.head)
     out.add_value_length(stack.head)
     out.add_layer_norm_rms_eps(config.norm_eps)
-    if config.encoder:
-        assert config.positions == "relative" and not config.gated and config.attention_scale == 1 and stack.heads == stack.kv_heads
-        out.add_block_count(config.encoder.layers)
-        out.add_uint32("t5.decoder_block_count", stack.layers)
-        out.add_relative_attn_buckets_count(config.relative_buckets)
-        out.add_decoder_start_token_id(0)
-    else:
-        assert config.positions == "rope" and config.gated and config.activation == "silu"
-        out.add_block_count(stack.layers)
-        out.add_rope_dimension_count(stack.head)
-        out.add_rope_freq_base(config.rope_theta)
+    out.add_block_count(stack.layers)
+    out.add_rope_dimension_count(stack.head)
+    out.add_rope_freq_base(config.rope_theta)
     for name, value in tensors(config, state):
-        out.add_tensor(name, value.astype(np.float16 if value.ndim == 2 and "rel_b" not in name else np.float32))
+        out.add_tensor(name, value.astype(np.float16 if value.ndim == 2 else np.float32))
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
@@ -102,28 +94,16 @@ def write(config: SequenceConfig, state: dict[str, Any], path: Path, kind: str) 
 
 
 def tensors(config: SequenceConfig, state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    stack = config.decoder
+    assert stack is not None
     yield "token_embd.weight", state["embed.weight"]
-    for side, stack in (("encoder", config.encoder), ("decoder", config.decoder)):
-        if stack is None:
-            continue
-        ahead = f"{side[:3]}." if config.encoder else ""
-        yield f"{ahead}output_norm.weight", state[f"{side}.final_norm.weight"]
-        if config.positions == "relative":
-            yield f"{ahead}blk.0.attn_rel_b.weight", state[f"{side}.relative.weight"]
-        for i in range(stack.layers):
-            for ours, theirs in _layer(side, bool(config.encoder)):
-                name = f"{side}.layers.{i}.{ours}.weight"
-                if name in state:
-                    turned = config.positions == "rope" and ours in ("self_attn.q", "self_attn.k")
-                    yield f"{ahead}blk.{i}.{theirs}.weight", _paired(state[name], stack) if turned else state[name]
-
-
-def _layer(side: str, cross: bool) -> list[tuple[str, str]]:
+    yield "output_norm.weight", state["decoder.final_norm.weight"]
     names = [("self_norm", "attn_norm"), ("ffn_norm", "ffn_norm"), *((f"ffn.{n}", f"ffn_{n}") for n in ("gate", "up", "down"))]
-    names += [(f"self_attn.{a}", f"attn_{b}") for a, b in zip("qkvo", ("q", "k", "v", "o" if cross else "output"), strict=True)]
-    if cross and side == "decoder":
-        names += [("cross_norm", "cross_attn_norm"), *((f"cross_attn.{n}", f"cross_attn_{n}") for n in "qkvo")]
-    return names
+    names += [(f"self_attn.{a}", f"attn_{b}") for a, b in zip("qkvo", ("q", "k", "v", "output"), strict=True)]
+    for i in range(stack.layers):
+        for ours, theirs in names:
+            value = state[f"decoder.layers.{i}.{ours}.weight"]
+            yield f"blk.{i}.{theirs}.weight", _paired(value, stack) if ours in ("self_attn.q", "self_attn.k") else value
 
 
 def _paired(weight: Any, stack: Stack) -> Any:
@@ -148,14 +128,14 @@ class Llama:
             raise RuntimeError(f"llama.cpp refuses {path}")
         self.memory = self.lib.llama_get_memory(self.context)
 
-    def call(self, tokens: Any, first: int, encode: bool = False) -> None:
-        """Tokens from position `first` on, the last one's logits wanted; of an encoder, all of its states."""
+    def call(self, tokens: Any, first: int) -> None:
+        """Tokens from position `first` on, the last one's logits wanted."""
         batch = self.lib.llama_batch_init(len(tokens), 0, 1)
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
             batch.token[i], batch.pos[i], batch.n_seq_id[i] = int(token), first + i, 1
-            batch.seq_id[i][0], batch.logits[i] = 0, encode or i == len(tokens) - 1
-        failed = (self.lib.llama_encode if encode else self.lib.llama_decode)(self.context, batch)
+            batch.seq_id[i][0], batch.logits[i] = 0, i == len(tokens) - 1
+        failed = self.lib.llama_decode(self.context, batch)
         self.lib.llama_batch_free(batch)
         if failed:
             raise RuntimeError(f"llama.cpp: {failed}")
@@ -168,34 +148,30 @@ class Llama:
 
 
 def timed(path: Path, config: SequenceConfig, threads: int, seconds: float, tokens: Any, slots: int, status: Any) -> dict[str, Any]:
-    """As `layout_programs.timed`: `tokens` read, then a token behind a full cache (behind an encoder: `slots` tokens), again and again."""
+    """As `layout_programs.timed`: `tokens` read, then a token behind a full cache, again and again."""
     before, start = status(), time.perf_counter()
     llama = Llama(path, config, threads, len(tokens), slots)
-    encode = config.encoder is not None
-    llama.call(tokens, 0, encode)
-    if encode:
-        llama.call([0], 0)
+    llama.call(tokens, 0)
     found: dict[str, Any] = {
         "samples_s": {},
         "cpu_samples_s": {},
         "logits": llama.logits().tolist(),
         "opened_s": time.perf_counter() - start,
     }
-    filled = slots - 1 if encode else len(tokens) + slots - 1
-    for method in ("encode" if encode else "prefill", "decode"):
+    filled = len(tokens) + slots - 1
+    for method in ("prefill", "decode"):
         if method == "decode":  # up to where the last token goes
-            llama.forget(0 if encode else len(tokens))
-            for first in range(0 if encode else len(tokens), filled, len(tokens)):
+            llama.forget(len(tokens))
+            for first in range(len(tokens), filled, len(tokens)):
                 llama.call(np.resize(tokens, min(len(tokens), filled - first)), first)
         wall: list[float] = []
         cpu: list[float] = []
         end = time.perf_counter() + seconds
         while len(wall) < 3 or time.perf_counter() < end:
             at = filled if method == "decode" else 0
-            if method != "encode":
-                llama.forget(at)
+            llama.forget(at)
             clock, used = time.perf_counter(), time.process_time()
-            llama.call(tokens if method != "decode" else [1], at, method == "encode")
+            llama.call(tokens if method == "prefill" else [1], at)
             cpu.append(time.process_time() - used)
             wall.append(time.perf_counter() - clock)
         found["samples_s"][method], found["cpu_samples_s"][method] = wall, cpu

@@ -5,7 +5,7 @@
     python tests/bench/native_330m.py --folder FOLDER --measured samples.json      # the tables of an earlier run
 
 Shapes are those that all three have. Decoder-only, as llama.cpp's `llama`: 29 layers, width 1024, 8 heads and 4 of keys and values of 64, a gated
-feed-forward of 2816, rotary positions, vocabulary 32128, tied. Encoder-decoder, as its `t5`: 18 and 9 layers, 8 heads, a feed-forward of 4096
+feed-forward of 2816, rotary positions, vocabulary 32128, tied. Encoder-decoder, without llama.cpp: 18 and 9 layers, 8 heads, a feed-forward of 4096
 with ReLU, relative positions. Seeded noise as weights: speed does not depend on them, and the error, of the logits behind the prompt against
 the float32 model, says that all compute the same. Ours and ExecuTorch: int4 in groups of 32, inputs rounded to int8, the looked-up table in int8;
 llama.cpp: every matrix Q4_0 or Q4_K. 512 tokens are read, then one token at a time with 128 more behind them, all of them seen. At last the
@@ -53,7 +53,7 @@ def lowered(args: argparse.Namespace, layout: str, config: SequenceConfig) -> di
     """Peer → its program, with its configuration beside it."""
     files = {}
     for name, (runtime, weights) in PEERS.items():
-        if args.peers and not any(w in name for w in args.peers.split(",")):
+        if (args.peers and not any(w in name for w in args.peers.split(","))) or (runtime == "llama.cpp" and config.encoder):
             continue
         stem = f"{layout}-{config.parameters // 10**6}M-{runtime}-{weights}-{SOURCE}"
         files[name], path = args.folder / stem, config.save(args.folder / f"{stem}.json")
@@ -146,7 +146,7 @@ def main() -> None:
     for layout, config in {**configs(), "normalizer": None}.items():
         if args.measured or (args.only and args.only != layout):
             continue
-        wanted = args.folder / f"{layout}-{config.parameters // 10**6}M-{SOURCE}.npy" if config else None
+        wanted = args.folder / f"{layout}-{config.parameters // 10**6}M-{SOURCE}.npy" if config and not config.encoder else None
         runs += measured(args, layout, lowered(args, layout, config) if config else example(args), wanted)
         sys.stdout.write(table([r for r in runs if r["layout"] == layout], args.clock))
         sys.stdout.flush()
