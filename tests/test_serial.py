@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from edgesdk.bundles import bundle_digest
 from edgesdk.errors import DeviceError, InputError, LinkError
 from edgesdk.flash import flash, status
-from edgesdk.transport import parse_link
+from edgesdk.transport import parse_link, serial_login
 from edgesdk.transport import serial as serial_link
 from edgesdk.transport.serial_device import HEAD, messages
 from edgesdk.transport.serial_line import DEVICE, Line, frame, parse
@@ -213,7 +213,7 @@ def test_what_stands_in_the_way_is_named(console: Console, tmp_path: Path) -> No
 
 
 def test_a_silent_line_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serial_link, "TRIES", 2)
+    monkeypatch.setattr(serial_login, "TRIES", 2)
     with Console(tmp_path) as console:
         console._process.kill()
         console._process.wait()
