@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 
@@ -12,7 +11,7 @@ from edgesdk.devices import load_device
 from edgesdk.errors import EdgeError, InputError, UnknownName
 from edgesdk.graph.memory import weight_bytes
 from edgesdk.graph.memory_plan import dry_plan
-from edgesdk.graph.types import ModelGraph, Unit
+from edgesdk.graph.types import ModelGraph
 from edgesdk.model import SEPARATOR
 from edgesdk.native.formats import is_native
 from edgesdk.plan.answering import answering, answers_of
@@ -34,7 +33,8 @@ from edgesdk.plan.setting import (
 )
 from edgesdk.plan.solve import Solution, solve
 from edgesdk.plan.subject import Subject
-from edgesdk.plan.types import Budget, BudgetCheck, Candidate, Estimate, Plan, Precision, UnitPlan, Workload
+from edgesdk.plan.types import Budget, BudgetCheck, Candidate, Estimate, Plan, UnitPlan, Workload
+from edgesdk.plan.words import against, reasons, warnings, why
 from edgesdk.units import show_seconds
 
 DEFAULT_DROP = 0.01
@@ -70,7 +70,7 @@ def make_plan(
     best = _answered(made[at][0], best)
     plans = [p for _, p in made]
     front = _pareto([c for p in plans for c in p.front])
-    return best.model_copy(update={"front": front, "reasons": (*best.reasons, *_against(best, plans))})
+    return best.model_copy(update={"front": front, "reasons": (*best.reasons, *against(best, plans))})
 
 
 def _answered(s: Setting, plan: Plan) -> Plan:
@@ -295,7 +295,7 @@ def _plan(
                 UnitPlan.model_validate({
                     "unit": unit.name, "method": method.name, "op": unit.op, "precision": precision,
                     "runtime": "native" if is_native(precision) else s.runtime, "weight_bytes": size, "latency": estimate,
-                    "bound": cost.bound, "harm": harm, "why": _why(s, unit, precision, offered, touched),
+                    "bound": cost.bound, "harm": harm, "why": why(s, unit, precision, offered, touched),
                 })
             )  # fmt: skip
         weighted = {u.precision for u in units if u.method == method.name and u.weight_bytes}
@@ -324,7 +324,7 @@ def _plan(
         model=s.subject.ref, model_name=s.subject.facts.name, layout=s.subject.facts.layout, device=s.device.name, runtime=s.runtime, unit=s.compute.name, threads=s.threads,
         power_mode=s.device.default_power_mode, workload=s.workload, budget=budget, fits=all(c.fits for c in checks), checks=checks, units=tuple(units),
         latency=latency, method_latency=per_method, memory=memory, storage_bytes=stored, quality=None if s.harm.quality is None else s.harm.quality + s.lost, quality_drop=drop,
-        proof=solution.proof, front=(candidate, *_front(s, limits)), reasons=_reasons(s, refused, units), warnings=_warnings(s, forced),
+        proof=solution.proof, front=(candidate, *_front(s, limits)), reasons=reasons(s, refused, units), warnings=warnings(s, forced),
         digests={"model": s.subject.facts.model_digest, "graph": s.graph.digest(), "device": s.device.digest(), "efficiency": s.efficiency.digest(), "edgesdk": __version__},
     )  # fmt: skip
 
@@ -370,52 +370,3 @@ def _pareto(points: list[Candidate]) -> tuple[Candidate, ...]:
         if not kept or p.memory_bytes < kept[-1].memory_bytes:
             kept.append(p)
     return tuple(kept)
-
-
-def _why(s: Setting, unit: Unit, precision: str, offered: list[Precision], touched: float) -> str:
-    if not unit.weight_elements:
-        return "no weights"
-    if s.whole and precision == "int8-static":
-        return "int8 end to end: nothing is turned back to float in between"
-    if len(offered) == 1:
-        return "the only choice here"
-    if precision == "fp32":
-        return "float is fastest here, or needed for quality"
-    float_s, own_s = cost_of(s, unit, "fp32", touched).seconds, cost_of(s, unit, precision, touched).seconds
-    smaller = weight_bytes(unit, "fp32", s.runtime) / max(weight_bytes(unit, precision, s.runtime), 1)
-    return f"{float_s / own_s:.2g}x the speed of float, {smaller:.2g}x smaller" if own_s > 0 else f"{smaller:.2g}x smaller"
-
-
-def _reasons(s: Setting, refused: int, units: Sequence[UnitPlan]) -> tuple[str, ...]:
-    reasons = [f"times: {s.efficiency.origin}" + (f", {s.efficiency.notes[0]}" if s.efficiency.notes else "")]
-    if native := sum(u.runtime == "native" for u in units) if s.runtime != "native" else 0:
-        reasons.append(
-            f"{native} of {len(units)} units run on our own kernels inside {s.runtime}, which calibration measured for each kind"
-        )
-    if refused:
-        reasons.append(f"{refused} quantized options were refused: predicted slower than float on {s.device.name} with {s.runtime}")
-    if s.harm.quality is None:
-        reasons.append("quality: the model has no evaluate(), so int8-static and int4 are taken only if a budget needs them")
-    else:
-        reasons.append(f"quality: {s.subject.facts.quality_name} {s.harm.quality:.2%} on held-out data before compression")
-    return tuple(reasons)
-
-
-def _warnings(s: Setting, forced: bool) -> tuple[str, ...]:
-    warnings = []
-    if forced:
-        warnings.append("memory forces precisions that are predicted slower than float")
-    if s.efficiency.origin == "prior":
-        warnings.append(f"nothing was measured on {s.device.name} with {s.runtime}: run `edgesdk calibrate` there for tight predictions")
-    return tuple(warnings)
-
-
-def _against(best: Plan, plans: list[Plan]) -> list[str]:
-    """Why not the others: one line each."""
-    lines = []
-    for p in plans:
-        if (p.layout, p.runtime) != (best.layout, best.runtime):
-            state = f"{p.latency.value / best.latency.value:.2f}x the time" + ("" if p.fits else ", does not fit")
-            quality = "" if p.quality is None else f", quality {p.quality:.1%}"
-            lines.append(f"not {p.layout} on {p.runtime}: {state}{quality}")
-    return lines
