@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from edgesdk.agent.client import Agent, agent_folder
 from edgesdk.deployment import Action, Deployment, GoldenResult, Installed
 from edgesdk.errors import DeviceError, InputError
 from edgesdk.install import Source, Steps, Survey, install, read_source, rollback, survey
+from edgesdk.lease import lease
 from edgesdk.signing import Signer, signer_of
 from edgesdk.transport import Transport, parse_link
 from edgesdk.transport.scripts import LINK, script
@@ -91,19 +93,22 @@ def flash(
     keep: int = 2,
     latency_gate: float | None = None,
     allow_unsigned: bool = False,
+    wait_s: float = 0.0,
     watch: Watch | None = None,
 ) -> Deployment:
     """Install `bundle` on the device behind the link `on` and make it current, if its outputs are right there.
 
     `latency_gate` is in seconds: no method's median call may take longer. `keep` is how many bundles stay installed (at least 2).
-    `allow_unsigned`: one that no trusted key signed, too. Raises `CheckFailed` (signature, outputs, digest or gate; the device keeps what it
-    had), `DeviceError` (full disk …), `LinkError` (the same call resumes) and `InputError`.
+    `allow_unsigned`: one that no trusted key signed, too. `wait_s`: how long to wait for others who use the device.
+
+    Raises `CheckFailed` (signature, outputs, digest or gate; the device keeps what it had), `DeviceError` (full disk, in use …), `LinkError` (the
+    same call resumes) and `InputError`.
     """
     if keep < 2:
         raise InputError(f"keep = {keep}, wanted at least 2", "the current and the previous bundle are always kept")
     source = read_source(bundle)
     signer = None if allow_unsigned else signer_of(bundle)
-    with _connected(on) as transport:
+    with _connected(on) as transport, _alone(transport, dry_run, python, wait_s):
         before = survey(transport, source.digest, [m.name for m in source.manifest.members])
         if before.current == source.digest and before.good.get(source.digest) and latency_gate is None:
             return _deployment("already-installed", transport, before, source, signer=signer)
@@ -113,9 +118,11 @@ def flash(
         return _deployment("dry-run" if dry_run else "installed", transport, after, source, performer, signer)
 
 
-def roll_back(on: str | Transport = "local", *, dry_run: bool = False, python: str | None = None, watch: Watch | None = None) -> Deployment:
-    """Make the previous bundle current again. Raises `DeviceError` if there is none, `CheckFailed` if it is damaged."""
-    with _connected(on) as transport:
+def roll_back(
+    on: str | Transport = "local", *, dry_run: bool = False, python: str | None = None, wait_s: float = 0.0, watch: Watch | None = None
+) -> Deployment:
+    """Make the previous bundle current again. Raises `DeviceError` if there is none or the device is in use, `CheckFailed` if it is damaged."""
+    with _connected(on) as transport, _alone(transport, dry_run, python, wait_s):
         before = survey(transport)
         performer = _perform(transport, rollback(before, transport.root, python or transport.python), python, dry_run, watch)
         after = before if dry_run else survey(transport)
@@ -126,6 +133,11 @@ def status(on: str | Transport = "local") -> Deployment:
     """What is installed on the device."""
     with _connected(on) as transport:
         return _deployment("status", transport, survey(transport), None)
+
+
+def _alone(transport: Transport, dry_run: bool, python: str | None, wait_s: float) -> contextlib.AbstractContextManager[None]:
+    """Nobody else changes the device meanwhile."""
+    return contextlib.nullcontext() if dry_run else lease(transport, "install", python=python, wait_s=wait_s)
 
 
 class _connected:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from edgesdk.agent.client import Agent, Tell
 from edgesdk.bundle import Manifest
 from edgesdk.errors import DeviceError, InputError
+from edgesdk.lease import lease
 from edgesdk.report import Comparison, Conditions, Report
 from edgesdk.transport import Transport, parse_link
 from edgesdk.trust import judge, method_samples
@@ -58,13 +59,14 @@ def profile(
     device: str | None = None,
     python: str | None = None,
     operators: bool = False,
+    wait_s: float = 0.0,
     tell: Tell | None = None,
 ) -> Report:
     """Run each method `runs` times on the device behind the link `on` after `warmup` calls, in a fresh process.
 
     `bundle` None: what is installed there. A bundle that is not there is installed first (see `flash`). `device` is the profile's name
     (default: what the bundle was built for; `host` on a local link). `operators` adds times of single units (slow: each is
-    lowered and timed alone, on this host only). Raises what `flash` raises, and `DeviceError` if the program fails there.
+    lowered and timed alone, on this host only). `wait_s`: how long to wait for others who use the device. Raises what `flash` raises, and `DeviceError` if the program fails there.
     """
     if runs < 1 or warmup < 0:
         raise InputError(f"runs = {runs}, warmup = {warmup}", "give at least one run")
@@ -72,13 +74,14 @@ def profile(
     try:
         if transport.link == "fake":
             raise InputError("the fake device measures nothing", "use --on local or --on ssh://…")
-        here = installed(transport, bundle, python)
         if operators and not transport.link.startswith("local"):
             raise InputError("times of single units are taken on this host only", "leave --operators out, or use --on local")
-        with Agent(transport, python) as agent:
-            facts = agent.ask("facts")
-            extra: dict[str, Any] = {"method": method} if method else {}
-            raw = agent.ask("profile", tell=tell, folder=here.folder, runs=runs, warmup=warmup, **extra)
+        with lease(transport, "profile", python=python, wait_s=wait_s):
+            here = installed(transport, bundle, python)
+            with Agent(transport, python) as agent:
+                facts = agent.ask("facts")
+                extra: dict[str, Any] = {"method": method} if method else {}
+                raw = agent.ask("profile", tell=tell, folder=here.folder, runs=runs, warmup=warmup, **extra)
         report = make_report(here, transport.link, facts, raw, device)
         plan = _plan_of(here) if operators else None
     finally:

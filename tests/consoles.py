@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import pty
 import random
@@ -16,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Self
 
+TAKE = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
+"""Makes the terminal that it is started on its own, then becomes what it is told to."""
 GETTY = """
 import os, sys, termios
 while True:
@@ -47,13 +48,9 @@ class Console:
     def __enter__(self) -> Self:
         self._board, slave = pty.openpty()
 
-        def begin() -> None:
-            os.setsid()
-            fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
-
-        argv = [sys.executable, "-c", GETTY] if self.login else ["sh", "-i"]
+        argv = [sys.executable, "-c", TAKE, *([sys.executable, "-c", GETTY] if self.login else ["sh", "-i"])]
         environment = {**os.environ, "PS1": "# ", "ENV": "", "TERM": "dumb"}
-        self._process = subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave, preexec_fn=begin, env=environment)
+        self._process = subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env=environment)
         os.close(slave)
         self._host: int | None = None
         self._over = False

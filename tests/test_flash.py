@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from tiny import tiny_bundle
 from edgesdk.bundles import bundle_digest
 from edgesdk.errors import CheckFailed, DeviceError, InputError, LinkError
 from edgesdk.flash import flash, roll_back, status
+from edgesdk.lease import HOLD
+from edgesdk.profile import profile
 from edgesdk.transport.fake import Failures, FakeTransport
 from edgesdk.transport.local import LocalTransport
 
@@ -177,3 +180,60 @@ def test_command_line_codes(tmp_path, bundles):
         assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
     dry = _cli("flash", str(bundles["b"]), "--on", on, "--dry-run")
     assert dry.returncode == 0 and "put   " in dry.stdout and "link  " in dry.stdout
+
+
+# ---- one user at a time
+
+
+def holder(root: Path) -> subprocess.Popen[str]:
+    """Another user's process that holds the device."""
+    argv = [sys.executable, "-u", "-c", HOLD, str(root), "ann@lab, to profile"]
+    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdout.readline() == "yours\n"
+    return process
+
+
+def test_a_device_in_use_is_refused_and_free_once_its_user_is_gone(tmp_path, bundles):
+    device = LocalTransport(tmp_path)
+    other = holder(tmp_path)
+    with pytest.raises(DeviceError, match="in use by ann@lab, to profile") as caught:
+        flash(bundles["a"], device)
+    assert caught.value.exit_code == 3 and "--wait" in caught.value.hint and status(device).current is None
+    with pytest.raises(DeviceError, match="in use"):
+        profile(bundles["a"], device, runs=1)
+    assert flash(bundles["a"], device, dry_run=True).steps
+    other.kill()  # no goodbye: its link broke
+    other.communicate()
+    assert flash(bundles["a"], device).good
+    assert profile(bundles["a"], device, runs=20).methods  # which installs within its own lease
+
+
+def test_a_device_in_use_is_waited_for(tmp_path, bundles):
+    other = holder(tmp_path)
+    threading.Timer(1.5, other.kill).start()
+    assert flash(bundles["a"], LocalTransport(tmp_path), wait_s=30).good
+    other.communicate()
+
+
+def test_two_installers_at_once_one_is_refused(tmp_path, bundles):
+    done: list[object] = []
+
+    def install(name: str) -> None:
+        try:
+            done.append(flash(bundles[name], LocalTransport(tmp_path)).current)
+        except DeviceError as error:
+            done.append(error)
+
+    threads = [threading.Thread(target=install, args=(name,)) for name in ("a", "b")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    refused = [d for d in done if isinstance(d, DeviceError)]
+    assert len(refused) <= 1 and all("in use by" in str(r) for r in refused)
+    assert status(LocalTransport(tmp_path)).current in [d for d in done if isinstance(d, str)]
+
+
+def test_a_fake_device_in_use(bundles):
+    with pytest.raises(DeviceError, match="in use by bob@desk"):
+        flash(bundles["a"], FakeTransport(failures=Failures(held_by="bob@desk")))

@@ -95,6 +95,16 @@ def send_agent(transport: Transport) -> str:
     return folder
 
 
+def require_python(transport: Transport, python: str) -> None:
+    """Raises `DeviceError` where the interpreter does not run on the device or is too old."""
+    probe = transport.run((python, "-c", "import sys; sys.exit(3 * (sys.version_info < (3, 9)))"), timeout=START_S)
+    if probe.code != 0:
+        what = "is older than 3.9" if probe.code == 3 else f"does not run there: {probe.complaint}"
+        raise DeviceError(
+            f"{transport.link}: the interpreter '{python}' {what}", "install python3 there, or give its path with --python PATH"
+        )
+
+
 class Agent:
     """A running agent (`folder`: where it is, if it was sent already).
 
@@ -116,15 +126,8 @@ class Agent:
             raise
         except DeviceError:
             self._stream.close()
-            self._require_python(transport)
+            require_python(transport, self.python)
             raise
-
-    def _require_python(self, transport: Transport) -> None:
-        probe = transport.run((self.python, "-c", "import sys; sys.exit(3 * (sys.version_info < (3, 9)))"), timeout=START_S)
-        if probe.code != 0:
-            what = "is older than 3.9" if probe.code == 3 else f"does not run there: {probe.complaint}"
-            hint = "install python3 there, or give its path with --python PATH"
-            raise DeviceError(f"{self.link}: the interpreter '{self.python}' {what}", hint)
 
     def ask(self, verb: str, timeout_s: float = 600.0, tell: Tell | None = None, **arguments: Any) -> dict[str, Any]:
         """The answer to one request; `tell(text, share)` hears of its progress. `timeout_s` is between two lines."""

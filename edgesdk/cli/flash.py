@@ -20,6 +20,9 @@ On = Annotated[
         help="local, local:/folder, ssh://user@host:port (?identity=FILE&root=FOLDER), adb://SERIAL, serial:/dev/ttyUSB0 (?baud=…&user=…), fake.",
     ),
 ]
+Wait = Annotated[
+    str | None, typer.Option("--wait", help="How long to wait for others who use the device: 10min.", show_default="not at all")
+]
 PythonPath = Annotated[
     str | None, typer.Option("--python", help="The interpreter on the device.", show_default="python3; locally this one")
 ]
@@ -32,6 +35,7 @@ def flash(
     keep: Annotated[int, typer.Option("--keep", help="How many bundles stay installed.", min=2)] = 2,
     latency_gate: Annotated[str | None, typer.Option("--latency-gate", help="Refuse if a method's median call takes longer: 20ms.")] = None,
     allow_unsigned: Annotated[bool, typer.Option("--allow-unsigned", help="Install it although no trusted key signed it.")] = False,
+    wait: Wait = None,
     rollback: Annotated[bool, typer.Option("--rollback", help="Make the previous bundle current again.")] = False,
     status: Annotated[bool, typer.Option("--status", help="Show what is installed.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the steps and change nothing.")] = False,
@@ -44,13 +48,13 @@ def flash(
 
     if sum((bundle is not None, rollback, status)) != 1:
         raise InputError("flash wants one of: a bundle, --rollback, --status", "edgesdk flash model.edge --on local")
-    gate = parse_seconds(latency_gate) if latency_gate else None
+    gate, wait_s = parse_seconds(latency_gate) if latency_gate else None, parse_seconds(wait) if wait else 0.0
     if status:
         answer = verb.status(on)
     else:
         with progress("flash") as step:
             if rollback:
-                answer = verb.roll_back(on, dry_run=dry_run, python=python, watch=_watch(step))
+                answer = verb.roll_back(on, dry_run=dry_run, python=python, wait_s=wait_s, watch=_watch(step))
             else:
                 answer = verb.flash(
                     str(bundle),

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from edgesdk.cli.common import Json, emit_json, progress, say
-from edgesdk.cli.flash import On, PythonPath
+from edgesdk.cli.flash import On, PythonPath, Wait
 
 
 def profile(
@@ -22,16 +22,27 @@ def profile(
     ] = None,
     python: PythonPath = None,
     operators: Annotated[bool, typer.Option("--operators", help="Time each unit alone, too (on this host; slow).")] = False,
+    wait: Wait = None,
     out: Annotated[Path | None, typer.Option("--out", help="Save the report, raw samples and all.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Write the samples as a picture (needs matplotlib).")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a bundle on a device, beside what was predicted."""
     from edgesdk import profile as verb
+    from edgesdk.units import parse_seconds
 
     with progress("profile") as step:
         report = verb.profile(
-            bundle, on, runs=runs, warmup=warmup, method=method, device=device, python=python, operators=operators, tell=step
+            bundle,
+            on,
+            runs=runs,
+            warmup=warmup,
+            method=method,
+            device=device,
+            python=python,
+            operators=operators,
+            wait_s=parse_seconds(wait) if wait else 0.0,
+            tell=step,
         )
     if out:
         report.save(out)

@@ -13,6 +13,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import time
 from urllib.parse import parse_qs, urlsplit
 
 from edgesdk.errors import DeviceError, InputError, LinkError, MissingTool, UnknownName
@@ -66,9 +67,16 @@ class AdbTransport(PipeTransport):
         return Result(done.returncode, done.stdout, done.stderr)
 
     def _connect(self) -> None:
-        said = self._client("adb", "connect", self.serial)
-        if error := self._cause(said.out + said.err):
-            raise error
+        """Over the network; a device that came back is offline to adb until it is let go and connected to again."""
+        for _ in range(5):
+            said = self._client("adb", "connect", self.serial)
+            if error := self._cause(said.out + said.err):
+                raise error
+            state = self._client(*self._adb, "get-state")
+            if state.code == 0 or b"offline" not in state.err:
+                return
+            self._client("adb", "disconnect", self.serial)
+            time.sleep(0.5)
 
     def _argv(self, argv: tuple[str, ...]) -> tuple[str, ...]:
         return (*self._adb, "shell", "-T", f'{shlex.join(argv)}; c=$?; echo "edgesdk-ended $c" >&2; exit $c')

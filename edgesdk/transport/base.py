@@ -83,6 +83,7 @@ class Transport(ABC):
     link: str
     root: str
     python: str = "python3"
+    leased: bool = False  # by this object (see `edgesdk.lease`)
 
     @abstractmethod
     def run(self, argv: tuple[str, ...], stdin: bytes | None = None, timeout: float = 60.0) -> Result:

@@ -23,6 +23,7 @@ class Failures:
     corrupt: bool = False  # what arrives is not what was sent
     check_error: float = 0.0  # the relative error that the golden check answers
     agent_crashes: bool = False
+    held_by: str = ""  # who else uses the device
 
 
 @dataclass
@@ -88,8 +89,10 @@ class FakeTransport(Transport):
         return self.must(("cat", remote), f"reading {remote}").out
 
     def open(self, argv: tuple[str, ...]) -> Stream:
+        if "-c" in argv:  # the lock of `edgesdk.lease`
+            return _FakeAgent(self, [f"held {self.failures.held_by}\n".encode() if self.failures.held_by else b"yours\n"])
         self.log.append(argv)
-        return _FakeAgent(self)
+        return _FakeAgent(self, [encode({"hello": "edgesdk-agent", "version": 1})])
 
     def _real(self, path: str) -> str:
         """`path` with a leading link followed."""
@@ -146,8 +149,8 @@ class FakeTransport(Transport):
 class _FakeAgent:
     """Answers `facts`, `check` and `health` from the fake's files; refuses to measure."""
 
-    def __init__(self, device: FakeTransport) -> None:
-        self._device, self._lines = device, [encode({"hello": "edgesdk-agent", "version": 1})]
+    def __init__(self, device: FakeTransport, lines: list[bytes]) -> None:
+        self._device, self._lines = device, lines
 
     def send(self, line: bytes) -> None:
         asked = decode(line.rstrip(b"\n"))

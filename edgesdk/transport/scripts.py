@@ -31,12 +31,14 @@ SHARE = 'mkdir -p "${2%/*}" && rm -f "$2" && { ln "$1" "$2" 2>/dev/null || cp "$
 """$1 a file that is there, $2 where it is wanted too."""
 
 LINK = (
-    'rm -f "$2.new" && ln -s "$1" "$2.new" && { mv -T -f "$2.new" "$2" 2>/dev/null || '
-    '"$3" -c "import os, sys; os.replace(sys.argv[1], sys.argv[2])" "$2.new" "$2"; }'
+    'sync; rm -f "$2.new" && ln -s "$1" "$2.new" && { mv -T -f "$2.new" "$2" 2>/dev/null || '
+    '"$3" -c "import os, sys; os.replace(sys.argv[1], sys.argv[2])" "$2.new" "$2"; } && sync'
 )
-"""$1 target, $2 link, $3 python: the link is made aside and renamed over the old one, so a reader sees the old or the new."""
+"""$1 target, $2 link, $3 python: the link is made aside and renamed over the old one, so a reader sees the old or the new. What it leads to is on
+the disk before, and it itself behind."""
 
-ACTIVATE = 'rm -rf "$2" && mv "$1" "$2"'
+ACTIVATE = 'sync; rm -rf "$2" && mv "$1" "$2" && sync'
+"""What was sent is on the disk before it gets its name: after a power cut a bundle in the store is whole."""
 REMOVE = 'rm -rf "$@"'
 UNLINK = 'rm -f "$@"'
 FREE = 'd=$1; while [ ! -d "$d" ]; do case "$d" in /*/*|[!/]*/*) d=${d%/*};; /*) d=/;; *) d=.;; esac; done; df -Pk "$d"'

@@ -1,0 +1,83 @@
+"""One user at a time on a device: who installs or measures holds a lock there, which the device's own system gives back when the link ends.
+
+A process on the device holds an advisory lock on `ROOT/lease` as long as its input is open: nothing has to be cleaned up after a crash, a cut link or a
+power cut, and no clock is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import platform
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+from edgesdk.agent.client import require_python
+from edgesdk.errors import DeviceError, LinkError
+from edgesdk.transport.base import Stream, Transport
+
+HOLD = """
+import fcntl, os, sys
+os.makedirs(sys.argv[1], exist_ok=True)
+with open(os.path.join(sys.argv[1], 'lease'), 'a+') as file:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        print('held ' + ' '.join(file.read().split()), flush=True)
+        sys.exit()
+    file.seek(0)
+    file.truncate()
+    file.write(sys.argv[2])
+    file.flush()
+    print('yours', flush=True)
+    sys.stdin.read()
+"""
+ANSWER_S = 60.0
+AGAIN_S = 1.0
+
+
+@contextlib.contextmanager
+def lease(transport: Transport, what: str, *, python: str | None = None, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold the device behind `transport`, to do `what`; within it, another lease of the same transport is this one.
+
+    Raises `DeviceError` that names who holds it, if they still do after `wait_s`.
+    """
+    if transport.leased:
+        yield
+        return
+    python, until = python or transport.python, time.monotonic() + wait_s
+    who = f"{getpass.getuser()}@{platform.node()}, to {what}, since {datetime.now(UTC).isoformat(timespec='seconds')}"
+    while True:
+        stream = transport.open((python, "-u", "-c", HOLD, transport.root, who))
+        try:
+            line = _answer(stream, transport, python)
+            if line == "yours":
+                transport.leased = True
+                try:
+                    yield
+                finally:
+                    transport.leased = False
+                return
+        finally:
+            stream.close()
+        if time.monotonic() >= until:
+            raise DeviceError(
+                f"{transport.link}: in use by {line[5:] or 'somebody'}", "wait until they are done, or say how long: --wait 10min"
+            )
+        time.sleep(AGAIN_S)
+
+
+def _answer(stream: Stream, transport: Transport, python: str) -> str:
+    """What the lock said; a login banner may come first."""
+    try:
+        while True:
+            line = stream.readline(ANSWER_S).decode(errors="replace").strip()
+            if line == "yours" or line.startswith("held"):
+                return line
+    except LinkError:
+        raise
+    except DeviceError:
+        require_python(transport, python)
+        raise
