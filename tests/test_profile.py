@@ -214,7 +214,7 @@ def test_command_lines(tmp_path, place, report):
         (["report", str(tmp_path / "x.npy")], 2, "x.npy"),
         (["report", "--etdump", str(tmp_path / "x.npy")], 2, "not an ETDump"),
         (["run", str(place[0]), "--on", place[1], "--input", str(tmp_path / "not.npy")], 2, "cannot be read as .npy"),
-        (["profile", "--on", "serial:/dev/ttyUSB0"], 2, "not supported yet"),
+        (["profile", "--on", "serial:/dev/no-such-port"], 3, "no such port"),
     ):
         done = _cli(*args)
         assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr, done.stderr
