@@ -15,15 +15,21 @@ LOST = 0.02
 """Of the weights (root mean square): what may be lost where panels keep them less exactly than they are stored."""
 
 
-def refuse_unfit(code: Code) -> None:
-    """Raises `UnfitWeights` for what the kernels do not read: anything but grids of 2, 3, 4 or 8 bits with whole zeros, those of 4 bits with others
-    that super-blocks hold, and tables of 2, 3 or 4 bits that int8 holds."""
+def bits_and_group(code: Code) -> tuple[int, int]:
+    """Of a grid of 2, 3, 4 or 8 bits or a table of 2, 3 or 4. Raises `UnfitWeights` for anything else."""
     if code.kind not in ("grid", "table") or len(code.shape) != 2:
         raise UnfitWeights(f"a code of kind {code.kind} and shape {code.shape} is no grid and no table of rows and columns")
     bits, group = code.numbers
     known = (2, 3, 4, 8) if code.kind == "grid" else (2, 3, 4)
     if bits not in known:
         raise UnfitWeights(f"{bits} bits: the kernels read {', '.join(map(str, known))} of a {code.kind}")
+    return bits, group
+
+
+def refuse_unfit(code: Code) -> None:
+    """Raises `UnfitWeights` for what the kernels do not read: anything but grids of 2, 3, 4 or 8 bits with whole zeros, those of 4 bits with others
+    that super-blocks hold, and tables of 2, 3 or 4 bits that int8 holds."""
+    bits, group = bits_and_group(code)
     if group < code.shape[1] and group % BLOCK:
         raise UnfitWeights(f"groups of {group} columns: the kernels read multiples of {BLOCK} and whole rows")
     if code.kind == "table":

@@ -141,14 +141,17 @@ class Tape:
         least = max(1, THREAD_BYTES // (8 * x.cols))
         self.add(kind, x.rows, least, x=x, blocks=x.blocks, stride=x.stride, m=x.rows, cols=x.cols, out=out, **_norm_args(norm))
 
+    def _divided(self, p: Panels | FloatPanels, rows: int) -> tuple[str, int, int]:
+        """The kernel of a product, its parts, and how many of them a thread is worth."""
+        each, together = p.nbytes // p.panels, self.library.together
+        if rows == 1:
+            return "gemv", p.panels, THREAD_BYTES // each
+        return "gemm", p.panels // together, THREAD_BYTES // (each * together * min(rows, 16))
+
     def linear(self, weights: Panels, x: Rounded, out: Rows, *, bias: Any = None, residual: Rows | None = None) -> Any:
         """out = x · Wᵀ (+ bias [padded rows]) (+ residual, which may be `out`)."""
-        p, together = weights, self.library.together
-        each = weights.nbytes // p.panels
-        if x.rows == 1:
-            kernel, parts, least = "gemv", p.panels, THREAD_BYTES // each
-        else:
-            kernel, parts, least = "gemm", p.panels // together, THREAD_BYTES // (each * together * min(x.rows, 16))
+        p = weights
+        kernel, parts, least = self._divided(p, x.rows)
         kept = {"starts": p.starts, "kept": p.kept} if isinstance(p, SparsePanels) and p.starts.size else {}
         more = kept | {n: v for n, v in (("bias", bias), ("residual", residual)) if v is not None}
         return self.add(
@@ -159,12 +162,8 @@ class Tape:
 
     def floats(self, weights: FloatPanels, x: Rows, out: Rows, *, bias: Any = None, residual: Rows | None = None) -> Any:
         """The same with weights and inputs that are floats."""
-        p, together = weights, self.library.together
-        each = p.nbytes // p.panels
-        if x.rows == 1:
-            kernel, parts, least = "gemv", p.panels, THREAD_BYTES // each
-        else:
-            kernel, parts, least = "gemm", p.panels // together, THREAD_BYTES // (each * together * min(x.rows, 16))
+        p = weights
+        kernel, parts, least = self._divided(p, x.rows)
         more = {n: v for n, v in (("bias", bias), ("residual", residual)) if v is not None}
         return self.add(
             f"{kernel}_{p.form}", parts, least, codes=p.codes, row_scale=p.row_scale, x=x, x_stride=x.stride, m=x.rows, cols=p.cols,

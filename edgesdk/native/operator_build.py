@@ -73,9 +73,9 @@ def operator_library(target: str, forms: Iterable[str], by: neon.Compiler | None
     }  # fmt: skip
     headers = _headers()
     places = [f for folder in (headers, headers / "executorch/runtime/core/portable_type/c10") for f in ("-isystem", str(folder))]
-    made = _kept(by, "operator.o", [*_FLAGS, *(f"-D{k}={v}" for k, v in macros.items()), *places, "-c", str(SOURCE)], [SOURCE], version)
+    made = neon.kept(by, "operator.o", [*_FLAGS, *(f"-D{k}={v}" for k, v in macros.items()), *places, "-c", str(SOURCE)], [SOURCE], version)
     parts = [made, *objects]
-    linked = _kept(
+    linked = neon.kept(
         _linker(by), OPERATORS, [*map(str, parts), "-shared", "-Wl,-Bsymbolic", f"-Wl,-soname,{OPERATORS}", "-s"], parts, version
     )
     return linked.read_bytes()
@@ -108,18 +108,3 @@ def _objects(target: str, kernels: Sequence[str]) -> tuple[str, list[Path]]:
             part.replace(path)
         found.append(path)
     return "edge", found
-
-
-def _kept(by: neon.Compiler, name: str, args: Sequence[str], made_of: Sequence[Path], version: str) -> Path:
-    """The output of a compiler run, from the cache where it ran on the same contents before."""
-    flags = [a for a in args if not os.path.isabs(a)]
-    content = hashlib.sha256(repr((by.kind, by.version, by.command[2:], flags, version)).encode())
-    for path in made_of:
-        content.update(hashlib.sha256(path.read_bytes()).digest())
-    path = cache_dir("kernels") / content.hexdigest()[:32] / name
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{os.getpid()}-{name}")
-        by.run([*args, "-o", str(part)])
-        part.replace(path)
-    return path

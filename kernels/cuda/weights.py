@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from edgesdk.kernels.pack import bits_and_group
 from edgesdk.kernels.panels import UnfitWeights
 from edgesdk.packed import Code, groups_of
 
@@ -14,12 +15,7 @@ from .tiles import STEP, TILE, WIDTH, Tiles
 
 def pack(code: Code) -> Tiles:
     """The tiles of a `grid` of 2, 3, 4 or 8 bits or a `table` of 2, 3 or 4, its groups whole rows or powers of two from 32. Raises `UnfitWeights`."""
-    if code.kind not in ("grid", "table") or len(code.shape) != 2:
-        raise UnfitWeights(f"a code of kind {code.kind} and shape {code.shape} is no grid and no table of rows and columns")
-    bits, group = code.numbers
-    known = (2, 3, 4, 8) if code.kind == "grid" else (2, 3, 4)
-    if bits not in known:
-        raise UnfitWeights(f"{bits} bits: the kernels read {', '.join(map(str, known))} of a {code.kind}")
+    bits, group = bits_and_group(code)
     rows, cols = code.shape
     group = 0 if group >= cols else group
     if group and (group < 32 or group & (group - 1)):

@@ -98,7 +98,7 @@ def library(by: Compiler | None = None, extra: Sequence[Path] = ()) -> Path:
     """libedgekernels.so for the device, with more object files in it."""
     by = by or compiler()
     parts = (*objects(by), *extra)
-    return _kept(by, "libedgekernels.so", [*map(str, parts), "-shared", "-pthread", "-Wl,-soname,libedgekernels.so", "-s"], parts)
+    return kept(by, "libedgekernels.so", [*map(str, parts), "-shared", "-pthread", "-Wl,-soname,libedgekernels.so", "-s"], parts)
 
 
 def program(sources: Sequence[Path], extra: Sequence[Path] = (), by: Compiler | None = None, flags: Sequence[str] = ()) -> Path:
@@ -107,21 +107,21 @@ def program(sources: Sequence[Path], extra: Sequence[Path] = (), by: Compiler | 
     if by.kind == "zig":  # glibc is only linked dynamically there; musl has no such limit
         by = Compiler("zig", tuple(w.replace(f"gnu.{GLIBC}", "musl") for w in by.command), by.version)
     parts = (*objects(by, shared=False), *extra)
-    return _kept(
+    return kept(
         by, "program", [*map(str, sources), *map(str, parts), "-O2", "-std=c11", "-static", "-pthread", "-lm", *flags], (*sources, *parts)
     )
 
 
 def _object(by: Compiler, name: str, flags: Sequence[str]) -> Path:
-    return _kept(by, Path(name).stem + ".o", [*COMMON, *flags, "-c", str(SOURCES / name)], sorted(SOURCES.iterdir()))
+    return kept(by, Path(name).stem + ".o", [*COMMON, *flags, "-c", str(SOURCES / name)], sorted(SOURCES.iterdir()))
 
 
-def _kept(by: Compiler, name: str, args: Sequence[str], made_of: Sequence[Path]) -> Path:
-    """The output of a compiler run, from the cache where it ran on the same contents before."""
+def kept(by: Compiler, name: str, args: Sequence[str], made_of: Sequence[Path], version: str = "") -> Path:
+    """The output of a compiler run, from the cache where it ran on the same contents before; `version`: of what it reads beside `made_of`."""
     from edgesdk.cache import cache_dir
 
-    flags = [a for a in args if "/" not in a]
-    content = hashlib.sha256(repr((by.kind, by.version, by.command[2:], flags)).encode())
+    flags = [a for a in args if not os.path.isabs(a)]
+    content = hashlib.sha256(repr((by.kind, by.version, by.command[2:], flags, version)).encode())
     for path in made_of:
         content.update(hashlib.sha256(path.read_bytes()).digest())
     path = cache_dir("kernels") / content.hexdigest()[:32] / name

@@ -78,6 +78,18 @@ class Emitter:
         for v in variables:
             self.b.store(self.s.zero(self.s.floats), v)
 
+    def finish(self, y: Any, at: Any, m: Any) -> None:
+        """y, lanes of row `m` from byte `at` on, + bias + residual (each where its arg is not 0) → out."""
+        s, b, a = self.s, self.b, self.a
+        place = b.add(b.mul(m, a["stride"]), at)
+        for name, where in (("bias", at), ("residual", place)):
+            with_it = self.variable(s.floats)
+            b.store(y, with_it)
+            with b.if_then(b.icmp_signed("!=", a[name], self.number(0))):
+                b.store(b.fadd(y, s.load(a[name], where, s.floats)), with_it)
+            y = b.load(with_it)
+        s.store(y, a["out"], place)
+
     def real(self, value: float) -> Any:
         return ir.Constant(F32, value)
 

@@ -108,14 +108,7 @@ class Floats(Emitter):
     def write(self, value: Any, at: Any, m: Any) -> None:
         s, b, a = self.s, self.b, self.a
         y = b.fmul(value, s.load(a["row_scale"], at, s.floats))
-        place = b.add(b.mul(m, a["stride"]), at)
-        for name, where in (("bias", at), ("residual", place)):
-            with_it = self.variable(s.floats)
-            b.store(y, with_it)
-            with b.if_then(b.icmp_signed("!=", a[name], self.number(0))):
-                b.store(b.fadd(y, s.load(a[name], where, s.floats)), with_it)
-            y = b.load(with_it)
-        s.store(y, a["out"], place)
+        self.finish(y, at, m)
 
 
 class FloatRows(Embed):

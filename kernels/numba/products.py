@@ -173,14 +173,7 @@ class Product(Emitter):
         at4 = self.times(m, 4)
         zero, scale = (s.spread(s.load(a[n], at4, F32)) for n in ("q_zero", "q_scale"))
         y = b.fmul(scale, b.fsub(b.fmul(value, row_scale), b.fmul(zero, sums)))
-        place = b.add(b.mul(m, a["stride"]), panel["at"])
-        for name, where in (("bias", panel["at"]), ("residual", place)):
-            with_it = self.variable(s.floats)
-            b.store(y, with_it)
-            with b.if_then(b.icmp_signed("!=", a[name], self.number(0))):
-                b.store(b.fadd(y, s.load(a[name], where, s.floats)), with_it)
-            y = b.load(with_it)
-        s.store(y, a["out"], place)
+        self.finish(y, panel["at"], m)
 
     # ---- functions
 
@@ -213,13 +206,17 @@ class Product(Emitter):
         many = wide(self.s.target)
         with self.loop(self.first, self.last) as group:
             panels = [self.panel(self.add(self.times(group, many), i)) for i in range(many)]
-            done = self.number(0)
-            for tile in tiles(self.s.target, self.per_block):
-                count = self.times(self._times(self.b.sub(self.a["m"], done), tile), tile)
-                with self.loop(done, self.b.add(done, count), tile) as m:
-                    self._tile(panels, m, tile)
-                done = self.b.add(done, count)
+            self.over_rows(tiles(self.s.target, self.per_block), panels)
         self.b.ret_void()
+
+    def over_rows(self, tiles: tuple[int, ...], panels: list[dict[str, Any]]) -> None:
+        """All rows of inputs, in tiles."""
+        done = self.number(0)
+        for tile in tiles:
+            count = self.times(self._times(self.b.sub(self.a["m"], done), tile), tile)
+            with self.loop(done, self.b.add(done, count), tile) as m:
+                self._tile(panels, m, tile)
+            done = self.b.add(done, count)
 
     def _times(self, rows: Any, tile: int) -> Any:
         """How many tiles of so many rows are done of `rows`: of six, one less where two more rows would be left, which are slow alone."""

@@ -29,18 +29,7 @@ ALONE = {"x86-avx512vnni": (12, 6, 4, 1), "x86-avxvnni": (6, 4, 1), "x86-avx2": 
 """The same over blocks, whose GEMM works on one panel at a time: no other has the same."""
 
 
-class _Tiled(Product):
-    def over_rows(self, tiles: tuple[int, ...], panels: list[dict[str, Any]]) -> None:
-        """All rows of inputs, in tiles."""
-        done = self.number(0)
-        for tile in tiles:
-            count = self.times(self._times(self.b.sub(self.a["m"], done), tile), tile)
-            with self.loop(done, self.b.add(done, count), tile) as m:
-                self._tile(panels, m, tile)
-            done = self.b.add(done, count)
-
-
-class Pattern(_Tiled):
+class Pattern(Product):
     """Of n of m."""
 
     def __init__(self, module: ir.Module, name: str, target: str, bits: int, per_block: bool, pattern: str) -> None:
@@ -285,7 +274,7 @@ class FoldedPattern(Pattern, Folded):
         b.store(b.fmul(s.to_float(b.load(total)), b.fmul(step, row_scale)), kept["sums"])
 
 
-class Kept(_Tiled):
+class Kept(Product):
     """Over the blocks that are kept."""
 
     def __init__(self, module: ir.Module, name: str, target: str, bits: int, per_block: bool, zeros: bool) -> None:
