@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from typing import Any
 
 from edgesdk.errors import InputError
 from edgesdk.report import Report
-from edgesdk.trust import differences, ratio
+from edgesdk.trust import CLOCK_DROP, percentile
 
 
 def compare(first: Report, second: Report, *, fail_above: float | None = None) -> dict[str, Any]:
@@ -39,3 +41,53 @@ def compare(first: Report, second: Report, *, fail_above: float | None = None) -
             regressions.append(f"{a.method} ×{value:.2f}")
     head = {"kind": "comparison", "schema_version": 1}
     return {**head, "methods": methods, "not_comparable": stops, "differs": others, "regressions": regressions}
+
+
+def differences(a: Report, b: Report) -> tuple[list[str], list[str]]:
+    """(why the two may not be compared, what else differs between them)"""
+    stops, others = [], []
+    ca, cb = a.conditions, b.conditions
+    for name, x, y in (
+        ("model", a.model_name, b.model_name),
+        ("device", ca.device, cb.device),
+        ("machine", ca.machine, cb.machine),
+        ("emulated", ca.emulated, cb.emulated),
+        ("power mode", ca.power_mode, cb.power_mode),
+    ):
+        if x != y:
+            stops.append(f"{name}: {x} against {y}")
+    for name, clock_a, clock_b in (("clock", ca.clock_after_hz, cb.clock_after_hz),):
+        if clock_a and clock_b and abs(clock_a / clock_b - 1) > CLOCK_DROP and not ca.emulated:
+            stops.append(f"{name}: {clock_a / 1e6:.0f} against {clock_b / 1e6:.0f} MHz")
+    for side, report in (("first", a), ("second", b)):
+        if report.trust.verdict == "throttled":
+            stops.append(f"the {side} was throttled: {report.trust.reasons[0]}")
+        if report.trust.verdict == "noisy":
+            others.append(f"the {side} is noisy: {report.trust.reasons[0]}")
+    rest: tuple[tuple[str, object, object], ...] = (
+        ("runtime", f"{ca.runtime} {ca.runtime_version}", f"{cb.runtime} {cb.runtime_version}"),
+        ("threads", ca.threads, cb.threads),
+        ("bundle", a.bundle_digest[:12], b.bundle_digest[:12]),
+        ("system", ca.system, cb.system),
+    )
+    for name, before, after in rest:
+        if before != after:
+            others.append(f"{name}: {before} against {after}")
+    return stops, others
+
+
+def ratio(a: Sequence[float], b: Sequence[float], draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:
+    """median(b) / median(a) with its 95% interval: (value, low, high). Block bootstrap, as neighbours in time resemble each other."""
+    rng = random.Random(seed)
+    values = sorted(percentile(_redraw(b, rng), 0.5) / percentile(_redraw(a, rng), 0.5) for _ in range(draws))
+    return percentile(b, 0.5) / percentile(a, 0.5), percentile(values, 0.025), percentile(values, 0.975)
+
+
+def _redraw(samples: Sequence[float], rng: random.Random) -> list[float]:
+    n = len(samples)
+    block = max(1, round(n ** (1 / 3)))
+    drawn: list[float] = []
+    while len(drawn) < n:
+        start = rng.randrange(n)
+        drawn += [samples[(start + i) % n] for i in range(block)]
+    return drawn[:n]

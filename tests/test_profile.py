@@ -11,14 +11,14 @@ import pytest
 from loopback import serve
 from tiny import tiny_bundle
 
-from edgesdk.compare import compare
+from edgesdk.compare import compare, ratio
 from edgesdk.errors import DeviceError, InputError
 from edgesdk.operators import read_etdump
 from edgesdk.plan.types import Budget, BudgetCheck, Estimate, MemoryAnswer, Plan, SolverProof, Workload
 from edgesdk.profile import profile
 from edgesdk.report import Conditions, Report
 from edgesdk.run import run
-from edgesdk.trust import drift, judge, method_samples, percentile, ratio
+from edgesdk.trust import drift, judge, method_samples, percentile
 
 CONDITIONS = Conditions(
     when="2026-01-01T00:00:00+00:00", device="host", link="local", emulated=False, machine="m", system="s", runtime="litert",
