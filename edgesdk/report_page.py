@@ -67,7 +67,8 @@ def draw(report: Report, path: Path) -> None:
     for (left, right), m in zip(axes, report.methods, strict=True):
         milliseconds = [s * 1e3 for s in m.samples_s]
         left.plot(milliseconds, ".-", linewidth=0.7)
-        left.axhline(m.p50_s * 1e3, color="grey", linewidth=0.7)
+        if m.p50_s is not None:
+            left.axhline(m.p50_s * 1e3, color="grey", linewidth=0.7)
         left.set(xlabel="call", ylabel="ms", title=f"{m.method}: p50 {show_seconds(m.p50_s)}, p90 {show_seconds(m.p90_s)}")
         right.hist(milliseconds, bins=min(40, max(5, len(milliseconds) // 3)))
         right.set(xlabel="ms", ylabel="calls")

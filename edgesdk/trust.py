@@ -40,7 +40,9 @@ def judge(conditions: Conditions, methods: Sequence[MethodSamples], emulated: Se
     """The verdict with its reasons: emulated before throttled before noisy before good."""
     noise, heat = [], []
     for m in methods:
-        if m.p90_s > SPREAD * m.p50_s:
+        if not m.samples_s:
+            continue
+        if m.p90_s and m.p50_s and m.p90_s > SPREAD * m.p50_s:
             noise.append(f"{m.method}: p90 is {m.p90_s / m.p50_s:.2f} times p50")
         if len(m.samples_s) < FEW:
             noise.append(f"{m.method}: {len(m.samples_s)} samples, {FEW} make a p90")
