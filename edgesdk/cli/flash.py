@@ -20,6 +20,10 @@ On = Annotated[
         help="local, local:/folder, ssh://user@host:port (?identity=FILE&root=FOLDER), adb://SERIAL, serial:/dev/ttyUSB0 (?baud=…&user=…), fake.",
     ),
 ]
+To = Annotated[
+    str | None,
+    typer.Option("--to", help="A board's bootloader in place of a running system: esp32:/dev/ttyUSB0, uf2:/media/RPI-RP2."),
+]
 Wait = Annotated[
     str | None, typer.Option("--wait", help="How long to wait for others who use the device: 10min.", show_default="not at all")
 ]
@@ -31,6 +35,8 @@ PythonPath = Annotated[
 def flash(
     bundle: Annotated[str | None, typer.Argument(help="What `edgesdk build` wrote.")] = None,
     on: On = "local",
+    to: To = None,
+    firmware: Annotated[str | None, typer.Option("--firmware", help="With --to: a firmware's file in place of a bundle.")] = None,
     python: PythonPath = None,
     keep: Annotated[int, typer.Option("--keep", help="How many bundles stay installed.", min=2)] = 2,
     latency_gate: Annotated[str | None, typer.Option("--latency-gate", help="Refuse if a method's median call takes longer: 20ms.")] = None,
@@ -42,10 +48,19 @@ def flash(
     as_json: Json = False,
 ) -> None:
     """Install a bundle: send, verify, check on the device, switch; or roll back."""
+    if to is not None and not (rollback or status):
+        from edgesdk.cli.flash_board import flash_board
+
+        flash_board(to, bundle, firmware, allow_unsigned=allow_unsigned, dry_run=dry_run, as_json=as_json)
+        return
     from edgesdk import flash as verb
     from edgesdk.errors import InputError
     from edgesdk.units import parse_seconds
 
+    if to is not None or firmware is not None:
+        raise InputError(
+            "--firmware wants --to; --rollback and --status are of running systems (--on)", "edgesdk flash --firmware app.uf2 --to …"
+        )
     if sum((bundle is not None, rollback, status)) != 1:
         raise InputError("flash wants one of: a bundle, --rollback, --status", "edgesdk flash model.edge --on local")
     gate, wait_s = parse_seconds(latency_gate) if latency_gate else None, parse_seconds(wait) if wait else 0.0

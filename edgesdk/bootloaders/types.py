@@ -1,0 +1,133 @@
+"""What all bootloaders share: the text after `--to`, what is to be written, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+from urllib.parse import parse_qsl
+
+from edgesdk.errors import InputError, UnknownName
+from edgesdk.install import Source
+from edgesdk.noun import Noun
+
+FORMS = {
+    "esp32": "esp32:/dev/ttyUSB0",
+    "uf2": "uf2:/media/RPI-RP2",
+    "smp": "smp:/dev/ttyACM0",
+    "jetson": "jetson:/path/Linux_for_Tegra?board=jetson-orin-nano-devkit",
+}
+"""Kind → how it is written."""
+Watch = Callable[[str, float], None]
+"""`watch("writing", 0.4)`: what is being done and the share of it done."""
+
+
+class BoardWrite(Noun):
+    """What was written to a board, or with a dry run would be."""
+
+    KIND: ClassVar[str] = "board-write"
+
+    action: Literal["written", "already-there", "dry-run"]
+    to: str
+    board: str  # what the board, or its flasher's folder, says of itself; with a dry run of serial links what is known without asking
+    payload: str  # what was written, in words
+    size_bytes: int
+    sha256: str
+    address: int | None = None  # in the board's flash, where one is known
+    verified: str = ""  # how it was checked after writing; empty with a dry run
+    signer: str | None = None  # of the bundle; None: a file, or not asked for
+    steps: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Where:
+    """`KIND:PATH?a=1&b=2`, taken apart."""
+
+    text: str
+    kind: str
+    path: str
+    options: dict[str, str]
+
+    def number(self, name: str, default: int, least: int = 1, most: int = 1 << 40) -> int:
+        """An option as a number, decimal or `0x…`. Raises `InputError`."""
+        given = self.options.get(name)
+        if given is None:
+            return default
+        try:
+            value = int(given, 0)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            raise InputError(
+                f"{self.text}: {name}={given}: not a number from {least} to {most}", f"write it like {name}={default or '0x110000'}"
+            )
+        return value
+
+    def yes(self, name: str, default: bool) -> bool:
+        """An option as yes or no. Raises `InputError`."""
+        given = self.options.get(name, "yes" if default else "no")
+        if given not in ("yes", "no"):
+            raise InputError(f"{self.text}: {name}={given}: neither yes nor no", f"write {name}=yes or {name}=no")
+        return given == "yes"
+
+
+def is_board(to: str) -> bool:
+    """Whether the text after `--to` names a board's bootloader."""
+    return to.partition(":")[0] in FORMS and ":" in to
+
+
+def parse_where(to: str, known: Iterable[str]) -> Where:
+    """The text after `--to`; `known` are the names of its options. Raises `InputError`."""
+    head, _, query = to.partition("?")
+    kind, _, path = head.partition(":")
+    if kind not in FORMS or not path:
+        raise InputError(f"--to {to}: not a board", f"write it like {FORMS.get(kind, ', '.join(FORMS.values()))}")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    names = list(known)
+    for name in options:
+        if name not in names:
+            raise UnknownName(f"option of {kind}:", name, names)
+    return Where(to, kind, path, options)
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What is to be written: the program of a bundle, or a firmware's file as it is."""
+
+    name: str
+    content: bytes
+    firmware: Path | None
+    source: Source | None
+    signer: str | None = None
+
+    @property
+    def sha256(self) -> str:
+        from edgesdk.bundles import sha256
+
+        return sha256(self.content)
+
+
+def read_payload(bundle: str | None, firmware: str | None, allow_unsigned: bool = False) -> Payload:
+    """The program of a verified and signed bundle, or a firmware's file. Raises `InputError` or `CheckFailed`."""
+    if (bundle is None) == (firmware is None):
+        raise InputError("--to a board wants one of: a bundle, --firmware FILE", "edgesdk flash model.edge --to esp32:/dev/ttyUSB0")
+    if bundle is not None:
+        from edgesdk.bundles import read_member
+        from edgesdk.install import read_source
+        from edgesdk.signing import signer_of
+
+        source = read_source(bundle)
+        signer = None if allow_unsigned else signer_of(bundle)
+        name = source.manifest.program
+        content = read_member(bundle, name)
+        return Payload(f"{name} of {Path(bundle).name}", content, None, source, f"{signer.name} ({signer.id})" if signer else None)
+    path = Path(str(firmware))
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})", "give the firmware's file") from None
+    if not content:
+        raise InputError(f"{path}: is empty", "give the firmware's file")
+    return Payload(path.name, content, path, None)
