@@ -10,9 +10,11 @@ import subprocess
 import tempfile
 import threading
 import time
+from pathlib import Path
 from typing import Self
 
 from tests.lab.image import Image, LabError, build
+from tests.lab.powered import Disk
 
 TOOLS = ("qemu-system-aarch64", "ssh", "ssh-keygen", "cpio", "mkfs.ext4", "dpkg", "apt-get")
 OPTIONS = ("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "BatchMode=yes", "ConnectTimeout=20")
@@ -69,11 +71,12 @@ class Link:
 class Board:
     """`with Board() as board:`; `board.url` is what --on takes. Raises `LabError` with the console's text when it does not boot.
 
-    `data` is the size of the disk at /data, as mount takes it. The console's text stays in `console.log` beside the image.
+    `data` is the size of the disk at /data, as mount takes it: in memory, or with `keeps` on an ext4 disk that is there again behind `power_cut`.
+    The console's text stays in `console.log` beside the image.
     """
 
-    def __init__(self, cpu: str = "cortex-a76", memory_mb: int = 1024, data: str = "48M") -> None:
-        self.cpu, self.memory_mb, self.data = cpu, memory_mb, data
+    def __init__(self, cpu: str = "cortex-a76", memory_mb: int = 1024, data: str = "48M", *, keeps: bool = False) -> None:
+        self.cpu, self.memory_mb, self.data, self.keeps = cpu, memory_mb, data, keeps
         self.image: Image = build()
         self.console = b""
         self.port = 0
@@ -81,19 +84,38 @@ class Board:
 
     def __enter__(self) -> Self:
         try:
-            for attempt in range(3):
-                try:
-                    self._boot()
-                    break
-                except LabError:  # another process took the port in between
-                    if attempt == 2 or b"host forwarding" not in self.console:
-                        raise
-            self._wait_for_ssh(30)
+            if self.keeps:
+                self.disk = Disk(Path(self._folder.name), self.data)
+            self._start()
         except BaseException:
             self.__exit__()
             raise
         self.link = Link(self.port)
         return self
+
+    def _start(self) -> None:
+        for attempt in range(3):
+            try:
+                self._boot()
+                break
+            except LabError:  # another process took the port in between
+                if attempt == 2 or b"host forwarding" not in self.console:
+                    raise
+        self._wait_for_ssh(30)
+
+    def power_cut(self) -> None:
+        """The machine is gone from one moment to the next (kill -9), and what its disk had not been told to keep."""
+        self._qemu.kill()
+        self._end()
+        if self.keeps:
+            self.disk.power_cut()
+
+    def power_on(self) -> None:
+        """Boot again behind a power cut; the address is a new one."""
+        with contextlib.suppress(OSError):
+            Path(self._folder.name, "known_hosts").unlink()  # its host key is made anew at each boot
+        self._start()
+        self.link.target = self.port
 
     def _boot(self) -> None:
         start, self.port, self.console = time.monotonic(), free_port(), b""
@@ -105,6 +127,7 @@ class Board:
             "-drive", f"if=none,id=d,file={self.image.disk},format=raw,readonly=on", "-device", "virtio-blk-pci,drive=d",
             "-netdev", f"user,id=n,restrict=on,hostfwd=tcp:127.0.0.1:{self.port}-:22", "-device", "virtio-net-pci,netdev=n,romfile=",
             "-serial", "stdio", "-monitor", "none",
+            *(("-drive", f"if=none,id=k,{self.disk.drive}", "-device", "virtio-blk-pci,drive=k") if self.keeps else ()),
         ]  # fmt: skip
         self._qemu = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self._wait_for(b"BOARD-READY", 90)
@@ -122,9 +145,14 @@ class Board:
         """Pull the plug."""
         if hasattr(self, "link"):
             self.link.close()
-        if not hasattr(self, "_qemu"):
-            return
-        self._qemu.kill()
+        if hasattr(self, "_qemu"):
+            self._qemu.kill()
+            self._end()
+        if self.keeps and hasattr(self, "disk"):
+            self.disk.close()
+
+    def _end(self) -> None:
+        """Behind a kill."""
         self._qemu.wait(20)
         if hasattr(self, "_reader"):
             self._reader.join(5)

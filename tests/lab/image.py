@@ -34,7 +34,7 @@ APPLETS = (
     "stat", "wc", "test", "[", "printf", "echo", "sleep", "sync", "hostname", "ifconfig", "route", "mount",
     "uname", "kill", "env", "tr", "head", "tail", "cut", "grep", "sed", "chmod", "cp", "find",
     "touch", "true", "false", "id", "tar", "gzip", "cmp", "dirname", "basename", "seq", "sort", "xargs",
-    "awk", "date", "expr", "rmdir", "mktemp", "truncate", "od", "tee",
+    "awk", "date", "expr", "rmdir", "mktemp", "truncate", "od", "tee", "umount", "ps", "dmesg",
 )  # fmt: skip
 DISK_BYTES = 768 * 1024**2
 INIT = """#!/bin/busybox sh
@@ -46,7 +46,8 @@ for i in 1 2 3 4 5 6 7 8 9; do [ -b /dev/vda ] && break; sleep 0.1; done
 mount -t ext4 -o ro /dev/vda /new
 mount --move /dev /new/dev; mount --move /proc /new/proc; mount --move /sys /new/sys
 size=48M; for w in $(cat /new/proc/cmdline); do case $w in lab.data=*) size=${w#lab.data=};; esac; done
-mount -t tmpfs tmpfs /new/tmp; mount -t tmpfs -o size=$size tmpfs /new/data; mount -t tmpfs tmpfs /new/root
+mount -t tmpfs tmpfs /new/tmp; mount -t tmpfs tmpfs /new/root
+if [ -b /new/dev/vdb ]; then mount -t ext4 /new/dev/vdb /new/data; else mount -t tmpfs -o size=$size tmpfs /new/data; fi
 mkdir -p /new/root/.ssh; cp /new/etc/lab_key.pub /new/root/.ssh/authorized_keys; chmod -R go= /new/root
 exec switch_root /new /sbin/start
 """
