@@ -4,6 +4,7 @@ This folder's `agent`, `wire`, `facts` and `installed` stand alone: standard lib
 It answers requests, one framed line each (`LENGTH CRC32 JSON`), from stdin on stdout:
 
     facts                                             what this machine is, and how warm and fast right now
+    look    root                                      everything it tells of itself, as texts
     check   folder [repeat]                           golden inputs through the program in `folder`, against golden outputs
     profile folder runs warmup [method]                 raw times and memory, in a process of its own
     run     folder method inputs                         one call, arrays as base64 .npy
@@ -22,12 +23,20 @@ from typing import Any
 
 from .facts import facts
 from .installed import check, generate, health, profile, run
+from .look import look
 from .wire import Lines, Refused, decode, encode
 
 VERSION = 1
 Write = Callable[["dict[str, Any]"], None]
 FRESH: dict[str, Callable[..., dict[str, Any]]] = {"check": check, "profile": profile}
-VERBS: dict[str, Callable[..., dict[str, Any]]] = {"facts": facts, "health": health, "run": run, "generate": generate, **FRESH}
+VERBS: dict[str, Callable[..., dict[str, Any]]] = {
+    "facts": facts,
+    "look": look,
+    "health": health,
+    "run": run,
+    "generate": generate,
+    **FRESH,
+}
 
 
 def in_fresh_process(request: dict[str, Any], write: Write) -> None:

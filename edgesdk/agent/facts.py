@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 import platform
+from collections.abc import Callable
 from typing import Any
 
-
-def read(path: str) -> str:
-    try:
-        with open(path, "rb") as file:
-            return file.read(1 << 20).replace(b"\0", b" ").decode(errors="replace").strip()
-    except OSError:
-        return ""
+from .look import IDENTITY, gather, identity, read, said
 
 
-def cpuinfo() -> tuple[str, dict[str, str]]:
-    """(the CPU's name, the keys that appear, megahertz if listed)"""
+def cpuinfo(text: str | None = None) -> tuple[str, dict[str, str]]:
+    """(the CPU's name, the keys that appear with their first value)"""
     keys: dict[str, str] = {}
-    for line in read("/proc/cpuinfo").splitlines():
+    for line in (read("/proc/cpuinfo") if text is None else text).splitlines():
         name, _, value = line.partition(":")
         keys.setdefault(name.strip(), value.strip())
     name = keys.get("model name") or keys.get("Hardware") or keys.get("CPU part") or platform.processor() or "unknown"
     return name, keys
 
 
-def emulated() -> list[str]:
+def emulated(read: Callable[[str], str] = read, machine: str | None = None) -> list[str]:
     """Reasons to believe that this is an emulator; empty on silicon. A virtual machine on the same kind of CPU is none."""
     reasons = []
-    name, keys = cpuinfo()
-    machine = platform.machine()
+    name, keys = cpuinfo(read("/proc/cpuinfo"))
+    machine = machine or platform.machine()
     if "QEMU" in name or "TCG" in name:
         reasons.append("/proc/cpuinfo: " + name)
     if machine.startswith(("aarch64", "arm")) and "vendor_id" in keys and "flags" in keys:
@@ -43,6 +39,15 @@ def emulated() -> list[str]:
     if "QEMU" in vendor and machine.startswith(("aarch64", "arm")):
         reasons.append("DMI: " + vendor)
     return reasons
+
+
+def board_id(texts: dict[str, str] | None = None) -> tuple[str | None, str]:
+    """(a digest of what tells this very board from every other one, where that is written); (None, "") where nothing does."""
+    if texts is None:
+        texts = gather((*IDENTITY, "/proc/cpuinfo"))
+        texts["!getprop"] = said(("getprop",))
+    value, where = identity(texts)
+    return (hashlib.sha256(b"edgesdk board " + value.encode()).hexdigest()[:16], where) if value else (None, "")
 
 
 def clock_hz() -> float | None:
@@ -111,6 +116,7 @@ def facts() -> dict[str, Any]:
     return {
         "machine": platform.machine(),
         "system": platform.system() + " " + platform.release(),
+        "board_id": board_id()[0],
         "board": read("/proc/device-tree/model") or read("/sys/class/dmi/id/product_name") or None,
         "python": platform.python_version(),
         "numpy": numpy,
