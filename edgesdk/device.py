@@ -77,6 +77,25 @@ class Variant(Part):
     set: dict[str, Any]  # dotted field → value, e.g. {"memory.size_bytes" = 4294967296}
 
 
+class Board(Part):
+    """The very board that a profile was read from (`edgesdk devices probe`)."""
+
+    id: str  # a digest of what tells it from every other board
+    identified_by: str
+    model: str  # as it calls itself
+    probed: str  # the day
+    based_on: str | None = None  # the shipped profile that it is one of
+    emulated: bool = False
+    system: str = ""
+    kernel: str = ""
+    governor: str | None = None
+    runtimes: dict[str, str] = {}  # that are there, with their versions
+    programs: dict[str, str] = {}  # name → path there
+    nvidia: dict[str, str] = {}  # "l4t", "cuda", "power_mode"
+    thermal_zones: tuple[str, ...] = ()
+    power_rails: tuple[str, ...] = ()  # "VDD_IN (ina3221)"; those that do not answer say so
+
+
 class DeviceProfile(Noun):
     KIND: ClassVar[str] = "device-profile"
 
@@ -87,6 +106,8 @@ class DeviceProfile(Noun):
     os: Literal["linux", "android", "ios", "none"]
     aliases: tuple[str, ...] = ()
     published_names: tuple[str, ...] = ()  # how benchmark tables call this device
+    models: tuple[str, ...] = ()  # how such a board or its chip calls itself: the beginning of its device tree's model, a phone's chip
+    board: Board | None = None  # of a user's own profile: it holds for this board alone
     units: tuple[ComputeUnit, ...]
     memory: Memory
     storage: Storage = Storage()

@@ -10,11 +10,11 @@ from typing import Any
 
 from edgesdk.device import DeviceProfile
 
-_FLAGS = {
+FLAGS = {
     "avx2": "avx2", "avx512f": "avx512", "avx512_vnni": "avx512_vnni", "avx_vnni": "avx_vnni", "asimd": "neon", "asimdhp": "fp16", "asimddp": "dotprod",
     "i8mm": "i8mm", "sve2": "sve2",
 }  # fmt: skip
-_RUNTIMES = (
+RUNTIMES = (
     ("litert", "ai_edge_litert", ("fp32", "int8-static", "int8-dynamic", "int8-weight-only", "as-is")),
     ("executorch", "executorch", ("fp32", "int8-static", "int8-dynamic", "int4-g32")),
     ("native", "numba", ("fp32", "int8-dynamic", "int8-weight-only", "int4-g32")),
@@ -65,11 +65,11 @@ def detect_host() -> DeviceProfile:
 
     info = _cpuinfo()
     flags = set(re.findall(r"\S+", " ".join(re.findall(r"^(?:flags|Features)\s*:\s*(.*)$", info, re.M)[:1])))
-    isa = sorted({name for flag, name in _FLAGS.items() if flag in flags})
+    isa = sorted({name for flag, name in FLAGS.items() if flag in flags})
     cores, clock = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1, _clock_hz(info)
     fp32, int8 = _operations_per_cycle(isa)
     model = re.search(r"model name\s*:\s*(.*)", info)
-    runtimes = [{"name": n, "unit": "cpu", "precisions": p} for n, module, p in _RUNTIMES if importlib.util.find_spec(module) is not None]
+    runtimes = [{"name": n, "unit": "cpu", "precisions": p} for n, module, p in RUNTIMES if importlib.util.find_spec(module) is not None]
     peaks = {"fp32": cores * clock * fp32, "int8": cores * clock * int8}
     unit = {
         "name": "cpu", "kind": "cpu", "core": (model[1].strip() if model else platform.machine()).lower(), "cores": cores, "clock_hz": clock,
