@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+import os
 import sys
 from typing import Annotated, NoReturn
 
@@ -23,7 +25,7 @@ app = typer.Typer(
 
 VERBS = (
     "devices", "compress", "delta", "adapt", "teach", "plan", "build", "sign", "keys", "flash", "profile", "run", "serve", "calibrate", "compare", "report", "bench",
-    "layouts", "kernels", "doctor",
+    "layouts", "kernels", "doctor", "inventory",
 )  # fmt: skip
 """Each is `edgesdk/cli/<verb>.py` with a `register(app)`."""
 
@@ -38,9 +40,17 @@ def _version(value: bool) -> None:
 def _root(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no messages; may stand after the verb, too.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show tracebacks of errors; may stand after the verb, too.")] = False,
+    inventory: Annotated[
+        str | None,
+        typer.Option(
+            "--inventory", help="Names and groups of devices; may stand after the verb, too.", show_default="edgesdk-inventory.toml"
+        ),
+    ] = None,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     set_verbosity(quiet, verbose)
+    if inventory:
+        os.environ["EDGESDK_INVENTORY"] = inventory
 
 
 for _verb in VERBS:
@@ -48,10 +58,17 @@ for _verb in VERBS:
 
 
 def _front(argv: list[str]) -> list[str]:
-    """`--quiet` and `--verbose` belong to every verb: moved before it, wherever they stand."""
+    """`--quiet`, `--verbose` and `--inventory FILE` belong to every verb: moved before it, wherever they stand."""
     end = argv.index("--") if "--" in argv else len(argv)
-    flags = [a for a in argv[:end] if a in ("--quiet", "--verbose")]
-    return flags + [a for a in argv[:end] if a not in flags] + argv[end:]
+    flags: list[str] = []
+    rest: list[str] = []
+    words = iter(argv[:end])
+    for word in words:
+        if word == "--inventory":
+            flags += [word, *itertools.islice(words, 1)]
+        else:
+            (flags if word in ("--quiet", "--verbose") or word.startswith("--inventory=") else rest).append(word)
+    return flags + rest + argv[end:]
 
 
 def _fail(what: str, hint: str, code: int) -> NoReturn:

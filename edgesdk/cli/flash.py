@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edgesdk.cli.common import Json, console, emit_json, progress, say
+from edgesdk.cli.many import Jobs, on_each
 
 if TYPE_CHECKING:
     from edgesdk.cli.common import Step
@@ -17,7 +19,8 @@ On = Annotated[
     str,
     typer.Option(
         "--on",
-        help="local, local:/folder, ssh://user@host:port (?identity=FILE&root=FOLDER), adb://SERIAL, serial:/dev/ttyUSB0 (?baud=…&user=…), fake.",
+        help="A name of the inventory, local, local:/folder, ssh://user@host:port (?identity=FILE&root=FOLDER), adb://SERIAL, serial:/dev/ttyUSB0 (?baud=…&user=…), fake; "
+        "several at once: group:NAME, tag:NAME, or some of these with commas.",
     ),
 ]
 To = Annotated[
@@ -45,6 +48,7 @@ def flash(
     rollback: Annotated[bool, typer.Option("--rollback", help="Make the previous bundle current again.")] = False,
     status: Annotated[bool, typer.Option("--status", help="Show what is installed.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the steps and change nothing.")] = False,
+    jobs: Jobs = 8,
     as_json: Json = False,
 ) -> None:
     """Install a bundle: send, verify, check on the device, switch; or roll back."""
@@ -64,23 +68,21 @@ def flash(
     if sum((bundle is not None, rollback, status)) != 1:
         raise InputError("flash wants one of: a bundle, --rollback, --status", "edgesdk flash model.edge --on local")
     gate, wait_s = parse_seconds(latency_gate) if latency_gate else None, parse_seconds(wait) if wait else 0.0
-    if status:
-        answer = verb.status(on)
-    else:
-        with progress("flash") as step:
-            if rollback:
-                answer = verb.roll_back(on, dry_run=dry_run, python=python, wait_s=wait_s, watch=_watch(step))
-            else:
-                answer = verb.flash(
-                    str(bundle),
-                    on,
-                    dry_run=dry_run,
-                    python=python,
-                    keep=keep,
-                    latency_gate=gate,
-                    allow_unsigned=allow_unsigned,
-                    watch=_watch(step),
-                )
+
+    def one(link: str, step: Step) -> Deployment:
+        if status:
+            return verb.status(link)
+        if rollback:
+            return verb.roll_back(link, dry_run=dry_run, python=python, wait_s=wait_s, watch=_watch(step))
+        return verb.flash(
+            str(bundle), link, dry_run=dry_run, python=python, keep=keep, latency_gate=gate, allow_unsigned=allow_unsigned, wait_s=wait_s, watch=_watch(step),
+        )  # fmt: skip
+
+    title = "flash --status" if status else "flash --rollback" if rollback else "flash"
+    if on_each(title, on, lambda link, entry, step: one(link, step), _brief, jobs=jobs, as_json=as_json):
+        return
+    with contextlib.nullcontext(lambda text, share: None) if status else progress("flash") as step:
+        answer = one(on, step)
     if as_json:
         emit_json(answer)
     else:
@@ -103,6 +105,17 @@ def _watch(step: Step) -> Watch:
     return watch
 
 
+_WORDS = {"installed": "installed and good", "already-installed": "already installed and good", "rolled-back": "rolled back"}
+
+
+def _brief(d: Deployment) -> str:
+    """One device's answer in a line."""
+    if d.action == "dry-run":
+        return f"{len(d.steps)} steps, nothing was changed"
+    current = f"current {d.current[:12]}{'' if d.good else ' (not checked here)'}" if d.current else "nothing is installed"
+    return ", ".join(filter(None, (_WORDS.get(d.action), current, d.previous and f"previous {d.previous[:12]}")))
+
+
 def _show(d: Deployment) -> None:
     from edgesdk.units import show_bytes, show_seconds
 
@@ -112,8 +125,7 @@ def _show(d: Deployment) -> None:
             out.print(line, markup=False)
         say(f"{len(d.steps)} steps on {d.link}; nothing was changed")
         return
-    words = {"installed": "installed and good", "already-installed": "already installed and good", "rolled-back": "rolled back"}
-    out.print(f"[bold]{d.link}[/bold]: {words.get(d.action, d.action)}" + (f" ({d.model_name})" if d.model_name else ""))
+    out.print(f"[bold]{d.link}[/bold]: {_WORDS.get(d.action, d.action)}" + (f" ({d.model_name})" if d.model_name else ""))
     if d.signer:
         out.print(f"  signed    by {d.signer}", markup=False)
     out.print(f"  current   {d.current[:12] if d.current else 'nothing'}{'' if d.good or not d.current else '  (not checked here)'}")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from edgesdk.errors import InputError, UnknownName
+from edgesdk.errors import InputError
 from edgesdk.transport.base import Blob, Result, Stream, Transport
 
 __all__ = ["Blob", "Result", "Stream", "Transport", "parse_link"]
 
-_KINDS = ("local", "local:/folder", "ssh://user@host:22", "adb://SERIAL", "serial:/dev/ttyUSB0", "fake")
-
 
 def parse_link(link: str) -> Transport:
-    """`local`, `local:/folder`, `ssh://user@host:port?identity=…`, `adb:`, `adb://SERIAL`, `serial:/dev/tty…?baud=…&user=…` or `fake` → a transport. Raises `InputError`."""
+    """A link's text (see `inventory.KINDS`), or the name of a device of the inventory → a transport. Raises `InputError`."""
     if link == "local" or link.startswith("local:"):
         from edgesdk.transport.local import LocalTransport
 
@@ -35,4 +33,6 @@ def parse_link(link: str) -> Transport:
         from edgesdk.transport.serial import SerialTransport
 
         return SerialTransport(link)
-    raise UnknownName("link", link, _KINDS)
+    from edgesdk.inventory import link_of
+
+    return parse_link(link_of(link))
