@@ -234,8 +234,8 @@ class LiteRtRunner:
         if name not in self._ready:
             if self._keys[name]:
                 runner = self._interpreter.get_signature_runner(self._keys[name])
-                details = sorted(runner.get_input_details().items(), key=lambda kv: _order(kv[0]))
-                outputs = sorted(runner.get_output_details().items(), key=lambda kv: _order(kv[0]))
+                details = sorted(runner.get_input_details().items(), key=lambda kv: name_order(kv[0]))
+                outputs = sorted(runner.get_output_details().items(), key=lambda kv: name_order(kv[0]))
             else:
                 self._interpreter.allocate_tensors()
                 runner = None
@@ -250,14 +250,14 @@ class LiteRtRunner:
     def run(self, method: str, arrays: list[Any]) -> list[Any]:
         runner, details, outputs = self._method(method)
         _check_shapes(method, self.inputs(method), arrays)
-        fed = [_quantize(np.asarray(a), d) for a, (_, d) in zip(arrays, details)]
+        fed = [quantize(np.asarray(a), d) for a, (_, d) in zip(arrays, details)]
         if runner is not None:
             answer = runner(**{name: a for a, (name, _) in zip(fed, details)})
-            return [_dequantize(answer[name], d) for name, d in outputs]
+            return [dequantize(answer[name], d) for name, d in outputs]
         for a, (_, d) in zip(fed, details):
             self._interpreter.set_tensor(d["index"], a)
         self._interpreter.invoke()
-        return [_dequantize(self._interpreter.get_tensor(d["index"]), d) for _, d in outputs]
+        return [dequantize(self._interpreter.get_tensor(d["index"]), d) for _, d in outputs]
 
 
 class NativeRunner:
@@ -288,7 +288,7 @@ class NativeRunner:
         getattr(self._machine, "close", lambda: None)()
 
 
-def _order(name: str) -> tuple[int, str]:
+def name_order(name: str) -> tuple[int, str]:
     tail = name.rsplit("_", 1)[-1]
     return (int(tail), "") if tail.isdigit() else (0, name)
 
@@ -308,7 +308,7 @@ def _scale(detail: Any) -> tuple[float, int]:
     return float(scale), int(zero)
 
 
-def _quantize(array: Any, detail: Any) -> Any:
+def quantize(array: Any, detail: Any) -> Any:
     dtype, (scale, zero) = np.dtype(detail["dtype"]), _scale(detail)
     if dtype.kind in "iu" and dtype.itemsize <= 2 and scale and array.dtype.kind == "f":
         info = np.iinfo(dtype)
@@ -316,7 +316,7 @@ def _quantize(array: Any, detail: Any) -> Any:
     return np.ascontiguousarray(array.astype(dtype, copy=False)).reshape(detail["shape"])
 
 
-def _dequantize(array: Any, detail: Any) -> Any:
+def dequantize(array: Any, detail: Any) -> Any:
     scale, zero = _scale(detail)
     if array.dtype.kind in "iu" and array.dtype.itemsize <= 2 and scale:
         return (array.astype(np.float32) - zero) * np.float32(scale)

@@ -246,7 +246,7 @@ def _calibration(spec: ModelSpec, path: str) -> dict[str, list[dict[str, Any]]]:
     import numpy as np
     from ai_edge_litert.interpreter import Interpreter
 
-    from edgesdk.runner import _order, open_program
+    from edgesdk.runner import name_order, open_program
 
     interpreter = Interpreter(model_path=path)
     answer: dict[str, list[dict[str, Any]]] = {}
@@ -256,7 +256,7 @@ def _calibration(spec: ModelSpec, path: str) -> dict[str, list[dict[str, Any]]]:
         method = method_of(key, len(keys))
         if interpreter.get_signature_list():
             details = interpreter.get_signature_runner(key).get_input_details()
-            names = sorted(details, key=_order)
+            names = sorted(details, key=name_order)
         else:
             details = {d["name"]: d for d in interpreter.get_input_details()}
             names = list(details)

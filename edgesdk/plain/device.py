@@ -1,0 +1,244 @@
+"""What the agent does, on a device without Python: `PlainDevice.ask` has the agent's verbs `check`, `health` and `facts`, and `profile`."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgesdk.bundle import Manifest
+from edgesdk.errors import DeviceError, InputError
+from edgesdk.plain.explain import explain, wrong_machine
+from edgesdk.plain.output import Told
+from edgesdk.plain.scripts import DIAGNOSE, EXECUTABLE, FACTS, RUN, THERE, WHERE
+from edgesdk.plain.tools import Call, Tool, feeds_of, identify
+from edgesdk.transport.base import Blob, Result, Transport
+from edgesdk.transport.scripts import HASHES, REMOVE, script
+from edgesdk.transport.steps import Put, Run, Step
+
+Read = Callable[[str], bytes]
+"""A member's bytes."""
+HELP_S = 60.0
+RUN_S = 1800.0
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A native runner: where it is on the device, and what is to be sent if it is not there yet."""
+
+    path: str
+    blob: Blob | None
+    digest: str | None  # sha256 of one that came from here
+
+    def send(self) -> Generator[Step, Any, None]:
+        """The steps that bring it there."""
+        if self.blob is not None:
+            yield Put(self.path, self.blob, self.blob.sha256, self.blob.size_bytes)
+            yield Run(script("executable", EXECUTABLE, self.path), "it is a program")
+
+
+def find_runner(transport: Transport, given: str) -> Runner:
+    """`given` is a file here, which goes to a folder of its content's name there, or a path on the device. Raises `InputError`, `DeviceError`."""
+    if transport.link == "fake":
+        raise InputError("the fake device runs no programs", "use --on local, adb: or ssh://…")
+    root, machine = top(transport)
+    here = Path(given).expanduser()
+    if here.is_file():
+        with here.open("rb") as file:
+            head = file.read(20)
+        if why := wrong_machine(head, machine):
+            raise InputError(f"--runner {given}: it {why}", "build it for the device's CPU")
+        blob = Blob.of(here)
+        folder = f"{root}/runners/{blob.sha256[:16]}"
+        there = hashes(transport, folder, [here.name]).get(here.name) == blob.sha256
+        return Runner(f"{folder}/{here.name}", None if there else blob, blob.sha256)
+    if given.startswith("/") and transport.run(script("there", THERE, given)).code == 0:
+        return Runner(given, None, None)
+    raise InputError(
+        f"--runner {given}: no such file here, and none on {transport.link}", "give a file here, or its whole path on the device"
+    )
+
+
+def hashes(transport: Transport, folder: str, names: Sequence[str]) -> dict[str, str]:
+    """name → sha256 of the files that are there."""
+    text = transport.must(script("hashes", HASHES, folder, *names), f"reading {folder}", timeout=300.0).text
+    return {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
+
+
+def top(transport: Transport) -> tuple[str, str]:
+    """(the root from the top, what `uname -m` says) of the device."""
+    lines = transport.must(script("where", WHERE, transport.root), "looking at the device").text.splitlines()
+    if len(lines) < 2:
+        raise DeviceError(
+            f"{transport.link}: its shell answers {lines}", "edgesdk needs sh, cat, wc, sha256sum, mkdir, mv, ln and rm there"
+        )
+    return lines[-2], lines[-1]
+
+
+class PlainDevice:
+    """Runs a runtime's own tool on the device. `read` gives members of the bundle (default: from the device itself).
+
+    `allow_unchecked`: a tool that gives no outputs still passes `check`, whose answer then says so (`unchecked`).
+    """
+
+    def __init__(self, transport: Transport, runner: Runner, *, allow_unchecked: bool = False, read: Read | None = None) -> None:
+        self.transport, self.runner, self.allow_unchecked, self._read = transport, runner, allow_unchecked, read
+        self.root = top(transport)[0]
+        self.scratch = f"{self.root}/scratch"
+        self._tool: Tool | None = None
+
+    @property
+    def tool(self) -> Tool:
+        """Which tool it is, asked once."""
+        if self._tool is None:
+            result = self._start((self.runner.path, "--help"), HELP_S)
+            if result.code >= 126:
+                raise self._explained(result)
+            self._tool = identify(self.runner.path, (result.out + b"\n" + result.err).decode(errors="replace"))
+        return self._tool
+
+    def ask(self, verb: str, **arguments: Any) -> dict[str, Any]:
+        """The agent's answer to `check` (folder, repeat), `health` (folder) or `facts`."""
+        answer: dict[str, Any] = getattr(self, f"_{verb}")(**arguments)
+        return answer
+
+    def close(self) -> None:
+        """Remove what the runs left there."""
+        self.transport.run(script("remove", REMOVE, self.scratch))
+
+    def run(self, argv: Sequence[str], *, poll: bool = False, timeout_s: float = RUN_S) -> tuple[str, int | None]:
+        """(what it printed, the peak of its memory in bytes where it was looked at). Raises `DeviceError` that explains a failure."""
+        result = self._start(tuple(argv), timeout_s, poll)
+        text = (result.out + b"\n" + result.err).decode(errors="replace")
+        if result.code != 0:
+            raise self._explained(result)
+        found = re.search(r"^edgesdk-peak (\d+)$", text, re.MULTILINE)
+        return text, int(found[1]) * 1024 if found else None
+
+    def _start(self, argv: tuple[str, ...], timeout_s: float, poll: bool = False) -> Result:
+        return self.transport.run(script("run", RUN, self.scratch, "1" if poll else "0", *argv), timeout=timeout_s)
+
+    def _explained(self, result: Result) -> DeviceError:
+        told = self.transport.run(script("diagnose", DIAGNOSE, self.runner.path)).text
+        facts = {name: rest for name, _, rest in (line.partition(" ") for line in told.splitlines())}
+        return explain(self.transport.link, self.runner.path, result, facts)
+
+    def manifest(self, folder: str) -> Manifest:
+        return Manifest.from_json(self.transport.get(f"{folder}/manifest.json"), f"{self.transport.link}: manifest.json")
+
+    def member(self, folder: str, name: str) -> bytes:
+        return self._read(name) if self._read is not None else self.transport.get(f"{folder}/{name}")
+
+    def call(self, folder: str, manifest: Manifest, method: str, inputs: Sequence[str] = ()) -> tuple[Call, Any]:
+        """How `method` is run, its inputs put into the scratch folder, and what reads its outputs (a `tflite.Signature`, or None for raw ones).
+
+        Raises `DeviceError` where the tool cannot run it.
+        """
+        from edgesdk.bundles import read_array
+
+        self.fits(manifest)
+        arrays = [read_array(self.member(folder, name)) for name in inputs] if self.tool.feeds else []
+        reader: Any = None
+        name, methods = method, len(manifest.methods)
+        raw = [(a.tobytes(), tuple(a.shape)) for a in arrays]
+        if self.tool.runtime == "litert" and self.tool.feeds:
+            from edgesdk.plain.tflite import signature
+
+            reader = signature(self.member(folder, manifest.program), method)
+            name, methods = reader.name, reader.methods
+            raw = reader.raw_inputs(arrays) if arrays else []
+        files = [f"in{i}.bin" for i in range(len(raw))]
+        for file, (content, _) in zip(files, raw, strict=True):
+            self.transport.put(content, f"{self.scratch}/{file}")
+        whole = folder if folder.startswith("/") else f"{self.root}{folder.removeprefix(self.transport.root)}"
+        call = Call(f"{whole}/{manifest.program}", name, methods, manifest.threads, feeds_of(files, [s for _, s in raw]))
+        if why := self.tool.refusal(call):
+            raise DeviceError(f"{self.transport.link}: {why}", "take a newer runner, or a device with Python")
+        return call, reader
+
+    def fits(self, manifest: Manifest) -> None:
+        """Raises `DeviceError` if the tool is not for the bundle's program."""
+        tool, link = self.tool, self.transport.link
+        if manifest.runtime != tool.runtime:
+            wanted = {"executorch": "executor_runner", "litert": "benchmark_model"}.get(manifest.runtime)
+            hint = f"give a {wanted}" if wanted else f"bundles for {manifest.runtime} need Python on the device: --python PATH"
+            raise DeviceError(f"{link}: the bundle is for {manifest.runtime}, {tool.path.rpartition('/')[2]} is a {tool.kind}", hint)
+        if manifest.program.endswith(".packed") or any(m.name.endswith("libedgeoperators.so") for m in manifest.members):
+            what = "holds its weights as codes" if manifest.program.endswith(".packed") else "has units on edgesdk's own kernels"
+            raise DeviceError(
+                f"{link}: the program {what}, which {tool.kind} cannot read", "build without --storage, or for a device with Python"
+            )
+
+    def _check(self, folder: str, repeat: int = 0) -> dict[str, Any]:
+        """Each golden case's relative error; the median (or mean) seconds of `repeat` more calls a method, if asked for."""
+        manifest = self.manifest(folder)
+        self.fits(manifest)
+        why = self.tool.unchecked
+        if why and not self.allow_unchecked:
+            hint = "take a newer one, or install it unchecked: --allow-unchecked (it is then never marked as good)"
+            raise DeviceError(f"{self.transport.link}: {why}: the golden outputs cannot be compared", hint)
+        cases: list[dict[str, Any]] = []
+        seconds: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        for case in manifest.golden:
+            call, reader = self.call(folder, manifest, case.method, case.inputs)
+            index = counts[case.method] = counts.get(case.method, -1) + 1
+            if why:
+                self.run(self.tool.times(call, 1, 0))  # it loads and runs, no more is known
+            else:
+                error = self._error(folder, call, reader, case.outputs)
+                ok = error is not None and error <= case.max_relative_error
+                cases.append({"method": case.method, "case": index, "error": error, "allowed": case.max_relative_error, "ok": ok})
+            if repeat and case.method not in seconds:
+                seconds[case.method] = typical(self.tool.read(self.run(self.tool.times(call, repeat, 1))[0]), 2, self.tool.kind)
+        return {"cases": cases, "seconds": seconds, **({"unchecked": why} if why else {})}
+
+    def _error(self, folder: str, call: Call, reader: Any, names: Sequence[str]) -> float | None:
+        """The relative error of one call's outputs against the members `names`; None where they are no numbers or not of that size."""
+        import numpy as np
+
+        from edgesdk.agent.installed import relative_error
+        from edgesdk.bundles import read_array
+
+        self.run(self.tool.outputs(call))
+        wanted = [read_array(self.member(folder, name)) for name in names]
+        if reader is not None:
+            return relative_error(reader.arrays(self.transport.get(f"{self.scratch}/out")), wanted)
+        got = []
+        for i, array in enumerate(wanted):
+            content = self.transport.get(f"{self.scratch}/out-{i}.bin")
+            if len(content) != array.nbytes:
+                return None
+            got.append(np.frombuffer(content, array.dtype))
+        return relative_error(got, wanted)
+
+    def _health(self, folder: str) -> dict[str, Any]:
+        """The digest of what is installed in `folder` and the members that are not what the manifest says."""
+        text = self.transport.get(f"{folder}/manifest.json")
+        manifest = Manifest.from_json(text, f"{self.transport.link}: manifest.json")
+        there = hashes(self.transport, folder, [m.name for m in manifest.members])
+        bad = [m.name for m in manifest.members if there.get(m.name) != m.sha256]
+        return {"digest": hashlib.sha256(text).hexdigest(), "bad": bad}
+
+    def _facts(self) -> dict[str, Any]:
+        from edgesdk.plain.facts import read_facts
+
+        return read_facts(self.transport.must(script("facts", FACTS), "reading facts").text)
+
+
+def typical(told: Told, skip: int, kind: str) -> float:
+    """The median seconds of a call, else the mean; the first `skip` samples are no part of it. Raises `DeviceError` where no time was printed."""
+    samples = sorted(told.samples_s[skip:])
+    found = samples[len(samples) // 2] if samples else told.p50_s if told.p50_s is not None else told.mean_s
+    if found is None:
+        hint = "build it with logging: -DEXECUTORCH_ENABLE_LOGGING=ON" if kind == "executor_runner" else "take another build of it"
+        raise DeviceError(f"the {kind} printed no times", hint)
+    return found
+
+
+def name_of(runner: Runner, tool: Tool) -> str:
+    """The tool with what is known of its version: the digest of its file."""
+    return f"{tool.kind} {runner.digest[:12]}" if runner.digest else f"{tool.kind} at {runner.path}"
