@@ -117,9 +117,9 @@ class Board:
         self._start()
         self.link.target = self.port
 
-    def _boot(self) -> None:
-        start, self.port, self.console = time.monotonic(), free_port(), b""
-        command = [
+    def _command(self) -> list[str]:
+        """What starts the machine, with `self.port` as its ssh."""
+        return [
             "setpriv", "--pdeathsig", "KILL",  # never outlives the tests
             "qemu-system-aarch64", "-M", "virt", "-cpu", self.cpu, "-smp", "2", "-m", str(self.memory_mb), "-display", "none", "-nodefaults",
             "-no-reboot", "-kernel", str(self.image.kernel), "-initrd", str(self.image.initrd),
@@ -129,7 +129,10 @@ class Board:
             "-serial", "stdio", "-monitor", "none",
             *(("-drive", f"if=none,id=k,{self.disk.drive}", "-device", "virtio-blk-pci,drive=k") if self.keeps else ()),
         ]  # fmt: skip
-        self._qemu = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def _boot(self) -> None:
+        start, self.port, self.console = time.monotonic(), free_port(), b""
+        self._qemu = subprocess.Popen(self._command(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self._wait_for(b"BOARD-READY", 90)
         self.boot_s = time.monotonic() - start
         self._reader = threading.Thread(target=self._drain, daemon=True)
