@@ -1,10 +1,14 @@
-"""Find, check and detect devices. The one door through which a profile comes in."""
+"""Find, check and detect devices. The one door through which a profile comes in.
+
+A user's own profiles lie under `$EDGESDK_DEVICES`, else `$XDG_CONFIG_HOME/edgesdk/devices` (`~/.config/edgesdk/devices`).
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from importlib.resources import files
 from pathlib import Path
@@ -19,36 +23,65 @@ from edgesdk.noun import describe
 LISTS_BY = {"units": "name", "caches": "level", "runtimes": "name", "power_modes": "name", "variants": "suffix"}
 """How list items are addressed in `[sources]`: `units.cpu.clock_hz`, `units.cpu.caches.2.size_bytes`."""
 
+HOSTS = ("host", "local")
+"""Names of this machine, detected live."""
+
 NOT_CONFIRMED = "not confirmed"
 """How the source of a figure begins that is commonly quoted and that no page seen confirms."""
 
 
-def load_device(name_or_path: str) -> DeviceProfile:
-    """The profile of a name, an alias, a variant (`pi5-4gb`), a TOML file, or `host` (detected live).
+def devices_dir() -> Path:
+    """The folder of the user's own profiles; it need not be there."""
+    given, config = os.environ.get("EDGESDK_DEVICES"), os.environ.get("XDG_CONFIG_HOME")
+    return Path(given) if given else (Path(config) if config else Path.home() / ".config") / "edgesdk" / "devices"
 
-    Raises `UnknownName` with the nearest match, or `InputError` by file and field.
+
+def load_device(name_or_path: str) -> DeviceProfile:
+    """The profile of a name, an alias, a variant (`pi5-4gb`), a user's own profile, a TOML file, or `host` (detected live).
+
+    Raises `UnknownName` with the nearest match, or `InputError` by file and field, and where a user's profile has the name of a shipped one.
     """
     if name_or_path.endswith(".toml") or "/" in name_or_path:
         return check_profile(name_or_path)
     wanted = name_or_path.lower()
-    if wanted in ("host", "local"):
+    names, own = shipped_names(), user_files()
+    if wanted in own:
+        if wanted in names or wanted in HOSTS:
+            hint = "rename the file and the `name` in it: a profile of yours never stands in for a shipped one"
+            raise InputError(f"{own[wanted]}: '{wanted}' is the name of a shipped device, too", hint)
+        return _own(own[wanted])
+    if wanted in HOSTS:
         from edgesdk.host import detect_host
 
         return detect_host()
+    if wanted not in names:
+        raise UnknownName("device", name_or_path, [*names, *own, "host"])
+    stem, suffix = names[wanted]
+    return _shipped(stem, suffix)
+
+
+def shipped_names() -> dict[str, tuple[str, str | None]]:
+    """Every name, alias and variant of a shipped profile → (its file, the variant)."""
     names: dict[str, tuple[str, str | None]] = {}
     for stem, raw in _raw_profiles():
         for base in (raw.get("name", stem), *raw.get("aliases", ())):
             names[base] = (stem, None)
             for variant in raw.get("variants", ()):
                 names[f"{base}-{variant.get('suffix')}"] = (stem, variant.get("suffix"))
-    if wanted not in names:
-        raise UnknownName("device", name_or_path, [*names, "host"])
-    stem, suffix = names[wanted]
-    return _shipped(stem, suffix)
+    return names
+
+
+def user_files() -> dict[str, Path]:
+    """Name → file of every profile of the user's own, right or wrong."""
+    return {path.stem.lower(): path for path in sorted(devices_dir().glob("*.toml"))}
 
 
 def list_devices() -> list[DeviceProfile]:
-    """Every shipped profile that is right, in order of name; a broken one never blocks the others."""
+    """Every profile that is right, the shipped ones in order of name, then the user's own; a broken one never blocks the others."""
+    return [*shipped_devices(), *user_devices()]
+
+
+def shipped_devices() -> list[DeviceProfile]:
     found = []
     for stem, _ in _raw_profiles():
         try:
@@ -58,15 +91,55 @@ def list_devices() -> list[DeviceProfile]:
     return found
 
 
+def user_devices() -> list[DeviceProfile]:
+    found = []
+    for name in user_files():
+        try:
+            found.append(load_device(name))
+        except EdgeError:
+            continue
+    return found
+
+
+def _own(path: Path) -> DeviceProfile:
+    profile = check_profile(path)
+    if profile.name != path.stem.lower():
+        raise InputError(f"{path}: name = '{profile.name}', wanted '{path.stem.lower()}'", "a profile of your own is called as its file")
+    return profile
+
+
+def bound_to(profile: DeviceProfile, facts: Mapping[str, Any], link: str = "the link") -> str | None:
+    """Why the board that `facts` are of (an agent's `facts`, a saved `device-facts`) is not the one `profile` was read from, in one line.
+
+    None where it is, and where the profile is of no single board.
+    """
+    if profile.board is None or facts.get("board_id") == profile.board.id:
+        return None
+    mine = f"{profile.name} is the profile of board {profile.board.id} ({profile.board.model})"
+    if not facts.get("board_id"):
+        return f"{mine}; the one behind {link} cannot be told from others"
+    model = facts.get("model") or facts.get("board") or facts.get("machine") or "unknown"
+    return f"{mine}; behind {link} is board {facts['board_id']} ({model})"
+
+
 def check_profile(path: str | Path) -> DeviceProfile:
     """The profile in a file. Raises `InputError` naming the file, the field and what was wanted."""
     try:
-        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})", "give the path of a device's TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise InputError(f"{path}: not TOML ({error})", "see docs/adding-a-device.md for a profile's form") from None
-    return _build(raw, str(path))
+    return check_text(text, str(path))
+
+
+def check_text(text: str, where: str) -> DeviceProfile:
+    """The profile in a TOML text that `where` names. Raises `InputError`."""
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{where}: not TOML ({error})", "see docs/adding-a-device.md for a profile's form") from None
+    return _build(raw, where)
 
 
 def figures(profile: DeviceProfile) -> list[str]:
@@ -79,11 +152,11 @@ def figures(profile: DeviceProfile) -> list[str]:
 
 def not_confirmed(profile: DeviceProfile) -> list[str]:
     """Those of `figures` that have no source, or whose source says that nothing seen confirms them."""
-    sources = {field: _source(profile.sources, field) for field in figures(profile)}
+    sources = {field: source_of(profile.sources, field) for field in figures(profile)}
     return [field for field, source in sources.items() if source is None or source.startswith(NOT_CONFIRMED)]
 
 
-def _source(sources: dict[str, str], field: str) -> str | None:
+def source_of(sources: dict[str, str], field: str) -> str | None:
     """The source of a field: that of the longest key that covers it."""
     keys = [s for s in sources if field == s or field.startswith(s + ".")]
     return sources[max(keys, key=len)] if keys else None
@@ -134,7 +207,7 @@ def _build(raw: dict[str, Any], where: str) -> DeviceProfile:
         profile = DeviceProfile.model_validate(raw)
     except ValidationError as error:
         raise InputError(*describe(_named(error, raw), where)) from None
-    missing = [field for field in _numbers(raw) if _source(profile.sources, field) is None]
+    missing = [field for field in _numbers(raw) if source_of(profile.sources, field) is None]
     if missing:
         more = f" ({len(missing)} numbers in all)" if len(missing) > 1 else ""
         raise InputError(f"{where}: {missing[0]}: no source{more}", f'add it to [sources], like "{missing[0]}" = "https://…"')

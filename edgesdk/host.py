@@ -51,7 +51,7 @@ def _caches() -> list[dict[str, Any]]:
     return caches
 
 
-def _operations_per_cycle(isa: list[str]) -> tuple[int, int]:
+def operations_per_cycle(isa: list[str]) -> tuple[int, int]:
     """(fp32, int8) operations a cycle and core: two vector units; a multiply and an add are two."""
     lanes = 16 if "avx512" in isa else 8 if "avx2" in isa else 4
     fp32 = 2 * 2 * lanes
@@ -67,7 +67,7 @@ def detect_host() -> DeviceProfile:
     flags = set(re.findall(r"\S+", " ".join(re.findall(r"^(?:flags|Features)\s*:\s*(.*)$", info, re.M)[:1])))
     isa = sorted({name for flag, name in FLAGS.items() if flag in flags})
     cores, clock = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1, _clock_hz(info)
-    fp32, int8 = _operations_per_cycle(isa)
+    fp32, int8 = operations_per_cycle(isa)
     model = re.search(r"model name\s*:\s*(.*)", info)
     runtimes = [{"name": n, "unit": "cpu", "precisions": p} for n, module, p in RUNTIMES if importlib.util.find_spec(module) is not None]
     peaks = {"fp32": cores * clock * fp32, "int8": cores * clock * int8}

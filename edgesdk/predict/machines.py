@@ -60,9 +60,9 @@ def machines() -> list[Machine]:
 def _from_profile(text: str) -> Machine | None:
     """A profile whose name, alias, title or published name is in `text`."""
     try:
-        from edgesdk.devices import list_devices
+        from edgesdk.devices import shipped_devices
 
-        profiles = list_devices()
+        profiles = shipped_devices()
     except (ImportError, EdgeError):
         return None
     for p in profiles:
