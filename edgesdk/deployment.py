@@ -8,7 +8,7 @@ from pydantic import Field
 
 from edgesdk.noun import Noun, Part
 
-Action = Literal["installed", "already-installed", "rolled-back", "status", "dry-run"]
+Action = Literal["installed", "already-installed", "rolled-back", "cleaned", "status", "dry-run"]
 
 
 class Installed(Part):
@@ -21,6 +21,17 @@ class GoldenResult(Part):
     case: int
     relative_error: float | None  # None: not a number
     allowed: float
+
+
+class Entry(Part):
+    """One act on the device."""
+
+    number: int  # rises by one: the device's clock may jump
+    when: str  # by the device's clock
+    action: str  # "switching", "installed", "refused", "rolled-back", "finished", "undone", "trusted", …
+    digest: str | None
+    signer: str | None  # id of the key
+    result: str
 
 
 class Deployment(Noun):
@@ -39,4 +50,9 @@ class Deployment(Noun):
     gate_s: dict[str, float] = Field(default_factory=dict)  # median seconds a call, by method, where a latency gate was asked for
     sent_bytes: int = 0
     resumed_bytes: int = 0  # were there from an earlier, cut transfer
+    damaged: tuple[str, ...] = ()  # with "status": files of the current one that are not what its manifest says
+    interrupted: bool = False  # a switch was cut off: the next flash, --rollback or --gc finishes or undoes it
+    trusted_keys: bool = False  # the device has keys of its own, and runs only what they signed
+    history: tuple[Entry, ...] = ()  # the last acts on the device, the oldest first
+    removed: tuple[str, ...] = ()  # what was deleted there: folders under root
     steps: tuple[str, ...] = ()  # what was done, or with --dry-run would be

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from edgesdk.agent.client import Agent, agent_folder
 from edgesdk.deployment import Action, Deployment, GoldenResult, Installed
 from edgesdk.errors import DeviceError, InputError
-from edgesdk.install import Source, Steps, Survey, install, read_source, rollback, survey
+from edgesdk.history import unfinished
+from edgesdk.install import Source, Steps, Survey, install, read_source, rollback
 from edgesdk.lease import lease
 from edgesdk.signing import Signer, signer_of
+from edgesdk.survey import damaged, require_suitable, survey
 from edgesdk.transport import Transport, parse_link
-from edgesdk.transport.scripts import LINK, script
-from edgesdk.transport.steps import Ask, Link, Put, Run, Step, Watch, Write
+from edgesdk.transport.scripts import LINK, REMOVE, script
+from edgesdk.transport.steps import Ask, Link, Put, Run, Step, Watch
+from edgesdk.upkeep import recover, remove, spare
+
+WHOLE_HISTORY = 400
 
 
 class Performer:
@@ -28,7 +34,15 @@ class Performer:
         self._agent: Agent | None = None
 
     def all(self, steps: Steps) -> None:
-        """Send each step's result back into the generator."""
+        """Send each step's result back into the generator; the agent that was asked ends with it."""
+        try:
+            self._all(steps)
+        finally:
+            if self._agent is not None:
+                self._agent.close()
+                self._agent = None
+
+    def _all(self, steps: Steps) -> None:
         result: Any = None
         try:
             step = next(steps)
@@ -62,9 +76,6 @@ class Performer:
             self.sent_bytes += step.size_bytes - there
             self.resumed_bytes += there
             return None
-        if isinstance(step, Write):
-            self.transport.put(step.text.encode(), step.remote)
-            return None
         if isinstance(step, Run):
             return self.transport.must(step.argv, step.why, timeout=300.0).text
         if isinstance(step, Link):
@@ -78,10 +89,6 @@ class Performer:
         if self._agent is None:
             self._agent = Agent(self.transport, self.python, agent_folder(self.transport.root))
         return self._agent
-
-    def close(self) -> None:
-        if self._agent is not None:
-            self._agent.close()
 
 
 def flash(
@@ -108,12 +115,23 @@ def flash(
         raise InputError(f"keep = {keep}, wanted at least 2", "the current and the previous bundle are always kept")
     source = read_source(bundle)
     signer = None if allow_unsigned else signer_of(bundle)
+    names = ["manifest.json", *(m.name for m in source.manifest.members)]
     with _connected(on) as transport, _alone(transport, dry_run, python, wait_s):
-        before = survey(transport, source.digest, [m.name for m in source.manifest.members])
-        if before.current == source.digest and before.good.get(source.digest) and latency_gate is None:
-            return _deployment("already-installed", transport, before, source, signer=signer)
-        steps = install(source, before, transport.root, python or transport.python, keep=keep, latency_gate_s=latency_gate)
-        performer = _perform(transport, steps, python, dry_run, watch)
+        performer = Performer(transport, python or transport.python, dry_run, watch)
+        before = _in_order(performer, source.digest, names)
+        if _whole(source, before) and before.current == source.digest and latency_gate is None:
+            return _deployment("already-installed", transport, before, source, performer, signer)
+        require_suitable(transport, source, performer.python)
+        steps = install(
+            source,
+            before,
+            transport.root,
+            performer.python,
+            keep=keep,
+            latency_gate_s=latency_gate,
+            signer=signer.id if signer else None,
+        )
+        performer.all(steps)
         after = before if dry_run else survey(transport)
         return _deployment("dry-run" if dry_run else "installed", transport, after, source, performer, signer)
 
@@ -123,16 +141,54 @@ def roll_back(
 ) -> Deployment:
     """Make the previous bundle current again. Raises `DeviceError` if there is none or the device is in use, `CheckFailed` if it is damaged."""
     with _connected(on) as transport, _alone(transport, dry_run, python, wait_s):
-        before = survey(transport)
-        performer = _perform(transport, rollback(before, transport.root, python or transport.python), python, dry_run, watch)
+        performer = Performer(transport, python or transport.python, dry_run, watch)
+        before = _in_order(performer)
+        performer.all(rollback(before, transport.root, performer.python))
         after = before if dry_run else survey(transport)
         return _deployment("dry-run" if dry_run else "rolled-back", transport, after, None, performer)
 
 
+def clean(
+    on: str | Transport = "local",
+    *,
+    keep: int = 2,
+    dry_run: bool = False,
+    python: str | None = None,
+    wait_s: float = 0.0,
+    watch: Watch | None = None,
+) -> Deployment:
+    """Remove what is no more needed: see `upkeep.spare`; the newest cut transfer stays, as it can be gone on with. Raises `DeviceError`."""
+    with _connected(on) as transport, _alone(transport, dry_run, python, wait_s):
+        performer = Performer(transport, python or transport.python, dry_run, watch)
+        before = _in_order(performer)
+        resumed = before.parts[0].removesuffix(".part") if before.parts else None
+        performer.all(remove(spare(before, transport.root, keep=keep, resumed=resumed), "no more needed"))
+        after = before if dry_run else survey(transport)
+        return _deployment("dry-run" if dry_run else "cleaned", transport, after, None, performer)
+
+
 def status(on: str | Transport = "local") -> Deployment:
-    """What is installed on the device."""
+    """What is installed on the device, what was done there, and whether what is current is still whole."""
     with _connected(on) as transport:
-        return _deployment("status", transport, survey(transport), None)
+        state = survey(transport, recent=WHOLE_HISTORY)
+        found = _deployment("status", transport, state, None)
+        return found.model_copy(update={"damaged": damaged(transport, state.current) if state.current else ()})
+
+
+def _in_order(performer: Performer, digest: str | None = None, names: Iterable[str] = ()) -> Survey:
+    """What is on the device, behind the end of a switch that was cut off."""
+    transport = performer.transport
+    before = survey(transport, digest, names)
+    if unfinished(before.history) is None:
+        return before
+    performer.all(recover(before, transport.root, performer.python))
+    return before if performer.dry else survey(transport, digest, names)
+
+
+def _whole(source: Source, state: Survey) -> bool:
+    """Whether a bundle is there, found good, and each of its files still what it was."""
+    wanted = {m.name: m.sha256 for m in source.manifest.members} | {"manifest.json": source.digest}
+    return state.good.get(source.digest, False) and all(state.arrived.get(name) == sha for name, sha in wanted.items())
 
 
 def _alone(transport: Transport, dry_run: bool, python: str | None, wait_s: float) -> contextlib.AbstractContextManager[None]:
@@ -155,20 +211,17 @@ class _connected:
             self._transport.close()
 
 
-def _perform(transport: Transport, steps: Steps, python: str | None, dry: bool, watch: Watch | None) -> Performer:
-    performer = Performer(transport, python or transport.python, dry, watch)
-    try:
-        performer.all(steps)
-    finally:
-        performer.close()
-    return performer
-
-
 def _deployment(
     action: Action, transport: Transport, state: Survey, source: Source | None, done: Performer | None = None, signer: Signer | None = None
 ) -> Deployment:
     checked = done.answers.get("check", {}) if done else {}
     cases = checked.get("cases", [])
+    removed = [
+        f.removeprefix(f"{transport.root}/")
+        for step in (done.steps if done else ())
+        if isinstance(step, Run) and step.argv[:3] == ("sh", "-c", REMOVE)
+        for f in step.argv[4:]
+    ]
     return Deployment(
         action=action,
         link=transport.link,
@@ -183,5 +236,9 @@ def _deployment(
         gate_s=checked.get("seconds", {}),
         sent_bytes=done.sent_bytes if done and not done.dry else 0,
         resumed_bytes=done.resumed_bytes if done and not done.dry else 0,
+        interrupted=unfinished(state.history) is not None,
+        trusted_keys=state.trusted_keys,
+        history=state.history,
+        removed=tuple(removed) if done and not done.dry else (),
         steps=tuple(str(s) for s in done.steps) if done else (),
     )

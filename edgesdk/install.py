@@ -5,85 +5,40 @@ On the device, under `root`:
     store/<digest>/          a whole, verified bundle; `.good` in it once its golden outputs matched there
     store/<digest>.part/     one that is being sent; a later run goes on with it
     current, previous        links into store/, each replaced in one move
+    history                  what was done here (see `edgesdk.history`)
     agent/<digest>/          the agent and the runner
+    trusted                  keys: if it is there, the agent runs only what one of them signed
+    *.gone                   what is being removed
 
 A new bundle is checked in the store, before `current` moves: a program that fails its check is never the current one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
-from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from edgesdk.agent.client import agent_files, agent_folder, failed_cases
+from edgesdk.agent.client import failed_cases
 from edgesdk.bundle import Manifest, Member
-from edgesdk.errors import CheckFailed, DeviceError, InputError
-from edgesdk.transport.base import Blob, Transport
-from edgesdk.transport.scripts import ACTIVATE, FREE, HASHES, REMOVE, SHARE, SURVEY, UNLINK, script
-from edgesdk.transport.steps import Ask, Link, Put, Run, Step, Write
+from edgesdk.errors import CheckFailed, DeviceError, InputError, LinkError
+from edgesdk.history import Recorder
+from edgesdk.survey import Survey, free_bytes, place, read_hashes, survey
+from edgesdk.transport.base import Blob
+from edgesdk.transport.scripts import ACTIVATE, FREE, GOOD, HASHES, REMOVE, SHARE, SIZE, UNLINK, script
+from edgesdk.transport.steps import Ask, Link, Put, Run, Step
 from edgesdk.units import show_bytes, show_seconds
+from edgesdk.upkeep import remove, send_agent, spare
+
+__all__ = ["Source", "Steps", "Survey", "install", "read_source", "rollback", "survey"]
 
 GATE_CALLS = 11
+SLACK_BYTES = 1 << 16
+"""For folders, links and the history."""
 Steps = Generator[Step, Any, None]
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What is on the device before anything is done."""
-
-    current: str | None
-    previous: str | None
-    good: dict[str, bool]  # installed digest → found good; newest knowledge, no order
-    parts: tuple[str, ...]  # names of folders of cut transfers
-    members: dict[str, tuple[str, int]]  # sha256 → (path of a file there with that content, size)
-    arrived: dict[str, str]  # name → sha256, in the .part folder of the bundle to install
-    agent: dict[str, str]  # name → sha256
-    free_bytes: int | None
-
-
-def survey(transport: Transport, digest: str | None = None, names: Iterable[str] = ()) -> Survey:
-    """Look at the device; changes nothing. With `digest`, also at what an install of that bundle needs to know."""
-    root = transport.root
-    lines = [line.split() for line in transport.must(script("survey", SURVEY, root), "looking at the store").text.splitlines()]
-    slots = {w[0]: w[1] for w in lines if len(w) == 2}
-    good = {w[1]: w[2] == "good" for w in lines if len(w) == 3 and w[0] == "store" and not w[1].endswith(".part")}
-    members: dict[str, tuple[str, int]] = {}
-    for other in good if digest and digest not in good else ():
-        try:
-            manifest = Manifest.from_json(transport.get(f"{root}/store/{other}/manifest.json"), f"{other[:12]}: manifest.json")
-        except (InputError, DeviceError):
-            continue  # of another version: nothing to share
-        members |= {m.sha256: (f"{root}/store/{other}/{m.name}", m.size_bytes) for m in manifest.members}
-    return Survey(
-        current=slots.get("current"),
-        previous=slots.get("previous"),
-        good=good,
-        members=members,
-        parts=tuple(w[1] for w in lines if len(w) == 3 and w[0] == "store" and w[1].endswith(".part")),
-        arrived=hashes(transport, f"{root}/store/{digest}.part", names) if digest and digest not in good else {},
-        agent=hashes(transport, agent_folder(root), agent_files()),
-        free_bytes=_free(transport) if digest else None,
-    )
-
-
-def hashes(transport: Transport, folder: str, names: Iterable[str]) -> dict[str, str]:
-    """name → sha256 of the files that are there."""
-    found: dict[str, str] = {}
-    listed = list(names)
-    for i in range(0, len(listed), 50):
-        text = transport.must(script("hashes", HASHES, folder, *listed[i : i + 50]), f"reading {folder}", timeout=300.0).text
-        found |= {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
-    return found
-
-
-def _free(transport: Transport) -> int | None:
-    """Free bytes where the store is, or None if the device cannot say."""
-    result = transport.run(script("free", FREE, transport.root))
-    fields = result.text.splitlines()[-1].split() if result.code == 0 and result.text else []
-    return int(fields[-3]) * 1024 if len(fields) >= 5 and fields[-3].isdigit() else None
 
 
 @dataclass(frozen=True)
@@ -100,6 +55,11 @@ class Source:
 
         return Blob(member.size_bytes, member.sha256, read)
 
+    def head(self, name: str) -> bytes:
+        """A member's first bytes."""
+        with zipfile.ZipFile(self.path) as archive, archive.open(name) as file:
+            return file.read(64)
+
 
 def read_source(path: str | Path) -> Source:
     """A verified bundle. Raises `InputError` and `CheckFailed` if it is damaged or names files outside itself."""
@@ -113,90 +73,144 @@ def read_source(path: str | Path) -> Source:
     return Source(Path(path), manifest, bundle_digest(path))
 
 
-def install(source: Source, before: Survey, root: str, python: str, *, keep: int = 2, latency_gate_s: float | None = None) -> Steps:
-    """The steps from `before` to `source` being current and good. Raises `CheckFailed`; `current` is then what it was."""
+def install(
+    source: Source,
+    before: Survey,
+    root: str,
+    python: str,
+    *,
+    keep: int = 2,
+    latency_gate_s: float | None = None,
+    signer: str | None = None,
+) -> Steps:
+    """The steps from `before` to `source` being current and good. Raises `CheckFailed`; `current` is then what it was.
+
+    `signer`: id of the key that signed it, for the history.
+    """
     digest, store = source.digest, f"{root}/store/{source.digest}"
+    recorder = Recorder(root, before.history, signer)
     if not source.manifest.golden:
         what = f"{source.path}: holds no golden outputs: it was built for a runtime that the host cannot run"
         raise InputError(what, "such a program cannot be checked after an install; build for --runtime litert or executorch")
-    if digest not in before.good:
-        yield from _transfer(source, before, root)
-    yield from _send_agent(before, root)
-    yield from _accept(source, before, store, latency_gate_s)
-    yield Write(f"{store}/.good", f"{digest}\n")
+    yield from _transfer(source, before, root)
+    yield from send_agent(before, root)
+    try:
+        yield from _accept(source, before, store, latency_gate_s)
+    except CheckFailed as error:
+        with _unless_full():
+            yield recorder.step("refused", digest, error.what)
+        raise
+    yield Run(script("good", GOOD, store, digest), "mark it good: its outputs are right here")
     old = before.current if before.current != digest else before.previous
-    if old and old in before.good and old != digest:
-        yield Link(f"{root}/previous", f"store/{old}", python)
-    yield Link(f"{root}/current", f"store/{digest}", python)
+    old = old if old in before.good and old != digest else None
+    if before.current != digest:
+        yield recorder.switching(digest, before.current, before.previous)
+        if old:
+            yield Link(f"{root}/previous", f"store/{old}", python)
+        yield Link(f"{root}/current", f"store/{digest}", python)
     state = yield Ask("health", (("folder", f"{root}/current"),), "what is current is whole")
     if state["digest"] != digest or state["bad"]:
-        if old and old in before.good:
+        if old:
             yield Link(f"{root}/current", f"store/{old}", python)
         else:
             yield Run(script("unlink", UNLINK, f"{root}/current"), "nothing was installed before")
+        yield Run(script("unlink", UNLINK, f"{store}/.good"), "it is good no more")
         bad = ", ".join(state["bad"]) or "manifest.json"
+        with _unless_full():
+            yield recorder.step("undone", digest, f"{bad} changed on the disk")
         hint = "check the storage of the device, then flash again"
         raise CheckFailed(f"the installed {bad} changed on the device's disk; rolled back to {_name(old)}", hint)
-    spare = [d for d in before.good if d not in (digest, old)]
-    stale = [p for p in before.parts if p != f"{digest}.part"]
-    if gone := spare[max(0, keep - 2) :] + stale:
-        yield Run(script("remove", REMOVE, *(f"{root}/store/{d}" for d in gone)), f"keep {keep}")
+    with _unless_full():
+        yield recorder.step("installed", digest)
+    after = replace(before, current=digest, previous=old, good={digest: True, **before.good})
+    yield from remove(spare(after, root, keep=keep, resumed=digest), f"keep {keep}")
+
+
+@contextlib.contextmanager
+def _unless_full() -> Iterator[None]:
+    """What the history lacks on a full disk is found out by the next who looks; a line is not worth an install."""
+    try:
+        yield
+    except LinkError:
+        raise
+    except DeviceError:
+        pass
 
 
 def _transfer(source: Source, before: Survey, root: str) -> Steps:
-    part = f"{root}/store/{source.digest}.part"
-    wanted = [m for m in source.manifest.members if before.arrived.get(m.name) != m.sha256]
-    missing = [m for m in wanted if m.sha256 not in before.members]
-    needed = sum(m.size_bytes for m in missing)
-    if before.free_bytes is not None and needed > before.free_bytes:
-        hint = "nothing was sent, what is installed stays; free some space there, or build a smaller plan (--storage)"
-        raise DeviceError(f"the device's disk is full: {show_bytes(needed)} needed, {show_bytes(before.free_bytes)} free", hint)
-    for member in wanted:
-        if member in missing:
-            yield Put(f"{part}/{member.name}", source.blob(member), member.sha256, member.size_bytes)
-        else:
-            have = before.members[member.sha256][0]
-            yield Run(script("share", SHARE, have, f"{part}/{member.name}"), "the device has this file in another bundle")
+    """Bring every file there, into the .part folder, or beside what is damaged of an installed bundle."""
     from edgesdk.bundles import BESIDE, member_names, read_member
 
+    folder, beside = place(root, source.digest, before.good), {}
     for name in sorted(set(BESIDE) & set(member_names(source.path))):
-        blob = Blob.of(read_member(source.path, name))
-        yield Put(f"{part}/{name}", blob, blob.sha256, blob.size_bytes)
-    names = sorted(m.name for m in source.manifest.members)
-    for i in range(0, len(names), 50):
-        text = yield Run(script("hashes", HASHES, part, *names[i : i + 50]), "verify every file on the device")
-        _verify(source, text, names[i : i + 50])
-    yield Run(script("activate", ACTIVATE, part, f"{root}/store/{source.digest}"), "the bundle is whole")
-
-
-def _verify(source: Source, text: str | None, names: list[str]) -> None:
-    if text is None:  # a dry run
+        beside[name] = Blob.of(read_member(source.path, name))
+    whole = {m.name: source.blob(m) for m in source.manifest.members} | beside
+    wanted = {name: blob for name, blob in whole.items() if before.arrived.get(name) != blob.sha256}
+    if not wanted and folder.endswith(source.digest):
         return
-    found = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
-    wanted = {m.name: m.sha256 for m in source.manifest.members}
-    for name in names:
-        if found.get(name) != wanted[name]:
-            what = f"{name} on the device has sha256 {found.get(name, 'none')}, wanted {wanted[name]}"
-            raise CheckFailed(what, "refused, what was current stays; flash again")
+    shared = [name for name, blob in wanted.items() if blob.sha256 in before.members]
+    yield from _make_room(source, before, root, {n: b for n, b in wanted.items() if n not in shared}, shared)
+    if folder.endswith(source.digest):
+        yield Run(script("unlink", UNLINK, f"{folder}/.good"), "it is damaged")
+    for name in shared:
+        have = before.members[wanted[name].sha256][0]
+        yield Run(script("share", SHARE, have, f"{folder}/{name}"), "the device has this file in another bundle")
+    for name in sorted(set(wanted) - set(shared), key=lambda n: (n in beside, n)):
+        yield Put(f"{folder}/{name}", wanted[name], wanted[name].sha256, wanted[name].size_bytes)
+    wrong = yield from _verify(folder, whole)
+    for name in sorted(set(wrong) & set(shared)):  # that other bundle is damaged
+        yield Put(f"{folder}/{name}", whole[name], whole[name].sha256, whole[name].size_bytes)
+    if wrong and (wrong := (yield from _verify(folder, {n: whole[n] for n in wrong}))):
+        name = min(wrong)
+        what = f"{name} on the device has sha256 {wrong[name] or 'none'}, wanted {whole[name].sha256}"
+        raise CheckFailed(what, "refused, what was current stays; flash again")
+    if folder.endswith(".part"):
+        yield Run(script("activate", ACTIVATE, folder, f"{root}/store/{source.digest}"), "the bundle is whole")
 
 
-def _send_agent(before: Survey, root: str) -> Steps:
-    for name, data in agent_files().items():
-        blob = Blob.of(data)
-        if before.agent.get(name) != blob.sha256:
-            yield Put(f"{agent_folder(root)}/{name}", blob, blob.sha256, blob.size_bytes)
+def _verify(folder: str, wanted: Mapping[str, Blob]) -> Generator[Step, Any, dict[str, str]]:
+    """name → what its sha256 is in place of the right one ("": it is not there)."""
+    names = sorted(wanted)
+    wrong: dict[str, str] = {}
+    for i in range(0, len(names), 50):
+        text = yield Run(script("hashes", HASHES, folder, *names[i : i + 50]), "verify every file on the device")
+        found = read_hashes(text) if text is not None else {n: wanted[n].sha256 for n in names}  # None: a dry run
+        wrong |= {n: found.get(n, "") for n in names[i : i + 50] if found.get(n) != wanted[n].sha256}
+    return wrong
+
+
+def _make_room(source: Source, before: Survey, root: str, sent: Mapping[str, Blob], shared: list[str]) -> Steps:
+    """Nothing, where there is room; else remove what may go. Raises `DeviceError` if that is not enough."""
+    needed, free = sum(b.size_bytes for b in sent.values()) + SLACK_BYTES, before.free_bytes
+    if free is None or needed <= free:
+        return
+    blobs = {m.name: m.sha256 for m in source.manifest.members}
+    givers = {PurePosixPath(before.members[blobs[n]][0]).parts for n in shared if n in blobs}
+    folders = [
+        f
+        for f in spare(before, root, keep=2, resumed=source.digest)
+        if not any(PurePosixPath(f).parts == g[: len(PurePosixPath(f).parts)] for g in givers)
+    ]
+    yield from remove(folders, "the disk is full: what is no more needed goes first")
+    for name in sent:
+        text = yield Run(script("size", SIZE, f"{place(root, source.digest, before.good)}/{name}.part"), "what arrived of it")
+        needed -= int(text or 0)
+    free = free_bytes((yield Run(script("free", FREE, root), "is there room now?")) or "")
+    if free is not None and needed > free:
+        hint = "nothing was sent, what is installed stays; free some space there, or build a smaller plan (--storage)"
+        raise DeviceError(f"the device's disk is full: {show_bytes(needed)} needed, {show_bytes(free)} free", hint)
 
 
 def _accept(source: Source, before: Survey, store: str, latency_gate_s: float | None) -> Steps:
     """Golden outputs and the latency gate, in the store; a bundle that fails is removed."""
     stays = f"current stays {_name(before.current)}"
-    remove = Run(script("remove", REMOVE, store), "it failed its check")
+    gone = Run(script("remove", REMOVE, store), "it failed its check")
     repeat = GATE_CALLS if latency_gate_s is not None else 0
     try:
         answer = yield Ask("check", (("folder", store), ("repeat", repeat)), "golden outputs on the device")
     except DeviceError as error:
         if error.exit_code == 3 and type(error) is DeviceError and before.current != source.digest:
-            yield remove
+            yield gone
             raise CheckFailed(f"{error.what}; rolled back: {stays}", error.hint) from None
         raise
     wrong = failed_cases(answer)
@@ -204,7 +218,7 @@ def _accept(source: Source, before: Survey, store: str, latency_gate_s: float | 
     if not wrong and not slow:
         return
     if before.current != source.digest:
-        yield remove
+        yield gone
     if wrong:
         hint = "the device's runtime computes something else: `edgesdk flash --status`, and build for its runtime and version"
         raise CheckFailed(f"wrong outputs on the device: {'; '.join(wrong[:3])}; rolled back: {stays}", hint)
@@ -214,18 +228,22 @@ def _accept(source: Source, before: Survey, store: str, latency_gate_s: float | 
 
 def rollback(before: Survey, root: str, python: str) -> Steps:
     """The steps that make `previous` current and the other way round. Raises `DeviceError` if there is none."""
-    back = before.previous
+    back, recorder = before.previous, Recorder(root, before.history)
     if not back or back not in before.good or back == before.current:
         raise DeviceError("nothing to roll back to: no previous bundle is installed", "`edgesdk flash --status` lists what is there")
     if not before.good[back]:
         raise CheckFailed(f"the previous bundle {back[:12]} was never found good on this device", "flash it again, so that it is checked")
-    yield from _send_agent(before, root)
+    yield from send_agent(before, root)
     state = yield Ask("health", (("folder", f"{root}/store/{back}"),), "what was before is still whole")
     if state["digest"] != back or state["bad"]:
         raise CheckFailed(f"the previous bundle {back[:12]} is damaged on the device", "current stays; flash that bundle again")
+    with _unless_full():
+        yield recorder.switching(back, before.current, back)
     yield Link(f"{root}/current", f"store/{back}", python)
     if before.current:
         yield Link(f"{root}/previous", f"store/{before.current}", python)
+    with _unless_full():
+        yield recorder.step("rolled-back", back)
 
 
 def _name(digest: str | None) -> str:

@@ -15,24 +15,28 @@ from datetime import UTC, datetime
 
 from edgesdk.agent.client import require_python
 from edgesdk.errors import DeviceError, LinkError
-from edgesdk.transport.base import Stream, Transport
+from edgesdk.transport.base import Result, Stream, Transport, refused
 
 HOLD = """
 import fcntl, os, sys
-os.makedirs(sys.argv[1], exist_ok=True)
-with open(os.path.join(sys.argv[1], 'lease'), 'a+') as file:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        print('held ' + ' '.join(file.read().split()), flush=True)
-        sys.exit()
-    file.seek(0)
-    file.truncate()
-    file.write(sys.argv[2])
-    file.flush()
-    print('yours', flush=True)
-    sys.stdin.read()
+try:
+    os.makedirs(sys.argv[1], exist_ok=True)
+    file = os.open(os.path.join(sys.argv[1], 'lease'), os.O_RDWR | os.O_CREAT, 0o644)
+except OSError as error:
+    print('cannot ' + str(error), flush=True)
+    sys.exit()
+try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except OSError:
+    print('held ' + ' '.join(os.read(file, 4096).decode(errors='replace').split()), flush=True)
+    sys.exit()
+try:
+    os.ftruncate(file, 0)
+    os.pwrite(file, sys.argv[2].encode(), 0)
+except OSError:
+    pass  # a full disk: the lock holds without a name
+print('yours', flush=True)
+sys.stdin.read()
 """
 ANSWER_S = 60.0
 AGAIN_S = 1.0
@@ -62,6 +66,8 @@ def lease(transport: Transport, what: str, *, python: str | None = None, wait_s:
                 return
         finally:
             stream.close()
+        if line.startswith("cannot"):
+            raise refused(transport.link, f"writing to {transport.root}", Result(1, b"", line[7:].encode()))
         if time.monotonic() >= until:
             raise DeviceError(
                 f"{transport.link}: in use by {line[5:] or 'somebody'}", "wait until they are done, or say how long: --wait 10min"
@@ -74,7 +80,7 @@ def _answer(stream: Stream, transport: Transport, python: str) -> str:
     try:
         while True:
             line = stream.readline(ANSWER_S).decode(errors="replace").strip()
-            if line == "yours" or line.startswith("held"):
+            if line == "yours" or line.startswith(("held", "cannot")):
                 return line
     except LinkError:
         raise

@@ -134,7 +134,10 @@ def refused(link: str, why: str, result: Result) -> DeviceError:
         return DeviceError(
             f"{link}: the disk is full ({why})", "free some space there (`edgesdk flash --status` lists bundles), then run it again"
         )
-    if "Permission denied" in complaint or "Read-only" in complaint:
+    if "Read-only" in complaint:
+        hint = "nothing was changed; make it writable (mount -o remount,rw …; a card's lock, a worn-out disk?), or give a folder on another one: ?root=/path"
+        return DeviceError(f"{link}: the disk is read-only ({why})", hint)
+    if "Permission denied" in complaint:
         return DeviceError(f"{link}: {why}: {complaint}", "give a folder that can be written: ssh://…?root=/path, or local:/path")
     return DeviceError(f"{link}: {why}: {complaint}", "the device is reached, the command fails there; correct it and run it again")
 

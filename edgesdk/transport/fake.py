@@ -6,6 +6,7 @@ It understands the scripts of `edgesdk.transport.scripts` by their names and pla
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,11 @@ class Failures:
     check_error: float = 0.0  # the relative error that the golden check answers
     agent_crashes: bool = False
     held_by: str = ""  # who else uses the device
+    cut_at: int | None = None  # the link breaks at this command from now on (0: the next), which is not done
+    answer_lost: bool = False  # with `cut_at`: it is done, its answer is lost
+    read_only: bool = False
+    lacks: tuple[str, ...] = ()  # Python packages that are not there
+    elf: str = ""  # what its Python begins with, in hex
 
 
 @dataclass
@@ -40,6 +46,26 @@ class FakeTransport(Transport):
 
     def run(self, argv: tuple[str, ...], stdin: bytes | None = None, timeout: float = 60.0) -> Result:
         self.log.append(argv)
+        lost = self._cut()
+        result = self._run(argv)
+        if lost:
+            raise LinkError(f"{self.link}: the link broke", "run the same command again")
+        return result
+
+    def _cut(self) -> bool:
+        """Count down to the cut. Raises `LinkError` before the command; True: behind it."""
+        fail = self.failures
+        if fail.cut_at is None:
+            return False
+        fail.cut_at -= 1
+        if fail.cut_at >= 0:
+            return False
+        fail.cut_at = None
+        if not fail.answer_lost:
+            raise LinkError(f"{self.link}: the link broke", "run the same command again")
+        return True
+
+    def _run(self, argv: tuple[str, ...]) -> Result:
         if argv[0] == "cat":
             data = self.files.get(self._real(argv[1]))
             return Result(0, data, b"") if data is not None else Result(1, b"", f"cat: {argv[1]}: No such file".encode())
@@ -47,12 +73,19 @@ class FakeTransport(Transport):
         action = getattr(self, f"_do_{name}", None)
         if action is None:
             return Result(127, b"", f"the fake device does not know {argv[0]} {name}".encode())
+        if self.failures.read_only and name not in _READS:
+            return Result(1, b"", b"sh: Read-only file system")
+        if name in _GROWS and self.failures.disk_bytes is not None and self._free() <= 0:
+            return Result(74, b"", b"cat: write error: No space left on device")
         out = action(*argv[4:])
         return Result(0, out.encode(), b"")
 
     def put(self, data: Blob | bytes | Path, remote: str, *, resume: bool = True, progress: Progress | None = None) -> int:
         blob = data if isinstance(data, Blob) else Blob.of(data)
         self.log.append(("put", remote))
+        self._cut()
+        if self.failures.read_only:
+            raise refused(self.link, f"writing {remote}", Result(73, b"", b"sh: Read-only file system"))
         part = remote + ".part"
         there = min(len(self.files.get(part, b"")), blob.size_bytes) if resume else 0
         self.files[part] = self.files.get(part, b"")[:there]
@@ -90,9 +123,11 @@ class FakeTransport(Transport):
 
     def open(self, argv: tuple[str, ...]) -> Stream:
         if "-c" in argv:  # the lock of `edgesdk.lease`
+            if self.failures.read_only:
+                return _FakeAgent(self, [b"cannot [Errno 30] Read-only file system\n"])
             return _FakeAgent(self, [f"held {self.failures.held_by}\n".encode() if self.failures.held_by else b"yours\n"])
         self.log.append(argv)
-        return _FakeAgent(self, [encode({"hello": "edgesdk-agent", "version": 1})])
+        return _FakeAgent(self, [encode({"hello": "edgesdk-agent", "version": 2})])
 
     def _real(self, path: str) -> str:
         """`path` with a leading link followed."""
@@ -104,11 +139,27 @@ class FakeTransport(Transport):
     def _do_size(self, path: str) -> str:
         return str(len(self.files.get(path, b"")))
 
-    def _do_survey(self, root: str) -> str:
+    def _do_survey(self, root: str, recent: str) -> str:
         lines = [f"{s} {self.links[f'{root}/{s}'].rpartition('/')[2]}" for s in ("current", "previous") if f"{root}/{s}" in self.links]
-        stores = sorted({p[len(root) + 7 :].split("/")[0] for p in self.files if p.startswith(f"{root}/store/")})
-        lines += [f"store {d} {'good' if f'{root}/store/{d}/.good' in self.files else 'unchecked'}" for d in stores]
-        return "\n".join(lines)
+        stores = dict.fromkeys(p[len(root) + 7 :].split("/")[0] for p in reversed(self.files) if p.startswith(f"{root}/store/"))
+        lines += [f"store {d} {'good' if self.files.get(f'{root}/store/{d}/.good') == d.encode() else 'unchecked'}" for d in stores]
+        agents = dict.fromkeys(p[len(root) + 7 :].split("/")[0] for p in reversed(self.files) if p.startswith(f"{root}/agent/"))
+        lines += [f"agent {a}" for a in agents] + (["trusted"] if f"{root}/trusted" in self.files else [])
+        history = self.files.get(f"{root}/history", b"").decode().split("\n")[:-1]
+        return "\n".join(lines + [f"history {line}" for line in history[-int(recent) :]])
+
+    def _do_good(self, folder: str, digest: str) -> str:
+        self.files[f"{folder}/.good"] = digest.encode()
+        return ""
+
+    def _do_record(self, root: str, *words: str) -> str:
+        line = f"{words[0]} 2026-01-01T00:00:00Z {' '.join(words[1:])}"
+        check = hashlib.sha256(line.encode()).hexdigest()[:16]
+        self.files[f"{root}/history"] = self.files.get(f"{root}/history", b"") + f"{check} {line}\n".encode()
+        return ""
+
+    def _do_suits(self, python: str, flag: str, program: str, *modules: str) -> str:
+        return json.dumps([self.failures.elf, [m for m in modules if m not in self.failures.lacks], python])
 
     def _do_hashes(self, folder: str, *names: str) -> str:
         found = [(n, self.files[f"{folder}/{n}"]) for n in names if f"{folder}/{n}" in self.files]
@@ -140,10 +191,17 @@ class FakeTransport(Transport):
             self.files.pop(path, None)
         return ""
 
+    def _free(self) -> int:
+        return max(0, (self.failures.disk_bytes or 0) - sum(map(len, self.files.values())))
+
     def _do_free(self, root: str) -> str:
         limit = self.failures.disk_bytes
-        free = (1 << 40) if limit is None else max(0, limit - sum(map(len, self.files.values())))
+        free = (1 << 40) if limit is None else self._free()
         return f"Filesystem 1024-blocks Used Available Capacity Mounted on\nfake 1 1 {free // 1024} 1% /"
+
+
+_READS = ("size", "survey", "hashes", "free", "suits")
+_GROWS = ("good", "record")
 
 
 class _FakeAgent:
@@ -153,6 +211,7 @@ class _FakeAgent:
         self._device, self._lines = device, lines
 
     def send(self, line: bytes) -> None:
+        self._device._cut()
         asked = decode(line.rstrip(b"\n"))
         if self._device.failures.agent_crashes:
             raise DeviceError("fake: the agent ended: exit code -4", "look at the line above; --python PATH picks another interpreter")

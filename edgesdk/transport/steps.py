@@ -36,17 +36,6 @@ class Put:
 
 
 @dataclass(frozen=True)
-class Write:
-    """A small text file on the device."""
-
-    remote: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"write {self.remote}  # {self.text.splitlines()[0]}"
-
-
-@dataclass(frozen=True)
 class Link:
     """A symbolic link, replaced in one move."""
 
@@ -70,6 +59,6 @@ class Ask:
         return f"ask   {self.verb} {' '.join(f'{k}={v}' for k, v in self.arguments)}  # {self.why}"
 
 
-Step = Run | Put | Write | Link | Ask
+Step = Run | Put | Link | Ask
 Watch = Callable[[Step, int, int], None]
 """`watch(step, done, total)`: bytes of a Put, (0, 0) as any other step begins."""
