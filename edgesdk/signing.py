@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -257,6 +257,15 @@ def signer_of(path: str | Path) -> Signer:
         )
     ids = ", ".join(s.key for s in found.signatures)
     raise CheckFailed(f"{path}: signed by {ids}, which is not trusted here", "if you know that key: edgesdk keys trust FILE")
+
+
+def is_signed_by(manifest: bytes, signatures: bytes, keys: Iterable[PublicKey]) -> bool:
+    """Whether one of `keys` signed a manifest, given the content of its `signature.json`."""
+    try:
+        found = Signatures.from_json(signatures, NAME).signatures
+    except InputError:
+        return False
+    return any(s.key == k.id and _holds(k, _ABOUT_BUNDLE + manifest, s.signature) for s in found for k in keys)
 
 
 # ---- parts

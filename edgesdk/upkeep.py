@@ -6,6 +6,7 @@ from collections.abc import Generator
 from typing import Any
 
 from edgesdk.agent.client import agent_files, agent_folder
+from edgesdk.errors import DeviceError, LinkError
 from edgesdk.history import Recorder, unfinished
 from edgesdk.survey import Survey
 from edgesdk.transport.base import Blob
@@ -35,7 +36,12 @@ def recover(before: Survey, root: str, python: str) -> Steps:
     old = old if old in before.good else None
     if before.current == new:
         yield from send_agent(before, root)
-        state = yield Ask("health", (("folder", f"{root}/store/{new}"),), "a switch was cut off: is it whole?")
+        try:
+            state = yield Ask("health", (("folder", f"{root}/store/{new}"),), "a switch was cut off: is it whole?")
+        except LinkError:
+            raise
+        except DeviceError:  # it is not what this device runs
+            state = {"digest": "", "bad": []}
         if state["digest"] == new and not state["bad"]:
             yield from _point(root, "previous", old, before.previous, python)
             yield recorder.step("finished", new, "a switch that was cut off")

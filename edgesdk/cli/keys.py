@@ -60,12 +60,42 @@ def show(name: Annotated[str, typer.Argument(help="A key of yours.")] = "default
 
 @app.command("trust")
 def trust(
-    line: Annotated[str, typer.Argument(metavar="FILE|LINE", help="A public line, or the file it stands in.")], as_json: Json = False
+    line: Annotated[str | None, typer.Argument(metavar="[FILE|LINE]", help="A public line, or the file it stands in.")] = None,
+    on: Annotated[
+        str | None, typer.Option("--on", help="A device that is to run only what the keys trusted here signed: ssh://…, see flash.")
+    ] = None,
+    anyone: Annotated[bool, typer.Option("--anyone", help="With --on: the device runs whatever is installed again.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Install bundles that this key signed."""
+    """Install bundles that this key signed; with --on, give a device all keys that are trusted here (do it again after a revocation)."""
+    from edgesdk.errors import InputError
     from edgesdk.signing import trust as verb
 
-    _show(verb(line), as_json, "trusted")
+    if (line is None and on is None) or (anyone and (on is None or line is not None)):
+        raise InputError(
+            "keys trust wants a key, --on, or both; --anyone wants --on alone", "edgesdk keys trust me.pub --on ssh://pi@board"
+        )
+    if line is not None:
+        key = verb(line)
+        if on is None:
+            _show(key, as_json, "trusted")
+            return
+    _on_device(str(on), anyone, as_json)
+
+
+def _on_device(on: str, anyone: bool, as_json: bool) -> None:
+    from edgesdk.device_keys import give_keys, take_keys
+
+    if anyone:
+        take_keys(on)
+    keys = () if anyone else give_keys(on)
+    if as_json:
+        emit_json({"kind": "keys", "schema_version": 1, "on": on, "anyone": anyone, "keys": [k.model_dump(mode="json") for k in keys]})
+        return
+    ran = "runs whatever is installed" if anyone else "runs only what one of these signed"
+    console().print(f"{on.split('?')[0]}: {ran}", markup=False)
+    for key in keys:
+        console().print(f"  {key.name} ({key.id})", markup=False)
 
 
 @app.command("revoke")
