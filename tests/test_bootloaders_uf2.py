@@ -60,7 +60,7 @@ class Volume:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     path = tmp_path_factory.mktemp("uf2") / "tiny.edge"
-    tiny_bundle(path, cols=4000)
+    tiny_bundle(path, cols=4000, runtime="tflite-micro")
     return str(path)
 
 

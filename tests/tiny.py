@@ -39,7 +39,9 @@ def tiny_tflite(weights: np.ndarray) -> bytes:
     return bytes(builder.Output())
 
 
-def tiny_bundle(path: Path, *, seed: int = 0, wrong: bool = False, rows: int = 4, cols: int = 256, plan: bytes | None = None) -> Manifest:
+def tiny_bundle(
+    path: Path, *, seed: int = 0, wrong: bool = False, rows: int = 4, cols: int = 256, plan: bytes | None = None, runtime: str = "litert"
+) -> Manifest:
     """A bundle of `tiny_tflite` with one golden case; `wrong` spoils the golden output. `cols` of 40000 makes it 640 kB."""
     rng = np.random.default_rng(seed)
     weights = rng.standard_normal((rows, cols)).astype(np.float32)
@@ -56,7 +58,7 @@ def tiny_bundle(path: Path, *, seed: int = 0, wrong: bool = False, rows: int = 4
         method="forward", inputs=("golden/forward/0/in0.npy",), outputs=("golden/forward/0/out0.npy",), max_relative_error=1e-3
     )
     return write_bundle(
-        path, members, model_name="tiny", device="host", runtime="litert", runtime_version="2", program="model.tflite",
+        path, members, model_name="tiny", device="host", runtime=runtime, runtime_version="2", program="model.tflite",
         methods=("forward",), threads=1,
         plan_digest="0" * 64, host_check={"forward": 0.0}, golden=(case,), memory={}, edgesdk_version="0.1.0",
     )  # fmt: skip

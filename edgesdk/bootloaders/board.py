@@ -24,6 +24,10 @@ def write_board(
         from edgesdk.bootloaders.uf2 import write_uf2
 
         return write_uf2(to, read_payload(bundle, firmware, allow_unsigned), dry_run=dry_run, watch=watch)
+    if kind == "esp32":
+        from edgesdk.bootloaders.esp import write_esp32
+
+        return write_esp32(to, read_payload(bundle, firmware, allow_unsigned), dry_run=dry_run, watch=watch)
     from edgesdk.bootloaders.types import FORMS
 
     raise UnknownName("board", to, FORMS.values())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 from urllib.parse import parse_qsl
 
-from edgesdk.errors import InputError, UnknownName
+from edgesdk.errors import DeviceError, InputError, MissingTool, UnknownName
 from edgesdk.install import Source
 from edgesdk.noun import Noun
 
@@ -19,6 +20,7 @@ FORMS = {
     "jetson": "jetson:/path/Linux_for_Tegra?board=jetson-orin-nano-devkit",
 }
 """Kind → how it is written."""
+MICRO_RUNTIMES = ("tflite-micro", "executorch-ethos-u")
 Watch = Callable[[str, float], None]
 """`watch("writing", 0.4)`: what is being done and the share of it done."""
 
@@ -92,6 +94,25 @@ def parse_where(to: str, known: Iterable[str]) -> Where:
     return Where(to, kind, path, options)
 
 
+def open_port(path: str, baud: int = 115200) -> Any:
+    """A serial port that nobody else has open. Raises `DeviceError`, or `MissingTool` without pyserial."""
+    try:
+        import serial
+    except ImportError:
+        raise MissingTool("pyserial is not installed", "pip install -c constraints.txt 'edgesdk[boards]'") from None
+    try:
+        return serial.serial_for_url(path, baudrate=baud, exclusive=True)
+    except (serial.SerialException, ValueError) as error:
+        code = getattr(error, "errno", None)
+        why, hint = {
+            errno.ENOENT: ("no such port", "`edgesdk devices ports` lists what is plugged in"),
+            errno.EACCES: ("you may not open it", "join the group that owns it (dialout), then log in anew"),
+            errno.EAGAIN: ("another program has it open", "close the serial monitor, then run the command again"),
+            errno.EBUSY: ("another program has it open", "close the serial monitor, then run the command again"),
+        }.get(code or 0, (f"cannot be opened ({error})", "`edgesdk devices ports` lists what is plugged in"))
+        raise DeviceError(f"{path}: {why}", hint) from None
+
+
 @dataclass(frozen=True)
 class Payload:
     """What is to be written: the program of a bundle, or a firmware's file as it is."""
@@ -120,7 +141,10 @@ def read_payload(bundle: str | None, firmware: str | None, allow_unsigned: bool 
 
         source = read_source(bundle)
         signer = None if allow_unsigned else signer_of(bundle)
-        name = source.manifest.program
+        runtime, name = source.manifest.runtime, source.manifest.program
+        if runtime not in MICRO_RUNTIMES:
+            what = f"{bundle}: built for {source.manifest.device} with {runtime}, which is no microcontroller's"
+            raise InputError(what, "build it for the board: edgesdk build --model … --device esp32-s3 (`edgesdk devices list`)")
         content = read_member(bundle, name)
         return Payload(f"{name} of {Path(bundle).name}", content, None, source, f"{signer.name} ({signer.id})" if signer else None)
     path = Path(str(firmware))
