@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session", autouse=True)
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keys of the tests' own, never the user's."""
+    """Keys and devices of the tests' own, never the user's."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGESDK_DEVICES", str(tmp_path_factory.mktemp("devices")))
         patch.setenv("EDGESDK_KEYS", str(tmp_path_factory.mktemp("keys")))
         yield
 

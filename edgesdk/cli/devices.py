@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgesdk.cli.common import Json, console, emit_json
+from edgesdk.cli.common import Json, console, emit_json, progress, say
+from edgesdk.cli.flash import PythonPath, Wait
 
 if TYPE_CHECKING:
     from edgesdk.device import DeviceProfile
+    from edgesdk.probe import Facts, Probed
 
-app = typer.Typer(help="Devices that edgesdk knows, and checking your own.", no_args_is_help=True)
+app = typer.Typer(help="Devices that edgesdk knows, reading and checking your own.", no_args_is_help=True)
 
 
 @app.command("list")
@@ -32,7 +34,7 @@ def list_all(as_json: Json = False) -> None:
         table.add_column(column)
     for d in found:
         units = ", ".join(f"{u.core} x{u.cores}" for u in d.units)
-        names = ", ".join(d.aliases), ", ".join(v.suffix for v in d.variants)
+        names = f"one {d.board.based_on or 'board'}" if d.board else ", ".join(d.aliases), ", ".join(v.suffix for v in d.variants)
         table.add_row(
             d.name,
             *names,
@@ -85,6 +87,9 @@ def _print(device: DeviceProfile) -> None:
             + (" (default)" if m.name == device.default_power_mode else "")
         )
     screen.print(f"  {len(not_confirmed(device))} of {len(figures(device))} figures not confirmed")
+    if device.board:
+        b = device.board
+        screen.print(f"  one board alone: {b.id} ({b.model}), read {b.probed}" + ("; emulated" if b.emulated else ""), markup=False)
     for field, source in device.sources.items():
         screen.print(f"  source of {field}: {source}", style="dim")
 
@@ -99,6 +104,74 @@ def check(file: Annotated[str, typer.Argument(help="Your own profile, a TOML fil
         emit_json({"kind": "device-check", "schema_version": 1, "file": file, "name": device.name, "ok": True})
     else:
         console().print(f"{file}: {device.title} is right; use it with --device {file}")
+
+
+@app.command("probe")
+def probe(
+    link: Annotated[str, typer.Argument(help="local, ssh://user@host, adb:, adb://SERIAL, serial:/dev/ttyUSB0.")],
+    name: Annotated[str | None, typer.Option("--name", help="What to call it.", show_default="as before, else its model and board")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Time its memory, arithmetic and disk, too (half a minute).")] = False,
+    python: PythonPath = None,
+    wait: Wait = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the profile and write nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Read what a board is, and write a profile of that very board; `plan --device NAME` takes it from then on."""
+    from edgesdk import probe as verb
+    from edgesdk.units import parse_seconds
+
+    wait_s = parse_seconds(wait) if wait else 0.0
+    with progress("probe") as step:
+        found = verb.probe(link, name=name, measure=measure, dry_run=dry_run, python=python, wait_s=wait_s, tell=step)
+    if as_json:
+        emit_json(found.to_dict())
+        return
+    if dry_run:
+        console().print(found.text, markup=False, end="", soft_wrap=True)
+        say("nothing was written")
+        return
+    _print_probed(found)
+
+
+def _print_probed(found: Probed) -> None:
+    out, profile = console(), found.profile
+    out.print(f"[bold]{profile.name}[/bold]: {profile.title}", highlight=False)
+    for label, text in _facts(found.facts):
+        out.print(f"  {label:<10}{text}", markup=False)
+    if found.facts.emulated:
+        out.print(f"  emulated: {'; '.join(found.facts.emulated)}: its times are an emulator's", markup=False)
+    if found.again and not found.changes:
+        out.print("  nothing has changed since it was read last")
+    for c in found.changes:
+        out.print(f"  changed   {c['field']}: {c['before']} -> {c['after']}", markup=False)
+    say(f"wrote {found.path}; `edgesdk calibrate --on {found.facts.link} --device {profile.name}` measures what its runtimes reach")
+
+
+def _facts(f: Facts) -> list[tuple[str, str]]:
+    """What was read, a line each."""
+    from edgesdk.units import show_bytes
+
+    lines = [
+        ("board", f"{f.model}; id {f.board_id or 'none'}" + (f" by {f.identified_by}" if f.identified_by else "")),
+        ("system", f.kernel),
+    ]
+    for c in f.clusters:
+        clock = f" at {c.max_hz / 1e9:.4g} GHz" if c.max_hz else ""
+        least = f" (from {c.min_hz / 1e9:.4g})" if c.min_hz else ""
+        lines.append(
+            ("cores", f"{c.cores} x {c.core}{clock}{least}; {', '.join(c.isa) or 'no vector instructions'}; {c.governor or 'no governor'}")
+        )
+    free = f", {show_bytes(f.available_bytes)} free" if f.available_bytes else ""
+    lines.append(("memory", show_bytes(f.memory_bytes) + free))
+    disk = f"{show_bytes(f.disk.size_bytes)}, {show_bytes(f.disk.free_bytes or 0)} free" if f.disk.size_bytes else "size unknown"
+    lines.append(("disk", disk + {True: "", False: "; cannot be written", None: ""}[f.disk.writable]))
+    there = [f"{n} {v}" for n, v in (*f.runtimes.items(), *f.nvidia.items())] + [f"{n} at {p}" for n, p in f.programs.items()]
+    lines.append(("runtimes", ", ".join(there) or ("none found" if f.via == "agent" else "no Python there")))
+    zones = [f"{z.name} {z.temperature_c:.0f} °C" if z.temperature_c is not None else f"{z.name} (silent)" for z in f.zones]
+    lines.append(("heat", ", ".join(zones) or "no thermal zone"))
+    rails = [f"{r.name} ({r.kind}{'' if r.answers else ', silent'})" for r in f.rails]
+    lines.append(("power", ", ".join(rails) or "no sensor of power"))
+    return lines
 
 
 def register(root: typer.Typer) -> None:
