@@ -79,6 +79,11 @@ def activation_traffic(unit: Unit, precision: str) -> float:
     return float(size * (unit.in_elements + unit.out_elements))
 
 
+def traffic(unit: Unit, precision: str) -> float:
+    """Bytes a call reads and writes."""
+    return weight_traffic(unit, precision) + activation_traffic(unit, precision)
+
+
 def level_of(working_set: float, compute: ComputeUnit) -> str:
     """The nearest level that holds `working_set` bytes: "L1", "L2", "L3" or "memory"."""
     for cache in sorted(compute.caches, key=lambda c: c.level):

@@ -15,7 +15,7 @@ from edgesdk.graph.types import ModelGraph
 from edgesdk.model import SEPARATOR
 from edgesdk.native.formats import is_native
 from edgesdk.plan.answering import answering, answers_of
-from edgesdk.plan.cost import Z80, UnitCost, breaking, breaks, call_seconds, fused, total, working_set
+from edgesdk.plan.cost import Z80, UnitCost, breaking, breaks, call_seconds, fused, operations, total, traffic, working_set
 from edgesdk.plan.harm import Step, harm_of, quality_of
 from edgesdk.plan.setting import (
     Setting,
@@ -295,6 +295,7 @@ def _plan(
                 UnitPlan.model_validate({
                     "unit": unit.name, "method": method.name, "op": unit.op, "precision": precision,
                     "runtime": "native" if is_native(precision) else s.runtime, "weight_bytes": size, "latency": estimate,
+                    "ops": s.workload.batch * operations(unit), "moved_bytes": s.workload.batch * traffic(unit, precision),
                     "bound": cost.bound, "harm": harm, "why": why(s, unit, precision, offered, touched),
                 })
             )  # fmt: skip

@@ -89,6 +89,8 @@ class UnitPlan(Part):
     runtime: str = ""  # what runs it: the plan's, or "native" for our own kernels inside it
     weight_bytes: int  # with scales and zero points; 0 for a weight counted at its first use
     latency: Estimate  # seconds a call
+    ops: float | None = None  # operations a call: 2 a MAC, or the elements that it reads and writes; None: planned before they were kept
+    moved_bytes: float | None = None  # weights and activations that a call reads and writes
     bound: str  # "compute", "L1", "L2", "L3", "memory", "overhead"
     harm: float | None = None  # predicted quality drop, 0..1; None: unknown
     why: str
