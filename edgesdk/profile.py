@@ -1,194 +1,152 @@
-"""Measure a bundle on a device: times, memory, clocks and temperatures as they are, beside what was predicted."""
+"""Measure a bundle on a device: as a job there that a broken link does not end, told as a report."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgesdk.agent.client import Agent, Tell
-from edgesdk.bundle import Manifest
-from edgesdk.errors import DeviceError, InputError
+from edgesdk.errors import EdgeError, InputError
+from edgesdk.installed import Here, installed, stored
+from edgesdk.jobs import PATIENCE_S, Line, begin, cancel, follow, keep_trying, new_id, state_of
 from edgesdk.lease import lease
-from edgesdk.report import Comparison, Conditions, Report
-from edgesdk.transport import Transport, parse_link
-from edgesdk.trust import judge, method_samples
+from edgesdk.measured import make_report, plan_of
+from edgesdk.report import Measurement, Mode, Report
+from edgesdk.transport import Transport
 
-if TYPE_CHECKING:
-    from edgesdk.plan.types import Estimate, Plan
-
-
-@dataclass(frozen=True)
-class Here:
-    """A bundle that is installed on a device."""
-
-    folder: str  # on the device
-    digest: str
-    manifest: Manifest
-    read: Callable[[str], bytes]  # a member's bytes
-
-
-def installed(transport: Transport, bundle: str | Path | None, python: str | None = None) -> Here:
-    """`bundle` on the device, installed first if it is not there or was not found good; the current one if None."""
-    from edgesdk.bundles import read_member
-    from edgesdk.flash import flash
-    from edgesdk.install import read_source, survey
-
-    state = survey(transport)
-    if bundle is None:
-        if state.current is None:
-            raise DeviceError(f"{transport.link}: nothing is installed", "give a bundle, or install one: edgesdk flash BUNDLE --on …")
-        folder = f"{transport.root}/store/{state.current}"
-        manifest = Manifest.from_json(transport.get(f"{folder}/manifest.json"), f"{transport.link}: manifest.json")
-        return Here(folder, state.current, manifest, lambda name: transport.get(f"{folder}/{name}"))
-    source = read_source(bundle)
-    if not state.good.get(source.digest):
-        flash(bundle, transport, python=python)
-    return Here(f"{transport.root}/store/{source.digest}", source.digest, source.manifest, lambda name: read_member(bundle, name))
+RUNS = {"cold": 10, "warm": 50, "burst": 50, "sustained": 1}
+SUSTAINED_S = 300.0
+OWN_TIMES = ("native", "executorch")
+"""Runtimes that may tell times of their own operators on the device; units of the others are lowered and timed alone, on the host."""
 
 
 def profile(
     bundle: str | Path | None = None,
     on: str | Transport = "local",
     *,
-    runs: int = 50,
+    mode: Mode = "warm",
+    runs: int | None = None,
+    duration_s: float | None = None,
+    rate_hz: float | None = None,
     warmup: int = 5,
     method: str | None = None,
     device: str | None = None,
     python: str | None = None,
     operators: bool = False,
+    energy: bool = True,
     wait_s: float = 0.0,
+    patience_s: float = PATIENCE_S,
     tell: Tell | None = None,
+    started: Callable[[str], None] = lambda job: None,
 ) -> Report:
-    """Run each method `runs` times on the device behind the link `on` after `warmup` calls, in a fresh process.
+    """Time calls of a bundle's methods on the device behind the link `on`, in a process of its own there.
 
+    `mode`: warm, `runs` calls of each method behind each other after `warmup`; burst, ten and a pause; cold, each in a fresh process with what the
+    disk holds in memory dropped where that is permitted; sustained, all methods in turn for `duration_s` (five minutes). `duration_s` goes for `runs`
+    in warm and burst, too. `rate_hz`: calls arrive at that rate whether the device keeps up or not, and their wait is told apart from their run time.
     `bundle` None: what is installed there. A bundle that is not there is installed first (see `flash`). `device` is the profile's name
-    (default: what the bundle was built for; `host` on a local link). `operators` adds times of single units (slow: each is
-    lowered and timed alone, on this host only). `wait_s`: how long to wait for others who use the device. Raises what `flash` raises, and `DeviceError` if the program fails there.
+    (default: what the bundle was built for; `host` on a local link). `operators` adds times of single operators. `energy` False: no power sensor is
+    read, and there is no rest before. `wait_s`: how long to wait for others who use the device. `patience_s`: how long to try a broken link again;
+    `started` hears the job's id, by which `attach` finds it later. Raises what `flash` raises, and `DeviceError` if the program fails there.
     """
+    duration_s = SUSTAINED_S if mode == "sustained" and duration_s is None else duration_s
+    runs = RUNS[mode] if runs is None else runs
+    _check(mode, runs, warmup, duration_s, rate_hz)
+    line, job = Line(on), new_id()
+    request: dict[str, Any] = {
+        "mode": mode,
+        "runs": runs,
+        "warmup": warmup,
+        "duration_s": duration_s,
+        "rate_hz": rate_hz,
+        "operators": operators,
+    }
+    request |= {"energy": energy, "method": method}
+    try:
+        if line.transport.link == "fake":
+            raise InputError("the fake device measures nothing", "use --on local or --on ssh://…")
+        here, facts = _start(line, bundle, job, request, device, python, wait_s, patience_s, tell)
+        started(job)
+        try:
+            raw = follow(line, job, python=python, tell=tell, patience_s=patience_s)
+        except BaseException as error:
+            if not isinstance(error, EdgeError):  # whoever waited has gone
+                with contextlib.suppress(EdgeError):
+                    cancel(job, line.transport, python)
+            raise
+        return _report(line, here, facts, raw, request, job, tell)
+    finally:
+        line.close()
+
+
+def _check(mode: Mode, runs: int, warmup: int, duration_s: float | None, rate_hz: float | None) -> None:
+    """Raises `InputError`."""
+    if mode not in RUNS:
+        raise InputError(f"mode '{mode}'", f"give one of {', '.join(RUNS)}")
     if runs < 1 or warmup < 0:
         raise InputError(f"runs = {runs}, warmup = {warmup}", "give at least one run")
-    transport = parse_link(on) if isinstance(on, str) else on
-    try:
-        if transport.link == "fake":
-            raise InputError("the fake device measures nothing", "use --on local or --on ssh://…")
-        if operators and not transport.link.startswith("local"):
-            raise InputError("times of single units are taken on this host only", "leave --operators out, or use --on local")
-        with lease(transport, "profile", python=python, wait_s=wait_s):
-            here = installed(transport, bundle, python)
-            with Agent(transport, python) as agent:
+    if duration_s is not None and (duration_s <= 0 or mode == "cold"):
+        raise InputError(f"duration = {duration_s} s in mode {mode}", "a duration is above 0; cold runs are counted: --runs")
+    if rate_hz is not None and (rate_hz <= 0 or mode in ("cold", "burst")):
+        raise InputError(f"rate = {rate_hz} calls a second in mode {mode}", "a rate is above 0, and of warm or sustained calls")
+
+
+def _start(
+    line: Line, bundle: str | Path | None, job: str, request: dict[str, Any], device: str | None, python: str | None, wait_s: float,
+    patience_s: float, tell: Tell | None,
+) -> tuple[Here, dict[str, Any]]:  # fmt: skip
+    """Install what is not there, and begin the job. (the bundle there, the device's facts)"""
+    mine = not line.transport.leased
+    with lease(line.transport, "profile", python=python, wait_s=wait_s):
+        here = installed(line.transport, bundle, python)
+        if request["operators"] and here.manifest.runtime not in OWN_TIMES and not line.transport.link.startswith("local"):
+            what = f"'{here.manifest.runtime}' tells no times of single operators on a device"
+            raise InputError(what, "leave --operators out, or use --on local: there each unit is lowered and timed alone")
+        request["host"] = {"device": device, "digest": here.digest}
+        request["folder"] = here.folder
+
+        def once() -> dict[str, Any]:
+            with Agent(line.transport, python) as agent:
                 facts = agent.ask("facts")
-                extra: dict[str, Any] = {"method": method} if method else {}
-                raw = agent.ask("profile", tell=tell, folder=here.folder, runs=runs, warmup=warmup, **extra)
-        report = make_report(here, transport.link, facts, raw, device)
-        plan = _plan_of(here) if operators else None
+                begin(agent, line.transport, job, request, wait_s, lease=mine)
+                return facts
+
+        return here, keep_trying(line, once, job, patience_s, tell)
+
+
+def attach(
+    job: str, on: str | Transport = "local", *, python: str | None = None, patience_s: float = PATIENCE_S, tell: Tell | None = None
+) -> Report:
+    """The report of a job that was begun before, once it is done. Raises `InputError` where the device has none of that id, else as `profile`."""
+    line = Line(on)
+    try:
+        request = keep_trying(line, functools.partial(state_of, line, job, python), job, patience_s, tell).get("request")
+        raw = follow(line, job, python=python, tell=tell, patience_s=patience_s)
+        assert request is not None  # a job with a result has a state
+
+        def facts() -> dict[str, Any]:
+            with Agent(line.transport, python) as agent:
+                return agent.ask("facts")
+
+        here = stored(line.transport, request["host"]["digest"])
+        return _report(line, here, keep_trying(line, facts, job, patience_s, tell), raw, request, job, tell)
     finally:
-        if isinstance(on, str):
-            transport.close()
-    if operators:
-        from edgesdk.operators import time_units
-
-        rows, route = time_units(here.manifest, plan, tell=tell)
-        report = report.model_copy(update={"operators": rows, "operators_route": route})
-    return report
+        line.close()
 
 
-def make_report(here: Here, link: str, facts: dict[str, Any], raw: dict[str, Any], device: str | None) -> Report:
-    """The report of one agent's answer."""
-    manifest = here.manifest
-    name = device or ("host" if link.startswith("local") else manifest.device)
-    plan = _plan_of(here)
-    conditions = _conditions(manifest, name, link, facts, raw, plan.power_mode if plan and plan.device == name else None)
-    methods = tuple(method_samples(m["method"], m["first_s"], m["samples_s"]) for m in raw["methods"])
-    notes: list[str] = []
-    comparisons: tuple[Comparison, ...] = ()
-    if plan is not None and plan.device != name:
-        notes.append(f"planned for {plan.device}, measured on {name}: nothing to compare with")
-    elif plan is not None:
-        comparisons = tuple(compare_with_plan(plan, methods, raw, emulated=conditions.emulated))
-    return Report(
-        bundle_digest=here.digest,
-        model_name=manifest.model_name,
-        conditions=conditions,
-        load_cold_s=raw["load_cold_s"],
-        load_warm_s=raw["load_warm_s"],
-        runtime_import_s=raw["import_s"],
-        methods=methods,
-        peak_rss_bytes=raw["peak_rss_bytes"],
-        rss_before_load_bytes=raw["rss_before_load_bytes"],
-        rss_start_bytes=raw["rss_start_bytes"],
-        comparisons=comparisons,
-        trust=judge(conditions, methods, facts["emulated"], notes),
-    )
+def _report(
+    line: Line, here: Here, facts: dict[str, Any], raw: dict[str, Any], request: dict[str, Any], job: str, tell: Tell | None
+) -> Report:
+    how = Measurement(mode=request["mode"], job=job, duration_s=request["duration_s"], rate_hz=request["rate_hz"])
+    local = line.transport.link.startswith("local")
+    alone = local and request["operators"] and "reason" in (raw.get("operators") or {"reason": ""})
+    report = make_report(here, line.transport.link, facts, raw, request["host"]["device"], how)
+    if not alone:
+        return report
+    from edgesdk.operators import time_units
 
-
-def _conditions(
-    manifest: Manifest, device: str, link: str, facts: dict[str, Any], raw: dict[str, Any], power_mode: str | None
-) -> Conditions:
-    before, after = raw["before"], raw["after"]
-    throttled = {before["throttled"], after["throttled"]} - {None}
-    return Conditions(
-        when=datetime.now(UTC).isoformat(timespec="seconds"),
-        device=device,
-        link=link,
-        emulated=bool(facts["emulated"]),
-        machine=", ".join(str(p) for p in (facts["machine"], facts["cpu"], facts["board"]) if p and p != "unknown"),
-        system=facts["system"],
-        runtime=manifest.runtime,
-        runtime_version=str(raw["runtime_version"]),
-        threads=manifest.threads,
-        power_mode=power_mode,
-        clock_before_hz=before["clock_hz"],
-        clock_after_hz=after["clock_hz"],
-        temperature_before_c=before["temperature_c"],
-        temperature_after_c=after["temperature_c"],
-        throttled=any(throttled) if throttled else None,
-    )
-
-
-def _plan_of(here: Here) -> Plan | None:
-    """The plan in the bundle, or None if it has none."""
-    from edgesdk.plan.types import Plan
-
-    if not any(m.name == "plan.json" for m in here.manifest.members):
-        return None
-    return Plan.from_json(here.read("plan.json"), "plan.json of the bundle")
-
-
-def _predicted(plan: Plan, calls: dict[str, float]) -> Estimate | None:
-    """Seconds of so many calls of each method, or None where one of them is not in the plan."""
-    from edgesdk.plan.types import Estimate
-
-    if any(name not in plan.method_latency for name in calls):
-        return None
-    parts = [(count, plan.method_latency[name]) for name, count in calls.items()]
-    value, low, high = (sum(count * getattr(e, field) for count, e in parts) for field in ("value", "low", "high"))
-    return Estimate(value=value, low=low, high=high)
-
-
-def compare_with_plan(plan: Plan, methods: tuple[Any, ...], raw: dict[str, Any], *, emulated: bool) -> list[Comparison]:
-    """Predicted beside measured. Latencies of an emulator are no measurement of the device that was planned for: left out."""
-    found = []
-    calls = {m["method"]: m.get("calls", {m["method"]: 1}) for m in raw["methods"]}
-    for m in methods:
-        predicted = _predicted(plan, calls[m.method])
-        if predicted is not None and not emulated:
-            found.append(
-                Comparison(
-                    name=f"latency {m.method}", predicted=predicted.value, predicted_low=predicted.low, predicted_high=predicted.high,
-                    measured=m.p50_s, unit="s",
-                )
-            )  # fmt: skip
-    peak, before, start = raw["peak_rss_bytes"], raw["rss_before_load_bytes"], raw["rss_start_bytes"]
-    runtime = plan.memory.runtime_bytes
-    program = plan.memory.peak_bytes - (runtime or 0)
-    rows = [("memory of the program", program, peak - before if peak and before else None)]
-    if runtime is not None:
-        rows.append(("memory with the runtime", plan.memory.peak_bytes, peak - start if peak and start else None))
-    for name, predicted_bytes, measured in rows:
-        found.append(
-            Comparison(name=name, predicted=predicted_bytes, predicted_low=None, predicted_high=None, measured=measured, unit="bytes")
-        )
-    return found
+    rows, route = time_units(here.manifest, plan_of(here), tell=tell)
+    return report.model_copy(update={"operators": rows, "operators_route": route})

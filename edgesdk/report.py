@@ -71,6 +71,10 @@ class Summary(Part):
     min_s: float | None = None
     max_s: float | None = None
     std_s: float | None = None
+    p5_s: float | None = None
+    p95_s: float | None = None
+    warmup_calls: int | None = None
+    warmup_mean_s: float | None = None
 
 
 class MethodSamples(Part):
@@ -109,7 +113,7 @@ class Energy(Part):
     method: str
     gross_j: float
     net_j: float | None  # less the idle power over the same time
-    uncertainty_j: float  # of the integration: edges of chunks between two readings, and their scatter
+    uncertainty_j: float  # standard, of the integration (edges of chunks between two readings, their scatter) and of the idle power
     calls: int
     seconds: float  # integrated over
 
@@ -117,7 +121,9 @@ class Energy(Part):
 class Memory(Part):
     """Bytes of the measured process."""
 
-    peak_pss_bytes: int | None = None  # its share of what it shares with others counted once, largest of those read around chunks
+    peak_pss_bytes: int | None = (
+        None  # its share of what it shares with others counted once, larger of those read before and behind the calls
+    )
     gpu_bytes: int | None = None
     reasons: dict[str, str] = {}  # "pss", "gpu" → why it is None
 
@@ -128,6 +134,7 @@ class OperatorTime(Part):
     op: str
     median_s: float
     share: float  # of the sum over listed operators
+    is_mean: bool = False  # `median_s` is a mean: the tool that timed it tells no other figure
 
 
 class Comparison(Part):

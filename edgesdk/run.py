@@ -13,7 +13,7 @@ from edgesdk.transport import Transport, parse_link
 
 if TYPE_CHECKING:
     from edgesdk.agent.client import Agent
-    from edgesdk.profile import Here
+    from edgesdk.installed import Here
     from edgesdk.sequence.choose import Settings
     from edgesdk.sequence.generate import Event, Result
 
@@ -60,7 +60,7 @@ def run(
     shape of inputs and for prompts that the model does not take, `DeviceError` if the program fails, and what `flash` raises.
     """
     from edgesdk.agent.client import Agent
-    from edgesdk.profile import installed
+    from edgesdk.installed import installed
     from edgesdk.sequence.choose import Settings
 
     if (prompt is None) == (not len(inputs)):

@@ -22,8 +22,9 @@ from edgesdk.bundle import GoldenCase
 from edgesdk.bundles import array_bytes, write_bundle
 from edgesdk.errors import InputError
 from edgesdk.flash import flash
+from edgesdk.measured import _predicted
 from edgesdk.plan.types import Estimate
-from edgesdk.profile import _predicted, profile
+from edgesdk.profile import profile
 from edgesdk.run import run
 from edgesdk.sequence.choose import Settings
 from edgesdk.sequence.generate import generate

@@ -1,12 +1,20 @@
 """The agent: what edgesdk runs on a device. It is sent there with runner.py and its like, as one archive.
 
-This folder's `agent`, `wire`, `facts` and `installed` stand alone: standard library, Python 3.9 and later; numpy only where a program is run.
+This folder's files but `client` and `frames` stand alone: standard library, Python 3.9 and later; numpy only where a program is run.
 It answers requests, one framed line each (`LENGTH CRC32 JSON`), from stdin on stdout:
 
     facts                                             what this machine is, and how warm and fast right now
     look    root                                      everything it tells of itself, as texts
+    speed   root last_cache_bytes                     how fast its memory, arithmetic and disk are
+    rates   sizes                                     how fast one thread reads, by level of its caches
+    time    folder runtime threads method inputs      seconds a call of one method of a calibration program
     check   folder [repeat]                           golden inputs through the program in `folder`, against golden outputs
-    profile folder runs warmup [method]                 raw times and memory, in a process of its own
+    profile folder runs warmup [method …]               raw times and memory, in a process of its own
+    cold    folder spawned_ns [method]                  one fresh process from its start to its first answer
+    job_start root job request who wait_s             begin a measurement that goes on without the link; its state
+    job     root job [seen wait_s]                    its state, once it is another than `seen`
+    jobs    root                                      those that are there
+    job_cancel root job                               end one
     run     folder method inputs                         one call, arrays as base64 .npy
     generate folder prompts settings encoder             answers, event by event, until a request `cancel` comes or the line ends
     health  folder                                    digest of the manifest and sha256 of every member
@@ -15,51 +23,36 @@ It answers requests, one framed line each (`LENGTH CRC32 JSON`), from stdin on s
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
 from .facts import facts
-from .installed import check, generate, health, profile, run
+from .fresh import ONE, in_fresh_process
+from .installed import check, generate, health, run
+from .jobs import JOB, cancel, listed, start, status, work
 from .look import look
-from .wire import Lines, Refused, decode, encode
+from .measure import cold_once, profile
+from .speed import speed
+from .timing import rates, time_method
+from .wire import VERSION, Lines, Refused, decode, encode
 
-VERSION = 1
 Write = Callable[["dict[str, Any]"], None]
-FRESH: dict[str, Callable[..., dict[str, Any]]] = {"check": check, "profile": profile}
+FRESH: dict[str, Callable[..., dict[str, Any]]] = {"check": check, "profile": profile, "cold": cold_once, "speed": speed}
 VERBS: dict[str, Callable[..., dict[str, Any]]] = {
     "facts": facts,
     "look": look,
+    "rates": rates,
+    "time": time_method,
     "health": health,
     "run": run,
     "generate": generate,
+    "job_start": start,
+    "job": status,
+    "jobs": listed,
+    "job_cancel": cancel,
     **FRESH,
 }
-
-
-def in_fresh_process(request: dict[str, Any], write: Write) -> None:
-    """`check` and `profile` run in a process of their own: its memory is the program's, its crash is an answer."""
-    argv = [sys.executable, "-B", os.path.abspath(sys.argv[0]), "--one"]
-    errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed below)
-    child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
-    assert child.stdin and child.stdout
-    child.stdin.write(encode(request))
-    child.stdin.close()
-    answered = False
-    for line in child.stdout:
-        message = decode(line)
-        answered = answered or "progress" not in message
-        write(message)
-    code = child.wait()
-    errors.seek(0)
-    complaint = errors.read().decode(errors="replace").strip().splitlines()[-1:]
-    errors.close()
-    if not answered:
-        reason = f"signal {-code}" if code < 0 else f"exit code {code}"
-        hint = "; ".join(complaint) or "the program may use instructions that this CPU does not have"
-        write({"id": request["id"], "error": f"the runtime crashed on the device ({reason})", "hint": hint})
 
 
 def answer(request: dict[str, Any], write: Write, fresh: bool, lines: Lines) -> None:
@@ -84,6 +77,9 @@ def answer(request: dict[str, Any], write: Write, fresh: bool, lines: Lines) -> 
 
 
 def main() -> None:
+    if JOB in sys.argv:
+        work(sys.argv[-1])
+        return
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a runtime prints must not get between the frames
 
@@ -91,7 +87,7 @@ def main() -> None:
         out.write(encode(message))
         out.flush()
 
-    fresh = "--one" in sys.argv
+    fresh = ONE in sys.argv
     if not fresh:
         write({"hello": "edgesdk-agent", "version": VERSION})
     lines = Lines(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import re
@@ -12,6 +13,7 @@ from importlib.resources import files
 from typing import Any
 
 from edgesdk.agent.frames import decode, encode, is_frame
+from edgesdk.agent.wire import VERSION
 from edgesdk.errors import DeviceError, InputError, LinkError
 from edgesdk.transport.base import Stream, Transport
 
@@ -29,6 +31,7 @@ _HOST_ONLY = (
 _MAIN = b"from agent.agent import main\n\nmain()\n"
 
 
+@functools.cache
 def agent_files() -> dict[str, bytes]:
     """What is sent, by name: one archive that the device's Python runs as it is, so that it takes one command to send."""
     archive = io.BytesIO()
@@ -79,8 +82,12 @@ def _part(package: str, *modules: str) -> dict[str, bytes]:
 
 def agent_folder(root: str) -> str:
     """Where they go: a folder named by their content, so that two versions of edgesdk never mix."""
-    digest = hashlib.sha256(agent_files()[ARCHIVE]).hexdigest()
-    return f"{root}/agent/{digest[:16]}"
+    return f"{root}/agent/{_digest()[:16]}"
+
+
+@functools.cache
+def _digest() -> str:
+    return hashlib.sha256(agent_files()[ARCHIVE]).hexdigest()
 
 
 def send_agent(transport: Transport) -> str:
@@ -105,10 +112,24 @@ def require_python(transport: Transport, python: str) -> None:
         )
 
 
+def _same_version(link: str, hello: Mapping[str, Any]) -> None:
+    """Raises `DeviceError` where what answers is no agent, or one of another edgesdk."""
+    if hello.get("hello") != "edgesdk-agent" or hello.get("version") != VERSION:
+        what = (
+            f"speaks version {hello['version']}, this edgesdk {VERSION}"
+            if "version" in hello
+            else f"answers {hello}: it is none of edgesdk's"
+        )
+        raise DeviceError(
+            f"{link}: the agent there {what}", "remove the folder `agent` under the device's root; the right one is sent again"
+        )
+
+
 class Agent:
     """A running agent (`folder`: where it is, if it was sent already).
 
-    `ask` raises what the device answers as `DeviceError` (`InputError` where the request was wrong), a broken link as `LinkError`.
+    `ask` raises what the device answers as `DeviceError` (`InputError` where the request was wrong) with the field `answered`, a broken link as
+    `LinkError`.
     """
 
     def __init__(self, transport: Transport, python: str | None = None, folder: str | None = None) -> None:
@@ -120,7 +141,7 @@ class Agent:
         try:
             while not is_frame(line := self._stream.readline(START_S)):
                 pass  # a login banner
-            decode(line)
+            _same_version(self.link, decode(line))
         except LinkError:
             self._stream.close()
             raise
@@ -153,7 +174,7 @@ class Agent:
                 continue
             if "error" in answer:
                 kind = InputError if answer.get("bad_input") else DeviceError
-                raise kind(f"{self.link}: {answer['error']}", str(answer.get("hint", "")))
+                raise kind(f"{self.link}: {answer['error']}", str(answer.get("hint", "")), answered=True)
             return answer
 
     def run(self, folder: str, method: str, arrays: list[Any]) -> list[Any]:

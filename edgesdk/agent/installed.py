@@ -1,4 +1,4 @@
-"""What is done with the bundle in a folder: check, profile, run, generate, health. Goes to the device as it is."""
+"""What is done with the bundle in a folder: check, run, generate, health. Goes to the device as it is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .facts import conditions, own_bytes
 from .wire import Refused
 
 
@@ -123,60 +122,6 @@ def inputs_for(folder: str, manifest: dict[str, Any], runner: Any, method: str) 
             return load_arrays(folder, case["inputs"])
     numpy = sys.modules["numpy"]
     return [numpy.zeros(shape, dtype) for shape, dtype in runner.inputs(method)]
-
-
-def profile(
-    folder: str, runs: int, warmup: int, method: str | None = None, tell: Callable[[str, float], None] = lambda text, share: None
-) -> dict[str, Any]:
-    """Raw seconds and memory of this process: it must be a fresh one."""
-    manifest = manifest_of(folder)
-    methods = [method] if method else list(manifest["methods"])
-    for name in methods:
-        if name not in manifest["methods"]:
-            raise Refused(f"no method '{name}'; known: {', '.join(manifest['methods'])}", "give one of them with --method", True)
-    numpy_runner()
-    rss_start = own_bytes("VmRSS")
-    start = time.perf_counter_ns()
-    import_runtime(manifest["runtime"])
-    import_s = (time.perf_counter_ns() - start) / 1e9
-    try:  # forget the peak that importing made
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:
-        pass
-    rss_before = own_bytes("VmRSS")
-    load_s = []
-    for _ in range(2):
-        runner: Any = None
-        start = time.perf_counter_ns()
-        runner = open_runner(folder, manifest)
-        for name in methods:
-            runner.inputs(name)
-        load_s.append((time.perf_counter_ns() - start) / 1e9)
-        if len(load_s) == 1:
-            first = {name: timed(runner, name, inputs_for(folder, manifest, runner, name)) for name in methods}
-            peak_cold = own_bytes("VmHWM")
-    before, results, told = None, [], time.monotonic()
-    for position, name in enumerate(methods):
-        inputs = inputs_for(folder, manifest, runner, name)
-        for _ in range(warmup):
-            runner.run(name, inputs)
-        before = before or conditions()
-        samples = []
-        for index in range(runs):
-            samples.append(timed(runner, name, inputs))
-            if time.monotonic() - told > 0.5:
-                told = time.monotonic()
-                tell(f"{name} {index + 1}/{runs}", (position + (index + 1) / runs) / len(methods))
-        results.append({"method": name, "first_s": first[name], "samples_s": samples})
-    if method is None and os.path.exists(os.path.join(folder, "sequence.json")):
-        answers = importlib.import_module("sequence.measure")
-        results += answers.measure(runner.run, folder, lambda name: inputs_for(folder, manifest, runner, name), runs, warmup, tell)
-    after = conditions()
-    return {
-        "import_s": import_s, "load_cold_s": load_s[0], "load_warm_s": load_s[1], "methods": results, "before": before, "after": after,
-        "rss_start_bytes": rss_start, "rss_before_load_bytes": rss_before, "peak_rss_bytes": peak_cold, "runtime_version": runner.version,
-    }  # fmt: skip
 
 
 def sha256(path: str) -> str | None:

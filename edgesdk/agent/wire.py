@@ -8,6 +8,9 @@ import select
 import zlib
 from typing import Any
 
+VERSION = 2
+"""Of the requests and answers: host and device must have the same."""
+
 
 class Refused(Exception):
     """A request that cannot be answered: what is wrong, and what to do."""
