@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from edgesdk.cli.common import console, emit_json, progress, say
 
@@ -11,6 +12,33 @@ if TYPE_CHECKING:
     from edgesdk.cli.common import Step
     from edgesdk.image.source import Watch
     from edgesdk.image.write import ImageReport
+
+PANEL = "Disk images"
+ImageFile = Annotated[
+    str | None,
+    typer.Option("--image", help="A disk image (.img, .img.xz, .img.gz, .zip) to write to the disk or file --to.", rich_help_panel=PANEL),
+]
+Inside = Annotated[
+    str | None, typer.Option("--bundle", help="The bundle to put into the image; its first boot checks it.", rich_help_panel=PANEL)
+]
+Bmap = Annotated[
+    str | None,
+    typer.Option("--bmap", help="The image's block map.", show_default="one that lies beside it", rich_help_panel=PANEL),
+]
+Root = Annotated[
+    str | None,
+    typer.Option("--root", help="The bundle's folder in the image.", show_default="/var/lib/edgesdk", rich_help_panel=PANEL),
+]
+OwnerId = Annotated[str | None, typer.Option("--owner", help="Whose it is: UID or UID:GID.", show_default="0:0", rich_help_panel=PANEL)]
+RootPartition = Annotated[
+    int | None,
+    typer.Option("--partition", help="The number of the root partition.", show_default="the largest ext4", rich_help_panel=PANEL),
+]
+BootFile = Annotated[
+    list[str] | None,
+    typer.Option("--boot-file", help="FILE or FILE=NAME: a file for the FAT boot partition; may be given again.", rich_help_panel=PANEL),
+]
+Yes = Annotated[bool, typer.Option("--yes", help="Write although a disk's or file's content is lost.", rich_help_panel=PANEL)]
 
 
 def flash_image(
@@ -23,7 +51,7 @@ def flash_image(
     owner: str | None,
     python: str | None,
     partition: int | None,
-    boot_files: Sequence[str],
+    boot_files: list[str] | None,
     allow_unsigned: bool,
     yes: bool,
     dry_run: bool,
@@ -36,7 +64,7 @@ def flash_image(
     if to is None:
         raise InputError("--image wants a target", "edgesdk flash --image os.img --bundle model.edge --to /dev/sdX, or --to card.img")
     content = read_content(
-        bundle, allow_unsigned=allow_unsigned, root=root, owner=owner, python=python, partition=partition, boot_files=boot_files
+        bundle, allow_unsigned=allow_unsigned, root=root, owner=owner, python=python, partition=partition, boot_files=boot_files or ()
     )
     with progress("flash") as step:
         report = write_image(image, to, content, bmap=bmap, yes=yes, dry_run=dry_run, watch=_watch(step))

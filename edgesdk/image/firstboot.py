@@ -14,8 +14,6 @@ from edgesdk.transport.base import Blob
 
 ROOT = "/var/lib/edgesdk"
 CHECK = "first_boot.py"
-RESULT = "first-boot.json"
-"""Under the root on the device: what the first boot found."""
 UNIT = """[Unit]
 Description=Check the bundle that came with the image
 ConditionPathExists={root}/{pending}
@@ -35,9 +33,12 @@ case "$1" in start|"") [ -e {root}/{pending} ] && {python} -B {root}/{check} {ro
 exit 0
 """
 PENDING = "first-boot.pending"
+"""Under the root: the digest and the signer's id, until the check is done."""
 
 
-def entries(source: Source, system: ExtFiles, root: str = ROOT, owner: Owner = ROOT_USER, python: str = "python3") -> list[Entry]:
+def entries(
+    source: Source, system: ExtFiles, root: str = ROOT, owner: Owner = ROOT_USER, python: str = "python3", signer: str | None = None
+) -> list[Entry]:
     """What to put where. Raises `InputError` where the image has no Python or nothing that starts services."""
     if not source.manifest.golden:
         what = f"{source.path}: holds no golden outputs: it was built for a runtime that the host cannot run"
@@ -50,7 +51,7 @@ def entries(source: Source, system: ExtFiles, root: str = ROOT, owner: Owner = R
     contents |= {f"{store}/{name}": Blob.of(read_member(source.path, name)) for name in beside}
     contents |= {f"{agent_folder(root)}/{name}": Blob.of(data) for name, data in agent_files().items()}
     contents[f"{root}/{CHECK}"] = Blob.of((files("edgesdk.image") / CHECK).read_bytes())
-    contents[f"{root}/{PENDING}"] = Blob.of(f"{source.digest}\n".encode())
+    contents[f"{root}/{PENDING}"] = Blob.of(f"{source.digest} {signer or '-'}\n".encode())
     made: list[Entry] = [Folder(path, owner) for path in _folders(contents, root)]
     made = [*(Folder(str(p)) for p in reversed(PurePosixPath(root).parents) if str(p) != "/"), *made]
     made += [File(path, blob, owner) for path, blob in contents.items()]

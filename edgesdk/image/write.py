@@ -203,7 +203,9 @@ def _fill(work: Path, parts: list[Partition], content: Content, dry_run: bool, w
     system, fs = ExtFiles(work, part), ext4(work, part)
     watch("check", 0, 0)
     system.check()
-    entries: list[Entry] = firstboot.entries(content.bundle, system, content.root, content.owner, content.python)
+    entries: list[Entry] = firstboot.entries(
+        content.bundle, system, content.root, content.owner, content.python, content.signer.id if content.signer else None
+    )
     require_room(fs, part, entries, work)
     steps += [f"check {part}  # e2fsck", *map(str, entries), f"check {part}  # e2fsck, and every file read back"]
     if not dry_run:
