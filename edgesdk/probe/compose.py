@@ -47,16 +47,21 @@ def recognise(facts: Facts) -> DeviceProfile | None:
     for profile in shipped_devices():
         for known in (*profile.models, profile.title):
             if any(re.match(re.escape(known.lower()) + r"(?![a-z0-9+])", name) for name in names):
-                return _variant(profile, facts.memory_bytes)
+                return _variant(profile, facts)
     return None
 
 
-def _variant(profile: DeviceProfile, memory_bytes: int) -> DeviceProfile:
-    """Linux sees less than is there: the smallest memory that holds what it sees."""
+def _variant(profile: DeviceProfile, facts: Facts) -> DeviceProfile:
+    """By memory (Linux sees less than is there: the smallest that holds what it sees), else by the nearest clock."""
     sizes = {int(v.set["memory.size_bytes"]): v.suffix for v in profile.variants if "memory.size_bytes" in v.set}
     sizes[profile.memory.size_bytes] = ""
-    best = min((s for s in sizes if s >= memory_bytes), default=profile.memory.size_bytes)
-    return load_device(f"{profile.name}-{sizes[best]}") if sizes[best] else profile
+    suffix = sizes[min((s for s in sizes if s >= facts.memory_bytes), default=profile.memory.size_bytes)]
+    clock, key = facts.clusters[0].max_hz, "units.cpu.clock_hz"
+    clocks = {v.suffix: float(v.set[key]) for v in profile.variants if key in v.set and "memory.size_bytes" not in v.set}
+    if clock and not suffix and clocks:
+        clocks[""] = next(u for u in profile.units if u.name == "cpu").clock_hz
+        suffix = min(clocks, key=lambda s: abs(clocks[s] - clock))
+    return load_device(f"{profile.name}-{suffix}") if suffix else profile
 
 
 def compose(facts: Facts, name: str, base: DeviceProfile | None, measured: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -142,7 +147,8 @@ def _cpu(draft: Draft, name: str, cluster: Cluster, measured: Mapping[str, Any])
         if cluster.caches:
             draft.read(f"{at}.caches", f"/sys/devices/system/cpu/cpu{cluster.numbers[0]}/cache")
         elif twin and draft.base:
-            draft.sources[f"{at}.caches"] = source_of(draft.base.sources, f"units.{twin.name}.caches.1") or f"as {draft.base.name}"
+            theirs = f"units.{twin.name}.caches"
+            draft.sources |= {at + k[len(theirs) - 7 :]: v for k, v in draft.base.sources.items() if k.startswith(theirs)}
     return unit
 
 
@@ -160,7 +166,7 @@ def _clock(draft: Draft, at: str, cluster: Cluster, twin: ComputeUnit | None) ->
 
 def _peaks(draft: Draft, at: str, cluster: Cluster, clock: float, measured: Mapping[str, Any]) -> dict[str, float]:
     """Cores × clock × operations a cycle; of a core that nothing knows, what was measured, as a least."""
-    fp32, int8, why = _a_cycle(cluster)
+    fp32, int8, why = _a_cycle(cluster, draft.base)
     key = f"{at}.peak_ops_per_s"
     rate = measured.get("fp32_ops_per_s")
     if rate and why.startswith(NOT_CONFIRMED) and rate > clock * fp32:
@@ -176,9 +182,9 @@ def _peaks(draft: Draft, at: str, cluster: Cluster, clock: float, measured: Mapp
     return {"fp32": cluster.cores * clock * fp32, "int8": cluster.cores * clock * int8}
 
 
-def _a_cycle(cluster: Cluster) -> tuple[int, int, str]:
-    """(fp32, int8 operations a cycle of a core, why): as a shipped profile has that core, else by the table of cores."""
-    for profile in shipped_devices():
+def _a_cycle(cluster: Cluster, base: DeviceProfile | None) -> tuple[int, int, str]:
+    """(fp32, int8 operations a cycle of a core, why): as a shipped profile has that core, this board's own first, else by the table of cores."""
+    for profile in (*([base] if base else ()), *shipped_devices()):
         for unit in profile.units:
             if unit.kind == "cpu" and unit.core == cluster.core and ("dotprod" in unit.isa) == ("dotprod" in cluster.isa):
                 fp32, int8 = (round(unit.peak_ops_per_s.get(d, 0) / (unit.cores * unit.clock_hz)) for d in ("fp32", "int8"))

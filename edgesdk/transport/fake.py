@@ -42,6 +42,7 @@ class FakeTransport(Transport):
     failures: Failures = field(default_factory=Failures)
     files: dict[str, bytes] = field(default_factory=dict)
     links: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)  # what it says of itself (see `edgesdk.agent.look`); a device without Python
     log: list[tuple[str, ...]] = field(default_factory=list)
 
     def run(self, argv: tuple[str, ...], stdin: bytes | None = None, timeout: float = 60.0) -> Result:
@@ -193,6 +194,9 @@ class FakeTransport(Transport):
 
     def _free(self) -> int:
         return max(0, (self.failures.disk_bytes or 0) - sum(map(len, self.files.values())))
+
+    def _do_look(self, root: str, mark: str, *_: str) -> str:
+        return "".join(f"\n{mark}{name}\n{text}\n" for name, text in self.texts.items())
 
     def _do_free(self, root: str) -> str:
         limit = self.failures.disk_bytes
