@@ -22,14 +22,22 @@ BEHIND = 1.0
 
 
 def make_report(
-    here: Here, link: str, facts: dict[str, Any], raw: dict[str, Any], device: str | None, how: Measurement | None = None
+    here: Here,
+    link: str,
+    facts: dict[str, Any],
+    raw: dict[str, Any],
+    device: str | None,
+    how: Measurement | None = None,
+    when: str | None = None,
 ) -> Report:
-    """The report of one measurement; `device`: the profile's name, else what the bundle was built for (`host` on a local link)."""
+    """The report of one measurement; `device`: the profile's name, else what the bundle was built for (`host` on a local link); `when` in ISO 8601,
+    UTC, else now."""
     manifest, how = here.manifest, how or Measurement()
     name = device or ("host" if link.startswith("local") else manifest.device)
     plan = plan_of(here)
     moments = tuple(Moment(**{**m, "throttle": m["throttle"] if m["throttle"] is None else tuple(m["throttle"])}) for m in raw["moments"])
-    conditions = _conditions(manifest, name, link, facts, raw, moments, plan.power_mode if plan and plan.device == name else None)
+    power_mode = plan.power_mode if plan and plan.device == name else None
+    conditions = _conditions(manifest, name, link, facts, raw, moments, power_mode, when or datetime.now(UTC).isoformat(timespec="seconds"))
     methods = tuple(_method(m, how.mode == "sustained") for m in raw["methods"])
     notes: list[str] = [line for m in methods if (line := _queue(m, how.rate_hz))]
     comparisons: tuple[Comparison, ...] = ()
@@ -86,6 +94,7 @@ def _conditions(
     raw: dict[str, Any],
     moments: tuple[Moment, ...],
     power_mode: str | None,
+    when: str,
 ) -> Conditions:
     first, last = moments[0], moments[-1]
     told = [m.throttle for m in moments if m.throttle is not None]
@@ -93,7 +102,7 @@ def _conditions(
     same = set(governors.values())
     governor = same.pop() if len(same) == 1 else ", ".join(f"{c} {g}" for c, g in governors.items()) or None
     return Conditions(
-        when=datetime.now(UTC).isoformat(timespec="seconds"),
+        when=when,
         device=device,
         link=link,
         emulated=bool(facts["emulated"]),

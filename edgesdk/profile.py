@@ -123,9 +123,9 @@ def attach(
     """The report of a job that was begun before, once it is done. Raises `InputError` where the device has none of that id, else as `profile`."""
     line = Line(on)
     try:
-        request = keep_trying(line, functools.partial(state_of, line, job, python), job, patience_s, tell).get("request")
+        state = keep_trying(line, functools.partial(state_of, line, job, python), job, patience_s, tell)
         raw = follow(line, job, python=python, tell=tell, patience_s=patience_s)
-        assert request is not None  # a job with a result has a state
+        request = state["request"]
 
         def facts() -> dict[str, Any]:
             with Agent(line.transport, python) as agent:
@@ -138,15 +138,18 @@ def attach(
 
 
 def _report(
-    line: Line, here: Here, facts: dict[str, Any], raw: dict[str, Any], request: dict[str, Any], job: str, tell: Tell | None
-) -> Report:
+    line: Line, here: Here, facts: dict[str, Any], raw: dict[str, Any], request: dict[str, Any], job: str, tell: Tell | None,
+    when: str | None = None,
+) -> Report:  # fmt: skip
     how = Measurement(mode=request["mode"], job=job, duration_s=request["duration_s"], rate_hz=request["rate_hz"])
     local = line.transport.link.startswith("local")
-    alone = local and request["operators"] and "reason" in (raw.get("operators") or {"reason": ""})
-    report = make_report(here, line.transport.link, facts, raw, request["host"]["device"], how)
-    if not alone:
+    report = make_report(here, line.transport.link, facts, raw, request["host"]["device"], how, when)
+    if not (local and request["operators"] and "reason" in (raw.get("operators") or {"reason": ""})):
         return report
     from edgesdk.operators import time_units
 
-    rows, route = time_units(here.manifest, plan_of(here), tell=tell)
+    try:
+        rows, route = time_units(here.manifest, plan_of(here), tell=tell)
+    except InputError as error:  # what was measured stays
+        rows, route = (), f"none: {error.what}"
     return report.model_copy(update={"operators": rows, "operators_route": route})

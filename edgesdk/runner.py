@@ -180,6 +180,29 @@ class ExecuTorchRunner:
         return [np.array(o.numpy()) for o in loaded.execute(tensors)]
 
 
+def trace(path: str, calls: dict[str, list[Any]], out: str, runs: int = 10) -> str:
+    """Let ExecuTorch's event tracer write what it saw of `runs` calls of each method to `out`; in words, why it wrote nothing."""
+    import torch
+    from executorch.runtime import Runtime, Verification
+
+    operators = os.path.join(os.path.dirname(path), OPERATORS)
+    if os.path.exists(operators):
+        load_operators(operators)
+    program = Runtime.get().load_program(_program(path) or path, verification=Verification.Minimal, enable_etdump=True)
+    if not hasattr(program, "write_etdump_result_to_file"):
+        return "this version of ExecuTorch's Python package writes no ETDump"
+    for name, arrays in calls.items():
+        method = program.load_method(name)
+        for _ in range(runs):
+            method.execute([torch.from_numpy(np.ascontiguousarray(a)) for a in arrays])
+    try:
+        program.write_etdump_result_to_file(out, out + ".buffer")
+    except (OSError, RuntimeError) as error:
+        if os.path.exists(out):
+            return f"ExecuTorch's event tracer: {error}"
+    return "" if os.path.exists(out) else "this build of ExecuTorch has no event tracer (EXECUTORCH_ENABLE_EVENT_TRACER)"
+
+
 def _executorch_pool(threads: int) -> None:
     """Make ExecuTorch's thread pool anew (it starts with a thread for every core, whatever torch is told). It says so on stderr: hidden."""
     try:
@@ -264,9 +287,9 @@ class NativeRunner:
     """A program of our own kernels, on a CPU or ("native-cuda") on a GPU."""
 
     def __init__(self, path: str, threads: int = 1, runtime: str = "native") -> None:
-        on_gpu = runtime == "native-cuda"
-        module = importlib.import_module("edgesdk.native." + ("cuda" if on_gpu else "machine"))
-        self._machine = (module.CudaMachine if on_gpu else module.Machine)(path, threads)
+        self._on_gpu = runtime == "native-cuda"
+        module = importlib.import_module("edgesdk.native." + ("cuda" if self._on_gpu else "machine"))
+        self._machine = (module.CudaMachine if self._on_gpu else module.Machine)(path, threads)
         self.methods: tuple[str, ...] = self._machine.methods
         self.version = str(self._machine.program.header.get("version", "unknown"))
 
@@ -278,6 +301,11 @@ class NativeRunner:
     def run(self, method: str, arrays: list[Any]) -> list[Any]:
         _check_shapes(method, self.inputs(method), arrays)
         return list(self._machine.run(method, arrays))
+
+    def steps(self, method: str, arrays: list[Any], runs: int) -> list[Any]:
+        """(part of the model, kernel, seconds in each of `runs` runs) of every step on a CPU; on a GPU none: there a program is one graph."""
+        _check_shapes(method, self.inputs(method), arrays)
+        return [] if self._on_gpu else list(self._machine.steps(method, arrays, runs))
 
     def zeros(self, shape: Any, dtype: Any) -> Any:
         """An array for caches, in memory that the program reads where it is."""

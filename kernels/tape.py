@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,8 @@ class Tape:
         self._shared: dict[Any, Any] = {}
         self._own: list[Any] = []
         self._steps: Any = None
+        self.place = ""  # what part of a model is being written
+        self.names: list[tuple[str, str]] = []  # (place, kernel) of each step
 
     def room(self, rows: int, cols: int, key: str = "") -> Rows:
         """Zeros; rows are padded to whole blocks, and to what a product writes. What one step leaves in a room with a `key` may be
@@ -100,6 +103,7 @@ class Tape:
         args = np.array([given.get(n, 0) for n in names], np.int64)
         self._kept.append(args)
         self._rows.append((self.library.address(name), args.ctypes.data, parts, max(1, least)))
+        self.names.append((self.place, name))
         self._steps = None
         return args
 
@@ -187,6 +191,16 @@ class Tape:
         if self._steps is None:
             self._steps = np.array(self._rows, np.int64).reshape(-1, 4)
         self.library.run(self._steps, self.threads)
+
+    def timed(self) -> list[float]:
+        """Run once, step by step: seconds of each, one call of the library included."""
+        self._steps = np.array(self._rows, np.int64).reshape(-1, 4)
+        found = []
+        for i in range(len(self._steps)):
+            start = time.perf_counter_ns()
+            self.library.run(self._steps[i : i + 1], self.threads)
+            found.append((time.perf_counter_ns() - start) / 1e9)
+        return found
 
 
 def singles(tape: Any, x: Rows, turned: Rows | None, weights: tuple[Any, Any, Any], out: Rows) -> None:

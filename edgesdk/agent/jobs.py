@@ -45,7 +45,7 @@ class Cancelled(BaseException):
 
 def place_of(root: str, job: str) -> str:
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{2,39}", job):
-        raise Refused(f"'{job}' is no job's id", "`edgesdk profile --jobs` lists them", True)
+        raise Refused(f"'{job}' is no job's id", "`edgesdk profile --status` lists them", True)
     return os.path.join(root, "jobs", job)
 
 
@@ -102,7 +102,7 @@ def status(root: str, job: str, seen: int = -1, wait_s: float = 0.0) -> dict[str
     """A job's state; waits until it is another one than `seen`, or for so long."""
     place, until = place_of(root, job), time.monotonic() + wait_s
     if not os.path.isdir(place):
-        raise Refused(f"no job '{job}' on this device", "`edgesdk profile --jobs` lists those that it has", True)
+        raise Refused(f"no job '{job}' on this device", "`edgesdk profile --status` lists those that it has", True)
     while True:
         state = look(place, job)
         if state["state"] in OVER or state["step"] != seen or time.monotonic() >= until:
@@ -179,7 +179,7 @@ class Job:
         pid = os.getpid()
         self.state: dict[str, Any] = {
             "job": said["job"], "state": "waiting", "step": 0, "progress": ["waiting for the device", 0.0], "pid": pid, "started": started_at(pid),
-            "boot_id": boot_id(), "who": said["who"], "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "request": said["request"],
+            "boot_id": boot_id(), "who": said["who"], "since": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()), "request": said["request"],
         }  # fmt: skip
 
     def say(self, **news: Any) -> None:

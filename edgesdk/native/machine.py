@@ -42,9 +42,16 @@ class Machine:
         return Tape(self.kernels, self.threads)
 
     def run(self, method: str, arrays: Sequence[Any]) -> list[Any]:
+        return self._opened(method).run(arrays)
+
+    def steps(self, method: str, arrays: Sequence[Any], runs: int) -> list[tuple[str, str, list[float]]]:
+        """(part of the model, kernel, seconds in each of `runs` runs) of every step."""
+        return self._opened(method).steps(arrays, runs)
+
+    def _opened(self, method: str) -> Method:
         if method not in self._open:
             self._open[method] = Method(self, method)
-        return self._open[method].run(arrays)
+        return self._open[method]
 
     def panels(self, name: str) -> Panels:
         if name not in self._panels:
@@ -84,14 +91,27 @@ class Method:
     # ---- running
 
     def run(self, arrays: Sequence[Any]) -> list[Any]:
+        given = self._given(arrays)
+        self.tape.run()
+        del given  # its memory was read until here
+        return [np.array(o) for o in self.outputs]
+
+    def steps(self, arrays: Sequence[Any], runs: int) -> list[tuple[str, str, list[float]]]:
+        """(part of the model, kernel, seconds in each run) of every step, in order."""
+        given = self._given(arrays)
+        times = [self.tape.timed() for _ in range(runs)]
+        del given
+        return [(place, name, [t[i] for t in times]) for i, (place, name) in enumerate(self.tape.names)]
+
+    def _given(self, arrays: Sequence[Any]) -> list[Any]:
+        """The inputs as the tape reads them: it does as long as they are held."""
         given = [np.ascontiguousarray(a, d) for a, d in zip(arrays, self.dtypes)]  # noqa: B905 (Python 3.9)
         self._check_ids(given)
         for args, place, number in self.patches:
             args[place] = given[number].ctypes.data
         for fill in self.before:
             fill(given)
-        self.tape.run()
-        return [np.array(o) for o in self.outputs]
+        return given
 
     def _check_ids(self, given: Sequence[Any]) -> None:
         """No kernel looks up a row that is not there. Raises `ValueError`."""
@@ -136,6 +156,7 @@ class Method:
 
     def apart(self, path: str, x: Taken, out: Rows) -> None:
         """Add what of a matrix is kept apart: products of two thin ones, and single weights."""
+        self.tape.place = path
         for i, kind in enumerate(self.program.linears[path].get("plus", ())):
             name = f"{path}.plus{i}"
             if kind == "sparse":
@@ -153,6 +174,7 @@ class Method:
         taken, made, found = self.taken(x, norm=norm), {}, []
         for path in paths:
             w = self.machine.weights(path)
+            self.tape.place = path
             if w.name not in made:
                 made[w.name] = self.tape.room(x.rows, w.panels.rows, path.rpartition(".")[2] * once)
                 self.product(w.panels, taken, made[w.name], bias=w.bias)
@@ -164,6 +186,7 @@ class Method:
     def embed(self, path: str, ids: str, side: str, places: Any) -> Rows:
         """Embeddings [B · N, dim]. `places`: the int64 array of positions that are looked up or computed from, where the model has some."""
         entry = self.program.linears[path]
+        self.tape.place = path
         rows, cols = int(np.prod(self.shapes[self.number[ids]])), int(entry["cols"])
         out = self.tape.room(rows, cols)
         values: dict[str, Any] = {"factor": bits_of(entry["factor"]), "blocks": out.blocks, "out": out, "stride": out.stride}
@@ -273,6 +296,7 @@ class Method:
         if not shared:
             made = self.keys_values(path, found[1], found[2], n, kv, size, turned)
         parts = shared or [p for p in (cache, made) if p is not None]
+        self.tape.place = path
         q = self.heads(
             found[0],
             n,
@@ -286,6 +310,7 @@ class Method:
         return self.attend(q, parts, mask, stack), made
 
     def keys_values(self, path: str, k: Rows, v: Rows, n: int, kv: int, size: int, turned: Any) -> Part:
+        self.tape.place = path
         norm = f"{path}.k_norm" if self.config["qk_norm"] and self.program.has(f"{path}.k_norm.weight") else ""
         keys = ("", "") if path.startswith("decoder") else ("k", "v")  # a decoder's are outputs
         return Part(self.heads(k, n, kv, size, norm=norm, turned=turned, key=keys[0]), self.heads(v, n, kv, size, key=keys[1]), n)
@@ -303,6 +328,7 @@ class Method:
         pre = self.config["norm_place"] == "pre"
         after = x if pre else self.tape.room(x.rows, x.cols, "added")
         w = self.machine.weights(path)
+        self.tape.place = path
         self.product(w.panels, inner, after, bias=w.bias, residual=x)
         self.apart(path, inner, after)
         if not pre:
@@ -379,6 +405,7 @@ class Method:
 
     def _cross(self, layer: str, x: Rows, n: int, i: int, stack: dict[str, Any], norm: str) -> Rows:
         found = self.project([f"{layer}.cross_attn.q"], x, norm=norm)
+        self.tape.place = f"{layer}.cross_attn"
         q = self.heads(found[0], n, stack["heads"], stack["head"], scale=self.scale(stack), key="q")
         source = self.shapes[self.number["source_mask"]][1]
         return self.attend(q, [self._input("cross", i)], ("source_mask", 4 * source, 0, 0), stack)
@@ -422,6 +449,7 @@ class Method:
     def _logits(self, x: Rows, norm: str, shape: tuple[int, ...]) -> None:
         w, scale, out = self.machine.weights("head"), np.float32(self.config["logit_scale"]), self.tape.room(x.rows, self.config["vocab"])
         panels = replace(w.panels, row_scale=w.panels.row_scale * scale, sums=w.panels.sums * scale) if scale != 1 else w.panels
+        self.tape.place = "head"
         taken = self.taken(x, norm=norm)
         self.product(panels, taken, out, bias=w.bias)
         self.apart("head", taken, out)
