@@ -47,6 +47,7 @@ class Deployment(Noun):
     signer: str | None = None  # name and id of the trusted key that signed it; None: not asked for
     installed: tuple[Installed, ...] = ()
     golden: tuple[GoldenResult, ...] = ()
+    unchecked: str | None = None  # why its outputs were not compared on the device, where that was allowed
     gate_s: dict[str, float] = Field(default_factory=dict)  # median seconds a call, by method, where a latency gate was asked for
     sent_bytes: int = 0
     resumed_bytes: int = 0  # were there from an earlier, cut transfer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgesdk.agent.client import Agent, agent_folder
 from edgesdk.deployment import Action, Deployment, GoldenResult, Installed
@@ -20,18 +20,21 @@ from edgesdk.transport.scripts import LINK, REMOVE, script
 from edgesdk.transport.steps import Ask, Link, Put, Run, Step, Watch
 from edgesdk.upkeep import recover, remove, spare
 
+if TYPE_CHECKING:
+    from edgesdk.plain.device import PlainDevice
+
 WHOLE_HISTORY = 400
 
 
 class Performer:
-    """Does steps over a transport, or only notes them (`dry`)."""
+    """Does steps over a transport, or only notes them (`dry`); `plain` stands in for the agent where the device has no Python."""
 
-    def __init__(self, transport: Transport, python: str, dry: bool, watch: Watch | None) -> None:
-        self.transport, self.python, self.dry, self.watch = transport, python, dry, watch
+    def __init__(self, transport: Transport, python: str, dry: bool, watch: Watch | None, plain: PlainDevice | None = None) -> None:
+        self.transport, self.python, self.dry, self.watch, self.plain = transport, python, dry, watch, plain
         self.steps: list[Step] = []
         self.sent_bytes = self.resumed_bytes = 0
         self.answers: dict[str, dict[str, Any]] = {}
-        self._agent: Agent | None = None
+        self._agent: Agent | PlainDevice | None = None
 
     def all(self, steps: Steps) -> None:
         """Send each step's result back into the generator; the agent that was asked ends with it."""
@@ -61,7 +64,7 @@ class Performer:
         """What a dry run takes for granted: all is well."""
         if not isinstance(step, Ask):
             return None
-        if step.verb == "check":
+        if step.verb != "health":
             return {"cases": [], "seconds": {}}
         folder = str(dict(step.arguments)["folder"])
         link = next((s.target for s in reversed(self.steps) if isinstance(s, Link) and s.link == folder), folder)
@@ -85,9 +88,9 @@ class Performer:
         self.answers[step.verb] = answer
         return answer
 
-    def agent(self) -> Agent:
+    def agent(self) -> Agent | PlainDevice:
         if self._agent is None:
-            self._agent = Agent(self.transport, self.python, agent_folder(self.transport.root))
+            self._agent = self.plain or Agent(self.transport, self.python, agent_folder(self.transport.root))
         return self._agent
 
 
@@ -100,6 +103,8 @@ def flash(
     keep: int = 2,
     latency_gate: float | None = None,
     allow_unsigned: bool = False,
+    runner: str | None = None,
+    allow_unchecked: bool = False,
     wait_s: float = 0.0,
     watch: Watch | None = None,
 ) -> Deployment:
@@ -107,6 +112,8 @@ def flash(
 
     `latency_gate` is in seconds: no method's median call may take longer. `keep` is how many bundles stay installed (at least 2).
     `allow_unsigned`: one that no trusted key signed, too. `wait_s`: how long to wait for others who use the device.
+    `runner`: the device has no Python; a runtime's own tool, a file here or a path there, runs the program (see `edgesdk.plain`).
+    `allow_unchecked`: even with a tool that gives no outputs; the bundle is then not marked good.
 
     Raises `CheckFailed` (signature, outputs, digest or gate; the device keeps what it had), `DeviceError` (full disk, in use …), `LinkError` (the
     same call resumes) and `InputError`.
@@ -115,13 +122,17 @@ def flash(
         raise InputError(f"keep = {keep}, wanted at least 2", "the current and the previous bundle are always kept")
     source = read_source(bundle)
     signer = None if allow_unsigned else signer_of(bundle)
-    names = ["manifest.json", *(m.name for m in source.manifest.members)]
-    with _connected(on) as transport, _alone(transport, dry_run, python, wait_s):
-        performer = Performer(transport, python or transport.python, dry_run, watch)
+    names = list(source.files())
+    with _connected(on) as transport, _alone(transport, dry_run, python, wait_s, runner):
+        plain = _plain(transport, runner, bundle, allow_unchecked)
+        performer = Performer(transport, python or transport.python, dry_run, watch, plain)
         before = _in_order(performer, source.digest, names)
         if _whole(source, before) and before.current == source.digest and latency_gate is None:
             return _deployment("already-installed", transport, before, source, performer, signer)
-        require_suitable(transport, source, performer.python)
+        if plain is None:
+            require_suitable(transport, source, performer.python)
+        else:
+            performer.all(plain.prepare(source.manifest))
         steps = install(
             source,
             before,
@@ -137,11 +148,20 @@ def flash(
 
 
 def roll_back(
-    on: str | Transport = "local", *, dry_run: bool = False, python: str | None = None, wait_s: float = 0.0, watch: Watch | None = None
+    on: str | Transport = "local",
+    *,
+    dry_run: bool = False,
+    python: str | None = None,
+    runner: str | None = None,
+    wait_s: float = 0.0,
+    watch: Watch | None = None,
 ) -> Deployment:
-    """Make the previous bundle current again. Raises `DeviceError` if there is none or the device is in use, `CheckFailed` if it is damaged."""
-    with _connected(on) as transport, _alone(transport, dry_run, python, wait_s):
-        performer = Performer(transport, python or transport.python, dry_run, watch)
+    """Make the previous bundle current again; with any `runner`, without Python there.
+
+    Raises `DeviceError` if there is none or the device is in use, `CheckFailed` if it is damaged.
+    """
+    with _connected(on) as transport, _alone(transport, dry_run, python, wait_s, runner):
+        performer = Performer(transport, python or transport.python, dry_run, watch, _plain(transport, runner))
         before = _in_order(performer)
         performer.all(rollback(before, transport.root, performer.python))
         after = before if dry_run else survey(transport)
@@ -154,12 +174,13 @@ def clean(
     keep: int = 2,
     dry_run: bool = False,
     python: str | None = None,
+    runner: str | None = None,
     wait_s: float = 0.0,
     watch: Watch | None = None,
 ) -> Deployment:
     """Remove what is no more needed: see `upkeep.spare`; the newest cut transfer stays, as it can be gone on with. Raises `DeviceError`."""
-    with _connected(on) as transport, _alone(transport, dry_run, python, wait_s):
-        performer = Performer(transport, python or transport.python, dry_run, watch)
+    with _connected(on) as transport, _alone(transport, dry_run, python, wait_s, runner):
+        performer = Performer(transport, python or transport.python, dry_run, watch, _plain(transport, runner))
         before = _in_order(performer)
         resumed = before.parts[0].removesuffix(".part") if before.parts else None
         performer.all(remove(spare(before, transport.root, keep=keep, resumed=resumed), "no more needed"))
@@ -178,22 +199,37 @@ def status(on: str | Transport = "local") -> Deployment:
 def _in_order(performer: Performer, digest: str | None = None, names: Iterable[str] = ()) -> Survey:
     """What is on the device, behind the end of a switch that was cut off."""
     transport = performer.transport
-    before = survey(transport, digest, names)
+    ready = performer.plain.ready if performer.plain else lambda state: state
+    before = ready(survey(transport, digest, names))
     if unfinished(before.history) is None:
         return before
     performer.all(recover(before, transport.root, performer.python))
-    return before if performer.dry else survey(transport, digest, names)
+    return before if performer.dry else ready(survey(transport, digest, names))
 
 
 def _whole(source: Source, state: Survey) -> bool:
     """Whether a bundle is there, found good, and each of its files still what it was."""
-    wanted = {m.name: m.sha256 for m in source.manifest.members} | {"manifest.json": source.digest}
-    return state.good.get(source.digest, False) and all(state.arrived.get(name) == sha for name, sha in wanted.items())
+    return state.good.get(source.digest, False) and all(state.arrived.get(name) == b.sha256 for name, b in source.files().items())
 
 
-def _alone(transport: Transport, dry_run: bool, python: str | None, wait_s: float) -> contextlib.AbstractContextManager[None]:
+def _alone(
+    transport: Transport, dry_run: bool, python: str | None, wait_s: float, runner: str | None
+) -> contextlib.AbstractContextManager[None]:
     """Nobody else changes the device meanwhile."""
-    return contextlib.nullcontext() if dry_run else lease(transport, "install", python=python, wait_s=wait_s)
+    return contextlib.nullcontext() if dry_run else lease(transport, "install", python=python, wait_s=wait_s, plain=runner is not None)
+
+
+def _plain(transport: Transport, runner: str | None, bundle: str | Path | None = None, allow_unchecked: bool = False) -> PlainDevice | None:
+    """What takes the agent's place where a native runner was given; without a bundle nothing is run there."""
+    if runner is None:
+        return None
+    from edgesdk.bundles import read_member
+    from edgesdk.plain.device import PlainDevice, find_runner
+
+    if bundle is None:
+        return PlainDevice(transport, None)
+    found = find_runner(transport, runner)
+    return PlainDevice(transport, found, allow_unchecked=allow_unchecked, read=lambda name: read_member(bundle, name))
 
 
 class _connected:
@@ -233,6 +269,7 @@ def _deployment(
         signer=f"{signer.name} ({signer.id})" if signer else None,
         installed=tuple(Installed(digest=d, good=g) for d, g in sorted(state.good.items())),
         golden=tuple(GoldenResult(method=c["method"], case=c["case"], relative_error=c["error"], allowed=c["allowed"]) for c in cases),
+        unchecked=checked.get("unchecked"),
         gate_s=checked.get("seconds", {}),
         sent_bytes=done.sent_bytes if done and not done.dry else 0,
         resumed_bytes=done.resumed_bytes if done and not done.dry else 0,

@@ -55,6 +55,14 @@ class Source:
 
         return Blob(member.size_bytes, member.sha256, read)
 
+    def files(self) -> dict[str, Blob]:
+        """All that goes to the device, the manifest and the signatures last."""
+        from edgesdk.bundles import BESIDE, member_names, read_member
+
+        there = set(member_names(self.path))
+        beside = {name: Blob.of(read_member(self.path, name)) for name in BESIDE if name in there}
+        return {m.name: self.blob(m) for m in self.manifest.members} | beside
+
     def head(self, name: str) -> bytes:
         """A member's first bytes."""
         with zipfile.ZipFile(self.path) as archive, archive.open(name) as file:
@@ -95,12 +103,13 @@ def install(
     yield from _transfer(source, before, root)
     yield from send_agent(before, root)
     try:
-        yield from _accept(source, before, store, latency_gate_s)
+        checked = yield from _accept(source, before, store, latency_gate_s)
     except CheckFailed as error:
         with _unless_full():
             yield recorder.step("refused", digest, error.what)
         raise
-    yield Run(script("good", GOOD, store, digest), "mark it good: its outputs are right here")
+    if checked:
+        yield Run(script("good", GOOD, store, digest), "mark it good: its outputs are right here")
     old = before.current if before.current != digest else before.previous
     old = old if old in before.good and old != digest else None
     if before.current != digest:
@@ -121,8 +130,8 @@ def install(
         hint = "check the storage of the device, then flash again"
         raise CheckFailed(f"the installed {bad} changed on the device's disk; rolled back to {_name(old)}", hint)
     with _unless_full():
-        yield recorder.step("installed", digest)
-    after = replace(before, current=digest, previous=old, good={digest: True, **before.good})
+        yield recorder.step("installed", digest, *(() if checked else ("its outputs were not checked",)))
+    after = replace(before, current=digest, previous=old, good={digest: checked, **{d: g for d, g in before.good.items() if d != digest}})
     yield from remove(spare(after, root, keep=keep, resumed=digest), f"keep {keep}")
 
 
@@ -139,23 +148,18 @@ def _unless_full() -> Iterator[None]:
 
 def _transfer(source: Source, before: Survey, root: str) -> Steps:
     """Bring every file there, into the .part folder, or beside what is damaged of an installed bundle."""
-    from edgesdk.bundles import BESIDE, member_names, read_member
-
-    folder, beside = place(root, source.digest, before.good), {}
-    for name in sorted(set(BESIDE) & set(member_names(source.path))):
-        beside[name] = Blob.of(read_member(source.path, name))
-    whole = {m.name: source.blob(m) for m in source.manifest.members} | beside
+    folder, whole = place(root, source.digest, before.good), source.files()
     wanted = {name: blob for name, blob in whole.items() if before.arrived.get(name) != blob.sha256}
     if not wanted and folder.endswith(source.digest):
         return
     shared = [name for name, blob in wanted.items() if blob.sha256 in before.members]
     yield from _make_room(source, before, root, {n: b for n, b in wanted.items() if n not in shared}, shared)
     if folder.endswith(source.digest):
-        yield Run(script("unlink", UNLINK, f"{folder}/.good"), "it is damaged")
+        yield Run(script("unlink", UNLINK, f"{folder}/.good"), "some of it is not what it must be")
     for name in shared:
         have = before.members[wanted[name].sha256][0]
         yield Run(script("share", SHARE, have, f"{folder}/{name}"), "the device has this file in another bundle")
-    for name in sorted(set(wanted) - set(shared), key=lambda n: (n in beside, n)):
+    for name in (n for n in wanted if n not in shared):
         yield Put(f"{folder}/{name}", wanted[name], wanted[name].sha256, wanted[name].size_bytes)
     wrong = yield from _verify(folder, whole)
     for name in sorted(set(wrong) & set(shared)):  # that other bundle is damaged
@@ -201,8 +205,8 @@ def _make_room(source: Source, before: Survey, root: str, sent: Mapping[str, Blo
         raise DeviceError(f"the device's disk is full: {show_bytes(needed)} needed, {show_bytes(free)} free", hint)
 
 
-def _accept(source: Source, before: Survey, store: str, latency_gate_s: float | None) -> Steps:
-    """Golden outputs and the latency gate, in the store; a bundle that fails is removed."""
+def _accept(source: Source, before: Survey, store: str, latency_gate_s: float | None) -> Generator[Step, Any, bool]:
+    """Golden outputs and the latency gate, in the store; a bundle that fails is removed. False: its outputs could not be compared, which was allowed."""
     stays = f"current stays {_name(before.current)}"
     gone = Run(script("remove", REMOVE, store), "it failed its check")
     repeat = GATE_CALLS if latency_gate_s is not None else 0
@@ -216,7 +220,7 @@ def _accept(source: Source, before: Survey, store: str, latency_gate_s: float | 
     wrong = failed_cases(answer)
     slow = [f"{m} takes {show_seconds(s)}" for m, s in answer["seconds"].items() if latency_gate_s is not None and s > latency_gate_s]
     if not wrong and not slow:
-        return
+        return "unchecked" not in answer
     if before.current != source.digest:
         yield gone
     if wrong:

@@ -15,7 +15,9 @@ from datetime import UTC, datetime
 
 from edgesdk.agent.client import require_python
 from edgesdk.errors import DeviceError, LinkError
+from edgesdk.plain import scripts as plain_scripts
 from edgesdk.transport.base import Result, Stream, Transport, refused
+from edgesdk.transport.scripts import script
 
 HOLD = """
 import fcntl, os, sys
@@ -43,8 +45,8 @@ AGAIN_S = 1.0
 
 
 @contextlib.contextmanager
-def lease(transport: Transport, what: str, *, python: str | None = None, wait_s: float = 0.0) -> Iterator[None]:
-    """Hold the device behind `transport`, to do `what`; within it, another lease of the same transport is this one.
+def lease(transport: Transport, what: str, *, python: str | None = None, wait_s: float = 0.0, plain: bool = False) -> Iterator[None]:
+    """Hold the device behind `transport`, to do `what`; within it, another lease of the same transport is this one. `plain`: without Python there.
 
     Raises `DeviceError` that names who holds it, if they still do after `wait_s`.
     """
@@ -53,10 +55,11 @@ def lease(transport: Transport, what: str, *, python: str | None = None, wait_s:
         return
     python, until = python or transport.python, time.monotonic() + wait_s
     who = f"{getpass.getuser()}@{platform.node()}, to {what}, since {datetime.now(UTC).isoformat(timespec='seconds')}"
+    argv = script("hold", plain_scripts.HOLD, transport.root, who) if plain else (python, "-u", "-c", HOLD, transport.root, who)
     while True:
-        stream = transport.open((python, "-u", "-c", HOLD, transport.root, who))
+        stream = transport.open(argv)
         try:
-            line = _answer(stream, transport, python)
+            line = _answer(stream, transport, None if plain else python)
             if line == "yours":
                 transport.leased = True
                 try:
@@ -75,7 +78,7 @@ def lease(transport: Transport, what: str, *, python: str | None = None, wait_s:
         time.sleep(AGAIN_S)
 
 
-def _answer(stream: Stream, transport: Transport, python: str) -> str:
+def _answer(stream: Stream, transport: Transport, python: str | None) -> str:
     """What the lock said; a login banner may come first."""
     try:
         while True:
@@ -85,5 +88,6 @@ def _answer(stream: Stream, transport: Transport, python: str) -> str:
     except LinkError:
         raise
     except DeviceError:
-        require_python(transport, python)
+        if python is not None:
+            require_python(transport, python)
         raise

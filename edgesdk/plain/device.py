@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from edgesdk.agent.client import agent_files
 from edgesdk.bundle import Manifest
 from edgesdk.errors import DeviceError, InputError
 from edgesdk.plain.explain import explain, wrong_machine
 from edgesdk.plain.output import Told
 from edgesdk.plain.scripts import DIAGNOSE, EXECUTABLE, FACTS, RUN, THERE, WHERE
 from edgesdk.plain.tools import Call, Tool, feeds_of, identify
+from edgesdk.survey import Survey, hashes
 from edgesdk.transport.base import Blob, Result, Transport
-from edgesdk.transport.scripts import HASHES, REMOVE, script
-from edgesdk.transport.steps import Put, Run, Step
+from edgesdk.transport.scripts import REMOVE, script
+from edgesdk.transport.steps import Ask, Put, Run, Step
 
 Read = Callable[[str], bytes]
 """A member's bytes."""
@@ -62,12 +64,6 @@ def find_runner(transport: Transport, given: str) -> Runner:
     )
 
 
-def hashes(transport: Transport, folder: str, names: Sequence[str]) -> dict[str, str]:
-    """name → sha256 of the files that are there."""
-    text = transport.must(script("hashes", HASHES, folder, *names), f"reading {folder}", timeout=300.0).text
-    return {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
-
-
 def top(transport: Transport) -> tuple[str, str]:
     """(the root from the top, what `uname -m` says) of the device."""
     lines = transport.must(script("where", WHERE, transport.root), "looking at the device").text.splitlines()
@@ -84,11 +80,28 @@ class PlainDevice:
     `allow_unchecked`: a tool that gives no outputs still passes `check`, whose answer then says so (`unchecked`).
     """
 
-    def __init__(self, transport: Transport, runner: Runner, *, allow_unchecked: bool = False, read: Read | None = None) -> None:
-        self.transport, self.runner, self.allow_unchecked, self._read = transport, runner, allow_unchecked, read
+    def __init__(self, transport: Transport, runner: Runner | None, *, allow_unchecked: bool = False, read: Read | None = None) -> None:
+        self.transport, self._runner, self.allow_unchecked, self._read = transport, runner, allow_unchecked, read
         self.root = top(transport)[0]
         self.scratch = f"{self.root}/scratch"
         self._tool: Tool | None = None
+
+    @property
+    def runner(self) -> Runner:
+        assert self._runner is not None, "nothing is run without one"
+        return self._runner
+
+    def prepare(self, manifest: Manifest) -> Generator[Step, Any, None]:
+        """The steps that bring the runner there and ask it whether it is for this program."""
+        yield from self.runner.send()
+        yield Ask("fits", (("runtime", manifest.runtime), ("program", manifest.program)), "the runner is for this program")
+
+    def ready(self, state: Survey) -> Survey:
+        """What was found on the device, with the agent taken for there: none is sent. Raises `DeviceError` where keys there want one."""
+        if state.trusted_keys:
+            what = f"{self.transport.link}: the device runs only what keys of its own signed, which its shell cannot check"
+            raise DeviceError(what, "install Python there, or take the keys away: edgesdk keys")
+        return replace(state, agent={name: hashlib.sha256(data).hexdigest() for name, data in agent_files().items()})
 
     @property
     def tool(self) -> Tool:
@@ -161,16 +174,21 @@ class PlainDevice:
 
     def fits(self, manifest: Manifest) -> None:
         """Raises `DeviceError` if the tool is not for the bundle's program."""
+        self._fits(manifest.runtime, manifest.program)
+        if any(m.name.endswith("libedgeoperators.so") for m in manifest.members):
+            what = f"{self.transport.link}: the program has units on edgesdk's own kernels, which {self.tool.kind} does not know"
+            raise DeviceError(what, "build without them, or for a device with Python", answered=True)
+
+    def _fits(self, runtime: str, program: str) -> dict[str, Any]:
         tool, link = self.tool, self.transport.link
-        if manifest.runtime != tool.runtime:
-            wanted = {"executorch": "executor_runner", "litert": "benchmark_model"}.get(manifest.runtime)
-            hint = f"give a {wanted}" if wanted else f"bundles for {manifest.runtime} need Python on the device: --python PATH"
-            raise DeviceError(f"{link}: the bundle is for {manifest.runtime}, {tool.path.rpartition('/')[2]} is a {tool.kind}", hint)
-        if manifest.program.endswith(".packed") or any(m.name.endswith("libedgeoperators.so") for m in manifest.members):
-            what = "holds its weights as codes" if manifest.program.endswith(".packed") else "has units on edgesdk's own kernels"
-            raise DeviceError(
-                f"{link}: the program {what}, which {tool.kind} cannot read", "build without --storage, or for a device with Python"
-            )
+        if runtime != tool.runtime:
+            wanted = {"executorch": "executor_runner", "litert": "benchmark_model"}.get(runtime)
+            hint = f"give a {wanted}" if wanted else f"bundles for {runtime} need Python on the device: --python PATH"
+            raise DeviceError(f"{link}: the bundle is for {runtime}, {tool.path.rpartition('/')[2]} is a {tool.kind}", hint, answered=True)
+        if program.endswith(".packed"):
+            what = f"{link}: the program holds its weights as codes, which {tool.kind} cannot read"
+            raise DeviceError(what, "build without --storage, or for a device with Python", answered=True)
+        return {}
 
     def _check(self, folder: str, repeat: int = 0) -> dict[str, Any]:
         """Each golden case's relative error; the median (or mean) seconds of `repeat` more calls a method, if asked for."""
@@ -179,7 +197,7 @@ class PlainDevice:
         why = self.tool.unchecked
         if why and not self.allow_unchecked:
             hint = "take a newer one, or install it unchecked: --allow-unchecked (it is then never marked as good)"
-            raise DeviceError(f"{self.transport.link}: {why}: the golden outputs cannot be compared", hint)
+            raise DeviceError(f"{self.transport.link}: {why}: the golden outputs cannot be compared", hint, answered=True)
         cases: list[dict[str, Any]] = []
         seconds: dict[str, float] = {}
         counts: dict[str, int] = {}
@@ -193,7 +211,9 @@ class PlainDevice:
                 ok = error is not None and error <= case.max_relative_error
                 cases.append({"method": case.method, "case": index, "error": error, "allowed": case.max_relative_error, "ok": ok})
             if repeat and case.method not in seconds:
-                seconds[case.method] = typical(self.tool.read(self.run(self.tool.times(call, repeat, 1))[0]), 2, self.tool.kind)
+                seconds[case.method] = typical(
+                    self.tool.read(self.run(self.tool.times(call, repeat, 1))[0]), 2, self.transport.link, self.tool.kind
+                )
         return {"cases": cases, "seconds": seconds, **({"unchecked": why} if why else {})}
 
     def _error(self, folder: str, call: Call, reader: Any, names: Sequence[str]) -> float | None:
@@ -229,14 +249,19 @@ class PlainDevice:
         return read_facts(self.transport.must(script("facts", FACTS), "reading facts").text)
 
 
-def typical(told: Told, skip: int, kind: str) -> float:
+def typical(told: Told, skip: int, link: str, kind: str) -> float:
     """The median seconds of a call, else the mean; the first `skip` samples are no part of it. Raises `DeviceError` where no time was printed."""
     samples = sorted(told.samples_s[skip:])
     found = samples[len(samples) // 2] if samples else told.p50_s if told.p50_s is not None else told.mean_s
     if found is None:
-        hint = "build it with logging: -DEXECUTORCH_ENABLE_LOGGING=ON" if kind == "executor_runner" else "take another build of it"
-        raise DeviceError(f"the {kind} printed no times", hint)
+        raise silent(link, kind)
     return found
+
+
+def silent(link: str, kind: str) -> DeviceError:
+    """The error for a tool that printed no times."""
+    hint = "build it with logging: -DEXECUTORCH_ENABLE_LOGGING=ON" if kind == "executor_runner" else "take another build of it"
+    return DeviceError(f"{link}: the {kind} printed no times", hint, answered=True)
 
 
 def name_of(runner: Runner, tool: Tool) -> str:

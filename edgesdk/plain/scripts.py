@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 HOLD = """
-mkdir -p "$1" || exit 73
+e=$({ mkdir -p "$1" && (: >> "$1/lease"); } 2>&1) || { echo "cannot $e"; exit 0; }
 if command -v flock >/dev/null 2>&1; then
-  exec 9>>"$1/lease" || exit 73
+  exec 9>>"$1/lease"
   if ! flock -n 9 9>&9; then echo "held $(cat "$1/lease")"; exit 0; fi
   printf %s "$2" > "$1/lease"; echo yours; exec cat > /dev/null 9>&9
 fi

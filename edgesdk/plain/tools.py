@@ -16,6 +16,8 @@ from edgesdk.errors import DeviceError
 from edgesdk.plain import output
 from edgesdk.plain.output import Told
 
+ETDUMP = "model.etdump"
+"""Where a tool with an event tracer writes what it saw."""
 Kind = Literal["executor_runner", "benchmark_model", "run_model"]
 RUNTIMES: dict[Kind, str] = {"executor_runner": "executorch", "benchmark_model": "litert", "run_model": "litert"}
 _SIGNS: tuple[tuple[Kind, frozenset[str]], ...] = (
@@ -103,6 +105,8 @@ class Tool:
 
     def operators(self, call: Call, runs: int) -> tuple[str, ...] | None:
         """The command line of a run apart that times single operators, or None if it cannot."""
+        if self.kind == "executor_runner" and "etdump_path" in self.flags:
+            return self._executor(call, runs, ("etdump_path", ETDUMP))
         if self.kind != "benchmark_model" or "enable_op_profiling" not in self.flags:
             return None
         return self._benchmark(call, runs, 1, ("enable_op_profiling", "true"))

@@ -1,0 +1,133 @@
+"""Installs and profiles without Python on the device: the runtimes' own tools, played by programs that really run the bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import tiny_bundle
+
+from edgesdk.bundles import bundle_digest
+from edgesdk.errors import CheckFailed, DeviceError, InputError
+from edgesdk.flash import clean, flash, roll_back, status
+from edgesdk.lease import lease
+from edgesdk.plain.profile import profile
+from edgesdk.report import Report
+from edgesdk.transport.local import LocalTransport
+from tests.lab.native_runner import install
+
+
+@pytest.fixture
+def device(tmp_path):
+    made = LocalTransport(tmp_path / "root")
+    made.python = "/no/python/here"
+    return made
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bundles")
+    for name, options in {"a": {}, "b": {"seed": 1}, "wrong": {"seed": 4, "wrong": True}}.items():
+        tiny_bundle(folder / f"{name}.edge", **options)
+    return {name: folder / f"{name}.edge" for name in ("a", "b", "wrong")}
+
+
+@pytest.fixture(scope="module")
+def tool(tmp_path_factory):
+    return install(tmp_path_factory.mktemp("tool"), "benchmark_model")
+
+
+def test_install_switch_roll_back_and_clean(device, bundles, tool):
+    first = flash(bundles["a"], device, runner=str(tool))
+    assert first.good and first.unchecked is None and first.current == bundle_digest(bundles["a"])
+    assert first.golden[0].relative_error is not None and first.golden[0].relative_error < 1e-4
+    root = Path(device.root)
+    sent = list((root / "runners").glob("*/benchmark_model"))
+    assert len(sent) == 1 and not (root / "agent").exists() and not (root / "scratch").exists()
+    assert flash(bundles["a"], device, runner=str(tool)).action == "already-installed"
+    again = flash(bundles["b"], device, runner=str(sent[0]))  # it is there
+    assert again.current == bundle_digest(bundles["b"]) and not any("put   " in s and "runners" in s for s in again.steps)
+    back = roll_back(device, runner=str(tool))
+    assert (back.current, back.previous) == (first.current, again.current)
+    assert clean(device, runner=str(tool)).action == "cleaned"
+    assert status(device).history[-1].action == "rolled-back"
+
+
+def test_wrong_outputs_are_refused_and_what_was_stays(device, bundles, tool, tmp_path):
+    good = flash(bundles["a"], device, runner=str(tool))
+    with pytest.raises(CheckFailed, match=rf"wrong outputs.*current stays {good.current[:12]}"):
+        flash(bundles["wrong"], device, runner=str(tool))
+    liar = install(tmp_path, "benchmark_model", scale=1.01)  # the program is right, what runs it is not
+    with pytest.raises(CheckFailed, match=r"forward\[0\] is off by 0\.01, allowed 0\.001"):
+        flash(bundles["b"], device, runner=str(liar))
+    after = status(device)
+    assert (after.current, after.good, len(after.installed)) == (good.current, True, 1)
+
+
+def test_a_tool_without_outputs_is_refused_unless_allowed(device, bundles, tmp_path):
+    old = install(tmp_path, "benchmark_model", lacks=("output_filepath",))
+    with pytest.raises(CheckFailed, match=r"has no --output_filepath: the golden outputs cannot be compared; rolled back") as caught:
+        flash(bundles["a"], device, runner=str(old))
+    assert "--allow-unchecked" in caught.value.hint and status(device).current is None
+    done = flash(bundles["a"], device, runner=str(old), allow_unchecked=True)
+    assert done.unchecked == "this benchmark_model has no --output_filepath" and not done.good and done.golden == ()
+    assert status(device).history[-1].result == "its outputs were not checked"
+    flash(bundles["b"], device, runner=str(old), allow_unchecked=True)
+    with pytest.raises(CheckFailed, match="never found good"):
+        roll_back(device, runner=str(old))
+
+
+def test_latency_gate_and_dry_run(device, bundles, tool):
+    dry = flash(bundles["a"], device, runner=str(tool), dry_run=True)
+    assert any("runners" in s for s in dry.steps) and not any("agent" in s for s in dry.steps) and not Path(device.root).exists()
+    with pytest.raises(CheckFailed, match=r"too slow on the device: forward takes"):
+        flash(bundles["a"], device, runner=str(tool), latency_gate=1e-9)
+    assert flash(bundles["a"], device, runner=str(tool), latency_gate=5.0).gate_s["forward"] < 5.0
+
+
+def test_runners_that_do_not_suit(device, bundles, tmp_path):
+    other = install(tmp_path, "executor_runner")
+    with pytest.raises(DeviceError, match=r"the bundle is for litert, executor_runner is a executor_runner") as caught:
+        flash(bundles["a"], device, runner=str(other))
+    assert caught.value.hint == "give a benchmark_model"
+    arm = tmp_path / "arm"
+    arm.write_bytes(b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\x00\xb7\x00" + bytes(100))
+    with pytest.raises(InputError, match="is for 64-bit Arm, the device is"):
+        flash(bundles["a"], device, runner=str(arm))
+    with pytest.raises(InputError, match=r"no such file here, and none on local:"):
+        flash(bundles["a"], device, runner="/no/such/runner")
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x02\x00\x3e\x00" + bytes(100))
+    with pytest.raises(DeviceError, match="is not for this device's CPU"):
+        flash(bundles["a"], device, runner=str(broken))
+    assert status(device).current is None
+
+
+def test_the_lock_is_the_same_with_and_without_python(tmp_path, bundles, tool):
+    plain, full = LocalTransport(tmp_path / "root"), LocalTransport(tmp_path / "root")
+    with lease(full, "profile"), pytest.raises(DeviceError, match=r"in use by .* to profile, since"):
+        flash(bundles["a"], plain, runner=str(tool))
+    with lease(plain, "install", plain=True), pytest.raises(DeviceError, match=r"in use by .* to install, since"), lease(full, "profile"):
+        pass
+    with lease(full, "profile"):
+        pass
+
+
+def test_profile_of_a_summary(device, bundles, tool):
+    report = profile(bundles["a"], device, str(tool), runs=30, warmup=2)
+    m = report.methods[0]
+    assert m.samples_s == () and m.p90_s is None and m.summary is not None and m.summary.tool == "benchmark_model"
+    assert (m.summary.calls, m.summary.warmup_calls) == (30, 2) and m.summary.mean_s is not None and m.p50_s is not None
+    assert m.cold_s is not None and report.load_cold_s is not None and report.peak_rss_bytes is not None and report.peak_rss_bytes > 1e7
+    assert report.trust.verdict == "noisy" and any("no single times" in r for r in report.trust.reasons)
+    assert report.conditions.runtime_version.startswith("benchmark_model ") and report.conditions.device == "host"
+    assert Report.from_json(report.to_json()) == report
+    assert profile(None, device, str(tool), runs=3, warmup=0).bundle_digest == bundle_digest(bundles["a"])
+
+
+def test_a_profile_of_what_no_tool_tells_is_refused(device, bundles, tool, tmp_path):
+    with pytest.raises(DeviceError, match="nothing is installed"):
+        profile(None, device, str(tool), runs=3, warmup=0)
+    old = install(tmp_path, "benchmark_model", lacks=("enable_op_profiling", "report_peak_memory_footprint"))
+    with pytest.raises(InputError, match="times no single operators"):
+        profile(bundles["a"], device, str(old), runs=3, warmup=0, operators=True)
