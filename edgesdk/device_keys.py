@@ -14,10 +14,11 @@ from edgesdk.transport.scripts import UNLINK, script
 NAME = "trusted"
 
 
-def give_keys(on: str | Transport, *, python: str | None = None, wait_s: float = 0.0) -> tuple[PublicKey, ...]:
+def give_keys(on: str | Transport, *, regardless: bool = False, python: str | None = None, wait_s: float = 0.0) -> tuple[PublicKey, ...]:
     """Put all keys that are trusted here on the device, in place of those it had; the revoked ones are not among them.
 
-    Raises `InputError` where none is trusted here, `CheckFailed` where none of them signed what is current there, `DeviceError`.
+    Raises `InputError` where none is trusted here, `CheckFailed` where none of them signed what is current there (unless `regardless`: it then
+    runs no more), `DeviceError`.
     """
     keys = tuple(k for k in trusted().values() if k.revoked is None)
     if not keys:
@@ -26,9 +27,9 @@ def give_keys(on: str | Transport, *, python: str | None = None, wait_s: float =
     try:
         with lease(transport, "change its keys", python=python, wait_s=wait_s):
             state = survey(transport)
-            if state.current and not _signed(transport, state.current, keys):
+            if state.current and not regardless and not _signed(transport, state.current, keys):
                 what = f"{transport.link}: the current bundle {state.current[:12]} was signed by none of them"
-                raise CheckFailed(what, "it would not run any more: flash a signed one first; nothing was changed")
+                raise CheckFailed(what, "nothing was changed; --regardless: it runs no more until you flash one that they signed")
             transport.put("".join(f"{k.line}\n" for k in keys).encode(), f"{transport.root}/{NAME}")
             _record(transport, state.history, " ".join(k.id for k in keys))
     finally:

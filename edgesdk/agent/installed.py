@@ -15,16 +15,20 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from .signed import require_signature
 from .wire import Refused
 
 
 def manifest_of(folder: str) -> dict[str, Any]:
+    """What a bundle says of itself, if this device runs it: see `signed`."""
     try:
         with open(os.path.join(folder, "manifest.json"), "rb") as file:
-            manifest: dict[str, Any] = json.loads(file.read())
-            return manifest
+            text = file.read()
+        manifest: dict[str, Any] = json.loads(text)
     except (OSError, ValueError) as error:
         raise Refused(f"no bundle in {folder} ({error})", "install one: edgesdk flash BUNDLE --on …") from None
+    require_signature(folder, text)
+    return manifest
 
 
 def numpy_runner() -> Any:
@@ -143,6 +147,7 @@ def health(folder: str) -> dict[str, Any]:
             text = file.read()
     except OSError as error:
         raise Refused(f"no bundle in {folder} ({error.strerror})", "install one: edgesdk flash BUNDLE --on …") from None
+    require_signature(folder, text)
     bad = []
     for member in json.loads(text)["members"]:
         if sha256(os.path.join(folder, member["name"])) != member["sha256"]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edgesdk.cli.common import Json, console, emit_json, progress, say
+from edgesdk.cli.flash_image import Bmap, BootFile, ImageFile, Inside, OwnerId, Root, RootPartition, Yes
 from edgesdk.cli.many import Jobs, on_each
 
 if TYPE_CHECKING:
@@ -25,7 +27,10 @@ On = Annotated[
 ]
 To = Annotated[
     str | None,
-    typer.Option("--to", help="A board's bootloader in place of a running system: esp32:/dev/ttyUSB0, uf2:/media/RPI-RP2."),
+    typer.Option(
+        "--to",
+        help="A board's bootloader in place of a running system: esp32:/dev/ttyUSB0, uf2:/media/RPI-RP2; with --image a disk or a file; else as --on.",
+    ),
 ]
 Wait = Annotated[
     str | None, typer.Option("--wait", help="How long to wait for others who use the device: 10min.", show_default="not at all")
@@ -46,13 +51,32 @@ def flash(
     allow_unsigned: Annotated[bool, typer.Option("--allow-unsigned", help="Install it although no trusted key signed it.")] = False,
     wait: Wait = None,
     rollback: Annotated[bool, typer.Option("--rollback", help="Make the previous bundle current again.")] = False,
-    status: Annotated[bool, typer.Option("--status", help="Show what is installed.")] = False,
+    status: Annotated[bool, typer.Option("--status", help="Show what is installed, whether it is whole, and what was done there.")] = False,
+    gc: Annotated[
+        bool, typer.Option("--gc", help="Remove old bundles, cut transfers and old agents; never the current, previous or last good one.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the steps and change nothing.")] = False,
     jobs: Jobs = 8,
+    image: ImageFile = None,
+    inside: Inside = None,
+    bmap: Bmap = None,
+    root: Root = None,
+    owner: OwnerId = None,
+    partition: RootPartition = None,
+    boot_file: BootFile = None,
+    yes: Yes = False,
     as_json: Json = False,
 ) -> None:
     """Install a bundle: send, verify, check on the device, switch; or roll back."""
-    if to is not None and not (rollback or status):
+    if image is not None:
+        from edgesdk.cli.flash_image import flash_image
+
+        flash_image(
+            image, to, inside or bundle, bmap=bmap, root=root, owner=owner, python=python, partition=partition, boot_files=boot_file,
+            allow_unsigned=allow_unsigned, yes=yes, dry_run=dry_run, as_json=as_json,
+        )  # fmt: skip
+        return
+    if to is not None and not (rollback or status or gc):
         from edgesdk.cli.flash_board import flash_board
 
         flash_board(to, bundle, firmware, allow_unsigned=allow_unsigned, dry_run=dry_run, as_json=as_json)
@@ -63,22 +87,24 @@ def flash(
 
     if to is not None or firmware is not None:
         raise InputError(
-            "--firmware wants --to; --rollback and --status are of running systems (--on)", "edgesdk flash --firmware app.uf2 --to …"
+            "--firmware wants --to; --rollback, --status and --gc are of running systems (--on)", "edgesdk flash --firmware app.uf2 --to …"
         )
-    if sum((bundle is not None, rollback, status)) != 1:
-        raise InputError("flash wants one of: a bundle, --rollback, --status", "edgesdk flash model.edge --on local")
+    if sum((bundle is not None, rollback, status, gc)) != 1:
+        raise InputError("flash wants one of: a bundle, --rollback, --status, --gc", "edgesdk flash model.edge --on local")
     gate, wait_s = parse_seconds(latency_gate) if latency_gate else None, parse_seconds(wait) if wait else 0.0
 
     def one(link: str, step: Step) -> Deployment:
         if status:
             return verb.status(link)
+        if gc:
+            return verb.clean(link, keep=keep, dry_run=dry_run, python=python, wait_s=wait_s, watch=_watch(step))
         if rollback:
             return verb.roll_back(link, dry_run=dry_run, python=python, wait_s=wait_s, watch=_watch(step))
         return verb.flash(
             str(bundle), link, dry_run=dry_run, python=python, keep=keep, latency_gate=gate, allow_unsigned=allow_unsigned, wait_s=wait_s, watch=_watch(step),
         )  # fmt: skip
 
-    title = "flash --status" if status else "flash --rollback" if rollback else "flash"
+    title = "flash --status" if status else "flash --rollback" if rollback else "flash --gc" if gc else "flash"
     if on_each(title, on, lambda link, entry, step: one(link, step), _brief, jobs=jobs, as_json=as_json):
         return
     with contextlib.nullcontext(lambda text, share: None) if status else progress("flash") as step:
@@ -105,7 +131,14 @@ def _watch(step: Step) -> Watch:
     return watch
 
 
-_WORDS = {"installed": "installed and good", "already-installed": "already installed and good", "rolled-back": "rolled back"}
+_WORDS = {
+    "installed": "installed and good",
+    "already-installed": "already installed and good",
+    "rolled-back": "rolled back",
+    "cleaned": "cleaned",
+}
+_RECENT = 10
+"""Lines of the history that --status prints; --json has all."""
 
 
 def _brief(d: Deployment) -> str:
@@ -141,6 +174,30 @@ def _show(d: Deployment) -> None:
     if d.action == "installed":
         resumed = f", {show_bytes(d.resumed_bytes)} were there from an earlier try" if d.resumed_bytes else ""
         out.print(f"  sent      {show_bytes(d.sent_bytes)}{resumed}")
+    for folder in d.removed:
+        out.print(f"  removed   {folder}", markup=False)
+    if d.action == "status":
+        _show_state(d)
+
+
+def _show_state(d: Deployment) -> None:
+    out = console()
+    if d.damaged:
+        out.print(f"  [bold red]damaged[/bold red]   {', '.join(d.damaged)}: flash it again, or --rollback")
+    if d.interrupted:
+        out.print("  a switch was cut off: the next flash, --rollback or --gc finishes or undoes it")
+    if d.trusted_keys:
+        out.print("  keys      of its own: it runs only what they signed")
+    for entry in d.history[-_RECENT:]:
+        by = f" signed by {entry.signer}" if entry.signer else ""
+        out.print(
+            f"  {entry.number:>5}  {entry.when}  {entry.action} {(entry.digest or '')[:12]}{by}: {_short(entry.result)}", markup=False
+        )
+
+
+def _short(text: str) -> str:
+    """Digests by their first digits."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", text)
 
 
 def register(app: typer.Typer) -> None:

@@ -65,6 +65,9 @@ def trust(
         str | None, typer.Option("--on", help="A device that is to run only what the keys trusted here signed: ssh://…, see flash.")
     ] = None,
     anyone: Annotated[bool, typer.Option("--anyone", help="With --on: the device runs whatever is installed again.")] = False,
+    regardless: Annotated[
+        bool, typer.Option("--regardless", help="With --on: even if what is current there runs no more because of it.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Install bundles that this key signed; with --on, give a device all keys that are trusted here (do it again after a revocation)."""
@@ -80,15 +83,15 @@ def trust(
         if on is None:
             _show(key, as_json, "trusted")
             return
-    _on_device(str(on), anyone, as_json)
+    _on_device(str(on), anyone, regardless, as_json)
 
 
-def _on_device(on: str, anyone: bool, as_json: bool) -> None:
+def _on_device(on: str, anyone: bool, regardless: bool, as_json: bool) -> None:
     from edgesdk.device_keys import give_keys, take_keys
 
     if anyone:
         take_keys(on)
-    keys = () if anyone else give_keys(on)
+    keys = () if anyone else give_keys(on, regardless=regardless)
     if as_json:
         emit_json({"kind": "keys", "schema_version": 1, "on": on, "anyone": anyone, "keys": [k.model_dump(mode="json") for k in keys]})
         return
