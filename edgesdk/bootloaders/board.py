@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgesdk.bootloaders.types import BoardWrite, Watch, read_payload
+from edgesdk.bootloaders.types import FORMS, BoardWrite, Watch, read_payload
 from edgesdk.errors import UnknownName
 
 
@@ -20,14 +20,17 @@ def write_board(
     Raises `InputError` (what was given), `CheckFailed` (signature, digest, the board did not take it), `DeviceError` and `LinkError`.
     """
     kind = to.partition(":")[0]
+    payload = read_payload(bundle, firmware, allow_unsigned)
     if kind == "uf2":
         from edgesdk.bootloaders.uf2 import write_uf2
 
-        return write_uf2(to, read_payload(bundle, firmware, allow_unsigned), dry_run=dry_run, watch=watch)
+        return write_uf2(to, payload, dry_run=dry_run, watch=watch)
     if kind == "esp32":
         from edgesdk.bootloaders.esp import write_esp32
 
-        return write_esp32(to, read_payload(bundle, firmware, allow_unsigned), dry_run=dry_run, watch=watch)
-    from edgesdk.bootloaders.types import FORMS
+        return write_esp32(to, payload, dry_run=dry_run, watch=watch)
+    if kind == "smp":
+        from edgesdk.bootloaders.smp import write_smp
 
+        return write_smp(to, payload, dry_run=dry_run, watch=watch)
     raise UnknownName("board", to, FORMS.values())
