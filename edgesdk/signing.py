@@ -210,10 +210,15 @@ def accept(statement: Rotation) -> PublicKey:
 
 def signed(manifest: bytes, name: str = DEFAULT, before: Signatures | None = None) -> bytes:
     """The content of `signature.json` for a manifest, beside what others signed `before`. Raises `UnknownName`."""
-    key = own_key(name)
-    one = Signature(key=key.id, signature=_text(_load(name).sign(_ABOUT_BUNDLE + manifest)))
-    others = [s for s in before.signatures if s.key != key.id] if before else []
+    key, signature = signature_of(_ABOUT_BUNDLE + manifest, name)
+    one = Signature(key=key, signature=_text(signature))
+    others = [s for s in before.signatures if s.key != key] if before else []
     return Signatures(signatures=(*others, one)).to_json().encode()
+
+
+def signature_of(text: bytes, name: str = DEFAULT) -> tuple[str, bytes]:
+    """(id of a key of one's own, its signature of any text). The text begins with what it is about, so that none stands for another. Raises `UnknownName`."""
+    return own_key(name).id, _load(name).sign(text)
 
 
 def sign(path: str | Path, name: str = DEFAULT) -> PublicKey:

@@ -28,7 +28,15 @@ _HOST_ONLY = (
     "kernels/neon/build.py", "kernels/cuda/weights.py", "kernels/cuda/emulated.py", "kernels/cuda/registry.py",
 )  # fmt: skip
 """Of the kernels, what packs weights and checks."""
-_MAIN = b"from agent.agent import main\n\nmain()\n"
+_MAIN = b"""import sys
+
+if sys.argv[1:2] == ["fleet"]:
+    from edgesdk.fleet.agent import main
+else:
+    from agent.agent import main
+
+main()
+"""
 
 
 @functools.cache
@@ -49,7 +57,12 @@ def agent_sources() -> dict[str, bytes]:
         f"packed/{file.name}": file for file in sorted((top / "packed").iterdir(), key=lambda f: f.name) if file.name.endswith(".py")
     }
     plain = {name: place.read_bytes() for name, place in places.items()}
-    return {"__main__.py": _MAIN, **plain, **_part("agent", "agent"), **_part("sequence", "measure", "serve"), **_kernels()}
+    return {"__main__.py": _MAIN, **plain, **_part("agent", "agent"), **_part("sequence", "measure", "serve"), **_kernels(), **_fleet()}
+
+
+def _fleet() -> dict[str, bytes]:
+    """What takes part in rollouts over a broker (`edgesdk.fleet.agent`), under the names it has here."""
+    return {f"edgesdk/{name}": content for name, content in (_part("fleet", "agent") | _part("agent", "fresh", "signed")).items()}
 
 
 def _kernels() -> dict[str, bytes]:
