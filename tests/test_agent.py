@@ -128,10 +128,8 @@ def test_a_missing_interpreter_is_named(device):
         ({"/proc/cpuinfo": "model name\t: AMD EPYC\nvendor_id\t: AMD\nflags\t: fpu hypervisor"}, "x86_64", False),
     ],
 )
-def test_emulators_are_told_from_silicon(monkeypatch, files, machine, emulated):
-    monkeypatch.setattr(on_device, "read", lambda path: files.get(path, ""))
-    monkeypatch.setattr(on_device.platform, "machine", lambda: machine)
-    assert bool(on_device.emulated()) is emulated
+def test_emulators_are_told_from_silicon(files, machine, emulated):
+    assert bool(on_device.emulated(lambda path: files.get(path, ""), machine)) is emulated
 
 
 def test_clock_temperature_and_throttling_are_read_or_unknown(monkeypatch):
