@@ -123,7 +123,7 @@ def flash(
     source = read_source(bundle)
     signer = None if allow_unsigned else signer_of(bundle)
     names = list(source.files())
-    with _connected(on) as transport, _alone(transport, dry_run, python, wait_s, runner):
+    with connected(on) as transport, _alone(transport, dry_run, python, wait_s, runner):
         plain = _plain(transport, runner, bundle, allow_unchecked)
         performer = Performer(transport, python or transport.python, dry_run, watch, plain)
         before = _in_order(performer, source.digest, names)
@@ -160,7 +160,7 @@ def roll_back(
 
     Raises `DeviceError` if there is none or the device is in use, `CheckFailed` if it is damaged.
     """
-    with _connected(on) as transport, _alone(transport, dry_run, python, wait_s, runner):
+    with connected(on) as transport, _alone(transport, dry_run, python, wait_s, runner):
         performer = Performer(transport, python or transport.python, dry_run, watch, _plain(transport, runner))
         before = _in_order(performer)
         performer.all(rollback(before, transport.root, performer.python))
@@ -179,7 +179,7 @@ def clean(
     watch: Watch | None = None,
 ) -> Deployment:
     """Remove what is no more needed: see `upkeep.spare`; the newest cut transfer stays, as it can be gone on with. Raises `DeviceError`."""
-    with _connected(on) as transport, _alone(transport, dry_run, python, wait_s, runner):
+    with connected(on) as transport, _alone(transport, dry_run, python, wait_s, runner):
         performer = Performer(transport, python or transport.python, dry_run, watch, _plain(transport, runner))
         before = _in_order(performer)
         resumed = before.parts[0].removesuffix(".part") if before.parts else None
@@ -190,7 +190,7 @@ def clean(
 
 def status(on: str | Transport = "local") -> Deployment:
     """What is installed on the device, what was done there, and whether what is current is still whole."""
-    with _connected(on) as transport:
+    with connected(on) as transport:
         state = survey(transport, recent=WHOLE_HISTORY)
         found = _deployment("status", transport, state, None)
         return found.model_copy(update={"damaged": damaged(transport, state.current) if state.current else ()})
@@ -232,7 +232,7 @@ def _plain(transport: Transport, runner: str | None, bundle: str | Path | None =
     return PlainDevice(transport, found, allow_unchecked=allow_unchecked, read=lambda name: read_member(bundle, name))
 
 
-class _connected:
+class connected:
     """A transport for a link; one that was given is left open."""
 
     def __init__(self, on: str | Transport) -> None:

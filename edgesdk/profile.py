@@ -35,6 +35,8 @@ def profile(
     method: str | None = None,
     device: str | None = None,
     python: str | None = None,
+    runner: str | None = None,
+    allow_unchecked: bool = False,
     operators: bool = False,
     energy: bool = True,
     wait_s: float = 0.0,
@@ -49,12 +51,24 @@ def profile(
     in warm and burst, too. `rate_hz`: calls arrive at that rate whether the device keeps up or not, and their wait is told apart from their run time.
     `bundle` None: what is installed there. A bundle that is not there is installed first (see `flash`). `device` is the profile's name
     (default: what the bundle was built for; `host` on a local link). `operators` adds times of single operators. `energy` False: no power sensor is
-    read, and there is no rest before. `wait_s`: how long to wait for others who use the device. `patience_s`: how long to try a broken link again;
+    read, and there is no rest before. `runner`: the device has no Python; a runtime's own tool measures warm calls (see `edgesdk.plain`), even where
+    its outputs cannot be compared if `allow_unchecked`. `wait_s`: how long to wait for others who use the device. `patience_s`: how long to try a broken link again;
     `started` hears the job's id, by which `attach` finds it later. Raises what `flash` raises, and `DeviceError` if the program fails there.
     """
     duration_s = SUSTAINED_S if mode == "sustained" and duration_s is None else duration_s
     runs = RUNS[mode] if runs is None else runs
     _check(mode, runs, warmup, duration_s, rate_hz)
+    if runner is not None:
+        from edgesdk.plain.profile import profile as plain
+
+        if mode != "warm" or duration_s is not None or rate_hz is not None:
+            raise InputError(
+                "a runtime's own tool measures so many warm calls", "leave --mode, --duration and --rate out, or take --python"
+            )
+        return plain(
+            bundle, on, runner, runs=runs, warmup=warmup, method=method, device=device, operators=operators, allow_unchecked=allow_unchecked,
+            wait_s=wait_s, tell=tell,
+        )  # fmt: skip
     line, job = Line(on), new_id()
     request: dict[str, Any] = {
         "mode": mode,

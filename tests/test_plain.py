@@ -8,6 +8,7 @@ import pytest
 from tiny import tiny_bundle
 
 from edgesdk.bundles import bundle_digest
+from edgesdk.cli import main
 from edgesdk.errors import CheckFailed, DeviceError, InputError
 from edgesdk.flash import clean, flash, roll_back, status
 from edgesdk.lease import lease
@@ -131,3 +132,20 @@ def test_a_profile_of_what_no_tool_tells_is_refused(device, bundles, tool, tmp_p
     old = install(tmp_path, "benchmark_model", lacks=("enable_op_profiling", "report_peak_memory_footprint"))
     with pytest.raises(InputError, match="times no single operators"):
         profile(bundles["a"], device, str(old), runs=3, warmup=0, operators=True)
+
+
+def cli(*argv: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(argv))
+    return int(ended.value.code or 0)
+
+
+def test_the_command_line_says_loudly_what_was_not_checked(tmp_path, bundles, capsys):
+    old = install(tmp_path, "benchmark_model", lacks=("output_filepath",))
+    link = f"local:{tmp_path / 'root'}"
+    assert cli("flash", str(bundles["a"]), "--on", link, "--runner", str(old), "--allow-unchecked") == 0
+    shown = capsys.readouterr().out
+    assert "NOT CHECKED" in shown and "not marked good" in shown
+    assert cli("profile", "--on", link, "--runner", str(old), "--allow-unchecked", "--runs", "5") == 0
+    assert "no single times" in capsys.readouterr().out
+    assert cli("profile", "--on", link, "--runner", str(old), "--mode", "cold") == 2

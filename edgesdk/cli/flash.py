@@ -39,6 +39,18 @@ PythonPath = Annotated[
     str | None, typer.Option("--python", help="The interpreter on the device.", show_default="python3; locally this one")
 ]
 
+NativeRunner = Annotated[
+    str | None,
+    typer.Option(
+        "--runner",
+        help="For a device without Python: executor_runner, benchmark_model or run_model, a file here or a whole path there.",
+        show_default="none: Python there",
+    ),
+]
+AllowUnchecked = Annotated[
+    bool, typer.Option("--allow-unchecked", help="With --runner: even one that gives no outputs; the bundle is then not marked good.")
+]
+
 
 def flash(
     bundle: Annotated[str | None, typer.Argument(help="What `edgesdk build` wrote.")] = None,
@@ -46,6 +58,8 @@ def flash(
     to: To = None,
     firmware: Annotated[str | None, typer.Option("--firmware", help="With --to: a firmware's file in place of a bundle.")] = None,
     python: PythonPath = None,
+    runner: NativeRunner = None,
+    allow_unchecked: AllowUnchecked = False,
     keep: Annotated[int, typer.Option("--keep", help="How many bundles stay installed.", min=2)] = 2,
     latency_gate: Annotated[str | None, typer.Option("--latency-gate", help="Refuse if a method's median call takes longer: 20ms.")] = None,
     allow_unsigned: Annotated[bool, typer.Option("--allow-unsigned", help="Install it although no trusted key signed it.")] = False,
@@ -97,11 +111,12 @@ def flash(
         if status:
             return verb.status(link)
         if gc:
-            return verb.clean(link, keep=keep, dry_run=dry_run, python=python, wait_s=wait_s, watch=_watch(step))
+            return verb.clean(link, keep=keep, dry_run=dry_run, python=python, runner=runner, wait_s=wait_s, watch=_watch(step))
         if rollback:
-            return verb.roll_back(link, dry_run=dry_run, python=python, wait_s=wait_s, watch=_watch(step))
+            return verb.roll_back(link, dry_run=dry_run, python=python, runner=runner, wait_s=wait_s, watch=_watch(step))
         return verb.flash(
-            str(bundle), link, dry_run=dry_run, python=python, keep=keep, latency_gate=gate, allow_unsigned=allow_unsigned, wait_s=wait_s, watch=_watch(step),
+            str(bundle), link, dry_run=dry_run, python=python, keep=keep, latency_gate=gate, allow_unsigned=allow_unsigned, runner=runner,
+            allow_unchecked=allow_unchecked, wait_s=wait_s, watch=_watch(step),
         )  # fmt: skip
 
     title = "flash --status" if status else "flash --rollback" if rollback else "flash --gc" if gc else "flash"
@@ -146,7 +161,8 @@ def _brief(d: Deployment) -> str:
     if d.action == "dry-run":
         return f"{len(d.steps)} steps, nothing was changed"
     current = f"current {d.current[:12]}{'' if d.good else ' (not checked here)'}" if d.current else "nothing is installed"
-    return ", ".join(filter(None, (_WORDS.get(d.action), current, d.previous and f"previous {d.previous[:12]}")))
+    done = "installed, NOT CHECKED" if d.unchecked else _WORDS.get(d.action)
+    return ", ".join(filter(None, (done, current, d.previous and f"previous {d.previous[:12]}")))
 
 
 def _show(d: Deployment) -> None:
@@ -158,7 +174,12 @@ def _show(d: Deployment) -> None:
             out.print(line, markup=False)
         say(f"{len(d.steps)} steps on {d.link}; nothing was changed")
         return
-    out.print(f"[bold]{d.link}[/bold]: {_WORDS.get(d.action, d.action)}" + (f" ({d.model_name})" if d.model_name else ""))
+    done = "installed, its outputs NOT CHECKED" if d.unchecked else _WORDS.get(d.action, d.action)
+    out.print(f"[bold]{d.link}[/bold]: {done}" + (f" ({d.model_name})" if d.model_name else ""))
+    if d.unchecked:
+        out.print(
+            f"  [bold red]unchecked[/bold red] {d.unchecked}: nobody knows whether it computes the right thing here; it is not marked good"
+        )
     if d.signer:
         out.print(f"  signed    by {d.signer}", markup=False)
     out.print(f"  current   {d.current[:12] if d.current else 'nothing'}{'' if d.good or not d.current else '  (not checked here)'}")

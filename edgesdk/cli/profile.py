@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from edgesdk.cli.common import Json, console, emit_json, progress, say
-from edgesdk.cli.flash import On, PythonPath, Wait
+from edgesdk.cli.flash import AllowUnchecked, NativeRunner, On, PythonPath, Wait
 from edgesdk.cli.many import Jobs, on_each
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ def profile(
         str | None, typer.Option("--device", help="The device's profile name.", show_default="what the bundle is for")
     ] = None,
     python: PythonPath = None,
+    runner: NativeRunner = None,
+    allow_unchecked: AllowUnchecked = False,
     operators: Annotated[
         bool,
         typer.Option(
@@ -73,7 +75,7 @@ def profile(
     asked: dict[str, Any] = {
         "mode": mode, "duration_s": parse_seconds(duration) if duration else None, "rate_hz": rate, "runs": runs, "warmup": warmup,
         "method": method, "python": python, "operators": operators, "energy": energy, "wait_s": parse_seconds(wait) if wait else 0.0,
-        "patience_s": patience_s,
+        "patience_s": patience_s, "runner": runner, "allow_unchecked": allow_unchecked,
     }  # fmt: skip
 
     def saved(link: str, entry: Entry, step: Step) -> Report:

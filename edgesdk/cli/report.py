@@ -73,8 +73,17 @@ def show(r: Report) -> None:
     out.print(f"  {c.machine}; {c.system}", markup=False)
     table = Table("method", "first call", "p50", "p90", "p99", "calls", box=None, header_style="dim")
     for m in r.methods:
-        table.add_row(m.method, *(show_seconds(t) for t in (m.cold_s, m.p50_s, m.p90_s, m.p99_s)), str(len(m.samples_s)))
+        table.add_row(
+            m.method,
+            *(show_seconds(t) for t in (m.cold_s, m.p50_s, m.p90_s, m.p99_s)),
+            str(m.summary.calls if m.summary else len(m.samples_s)),
+        )
     out.print(table)
+    for m in r.methods:
+        if m.summary:
+            told = {name: getattr(m.summary, f"{name}_s") for name in ("mean", "min", "p5", "p95", "max", "std")}
+            figures = ", ".join(f"{name} {show_seconds(value)}" for name, value in told.items() if value is not None)
+            out.print(f"  {m.method}: {figures} (a summary by {m.summary.tool}: no single times)", markup=False)
     cold, warm, imported = (show_seconds(t) for t in (r.load_cold_s, r.load_warm_s, r.runtime_import_s))
     out.print(f"  load      {cold} cold, {warm} warm; runtime import {imported}")
     out.print(f"  memory    {show_bytes(r.peak_rss_bytes)} peak, {show_bytes(r.rss_before_load_bytes)} before the program was loaded")
@@ -90,7 +99,8 @@ def show(r: Report) -> None:
             table.add_row(row.name, unit(row.predicted), interval, unit(row.measured), off)
         out.print(table)
     if r.operators:
-        out.print(f"  operators ({r.operators_route})", markup=False)
+        means = "; means" if any(o.is_mean for o in r.operators) else ""
+        out.print(f"  operators ({r.operators_route}{means})", markup=False)
         for o in sorted(r.operators, key=lambda o: -o.median_s)[:15]:
             out.print(f"    {o.method:10} {o.unit:40} {o.op:16} {show_seconds(o.median_s):>9} {o.share:6.1%}", markup=False)
     colour = {"good": "green", "noisy": "yellow"}.get(r.trust.verdict, "red")

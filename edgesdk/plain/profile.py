@@ -40,7 +40,7 @@ class Measured:
 
 def profile(
     bundle: str | Path | None,
-    transport: Transport,
+    on: str | Transport,
     runner: str,
     *,
     runs: int,
@@ -53,9 +53,9 @@ def profile(
     tell: Tell | None = None,
 ) -> Report:
     """`edgesdk.profile.profile` with a native runner (see `device.find_runner`) in the agent's place. Raises what that raises."""
-    from edgesdk.flash import Performer
+    from edgesdk.flash import Performer, connected
 
-    with lease(transport, "profile", plain=True, wait_s=wait_s):
+    with connected(on) as transport, lease(transport, "profile", plain=True, wait_s=wait_s):
         here = _installed(transport, bundle, runner, allow_unchecked)
         board = PlainDevice(transport, find_runner(transport, runner), read=here.read)
         performer = Performer(transport, transport.python, False, None, board)
