@@ -5,11 +5,13 @@ A user's own profiles lie under `$EDGESDK_DEVICES`, else `$XDG_CONFIG_HOME/edges
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -162,15 +164,18 @@ def source_of(sources: dict[str, str], field: str) -> str | None:
     return sources[max(keys, key=len)] if keys else None
 
 
-def _raw_profiles() -> Iterator[tuple[str, dict[str, Any]]]:
+@cache
+def _raw_profiles() -> tuple[tuple[str, dict[str, Any]], ...]:
+    """(file's stem, fields) of every shipped profile that is TOML."""
+    found = []
     for entry in sorted(files("edgesdk.profiles").iterdir(), key=lambda e: e.name):
         if entry.name.endswith(".toml"):
-            try:
-                yield entry.name.removesuffix(".toml"), tomllib.loads(entry.read_text(encoding="utf-8"))
-            except tomllib.TOMLDecodeError:
-                continue
+            with contextlib.suppress(tomllib.TOMLDecodeError):
+                found.append((entry.name.removesuffix(".toml"), tomllib.loads(entry.read_text(encoding="utf-8"))))
+    return tuple(found)
 
 
+@cache
 def _shipped(stem: str, suffix: str | None) -> DeviceProfile:
     raw = dict(_raw_profiles())[stem]
     where = f"profiles/{stem}.toml"

@@ -16,7 +16,7 @@ from .facts import memory_bytes
 from .look import read
 
 LEVELS = ("L1", "L2", "L3", "memory")
-ALL_S = 1.0
+ALL_S = 0.5
 FILE_BYTES = 64 << 20
 BLOCK_BYTES = 1 << 20
 READ_S = 8.0
