@@ -12,11 +12,13 @@ A sensor that reads nothing, nonsense or always the same is none: never a silent
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from .moments import Tree, number
@@ -68,12 +70,17 @@ def _value(tree: Tree, path: str, name: str) -> float:
 # ---- chips that meter rails
 
 
+def _product(tree: Tree, chip: str, paths: tuple[str, ...], unit: float) -> float:
+    """Watts out of the numbers in files, `unit` of their product being one."""
+    return math.prod(_value(tree, path, chip) for path in paths) / unit
+
+
 def _rails(tree: Tree, place: str, chip: str) -> dict[str, Callable[[], float]]:
     """Rail → its watts. Inputs 4 to 7 of an INA3221 are voltages over its shunts."""
     rails: dict[str, Callable[[], float]] = {}
     for path in tree.glob(place + "/power*_input"):
         label = tree.read(path[:-5] + "label") or chip
-        rails[label] = lambda path=path: _value(tree, path, chip) / 1e6  # type: ignore[misc]
+        rails[label] = partial(_product, tree, chip, (path,), 1e6)
     if rails:
         return rails
     for path in tree.glob(place + "/curr*_input"):
@@ -81,7 +88,7 @@ def _rails(tree: Tree, place: str, chip: str) -> dict[str, Callable[[], float]]:
         volts = f"{place}/in{index}_input"
         if tree.read(volts) and not (chip == "ina3221" and int(index) > 3):
             label = tree.read(f"{place}/in{index}_label") or f"{chip} channel {index}"
-            rails[label] = lambda path=path, volts=volts: _value(tree, path, chip) * _value(tree, volts, chip) / 1e6  # type: ignore[misc]
+            rails[label] = partial(_product, tree, chip, (path, volts), 1e6)
     return rails
 
 
@@ -100,7 +107,7 @@ def meters(tree: Tree) -> list[Sensor]:
         for path in tree.glob(place + "/in_power*_input"):
             label = tree.read(place + "/rail_name_" + re.sub(r"\D", "", path.rpartition("/")[2]))
             if label:
-                rails[label] = lambda path=path: _value(tree, path, "ina3221") / 1e3  # type: ignore[misc]
+                rails[label] = partial(_product, tree, chip, (path,), 1e3)
     rails = {label: read for label, read in rails.items() if label.upper() not in ("NC", "NOT CONNECTED")}
     return [_chosen(chip, rails, 0.05)] if rails else []
 
@@ -136,34 +143,37 @@ class Tegrastats(Sensor):
     def __init__(self, tree: Tree, interval_ms: int = 100) -> None:
         argv = [tree.program("tegrastats"), "--interval", str(interval_ms)]
         self._process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        self._line = ""
+        self._line, self._ended = "", False
         self._first = threading.Event()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         self._first.wait(3.0)
         rails, _ = parse_tegrastats(self._line)
         if not rails:
             self.close()
             raise BadSensorError("tegrastats: " + (f"no rail in '{self._line[:60]}'" if self._line else "said nothing in 3 s"))
-        chosen = _chosen("tegrastats", {name: lambda name=name: self._rail(name) for name in rails}, interval_ms / 1e3)  # type: ignore[misc]
+        chosen = _chosen("tegrastats", {name: partial(self._rail, name) for name in rails}, interval_ms / 1e3)
         super().__init__(chosen.name, chosen.covers, chosen.watts, interval_ms / 1e3)
 
     def _read(self) -> None:
         assert self._process.stdout
-        for line in self._process.stdout:
-            self._line = line
-            self._first.set()
-        self._line = ""
+        with self._process.stdout as lines:
+            for line in lines:
+                self._line = line
+                self._first.set()
+        self._ended = True
         self._first.set()
 
     def _rail(self, name: str) -> float:
         rails, _ = parse_tegrastats(self._line)
-        if name not in rails:
-            raise BadSensorError("tegrastats: ended" if not self._line else f"tegrastats: {name} is gone")
+        if self._ended or name not in rails:
+            raise BadSensorError("tegrastats: ended" if self._ended else f"tegrastats: {name} is gone")
         return rails[name]
 
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
+        self._reader.join(1.0)
 
 
 # ---- Raspberry Pi 5
@@ -231,7 +241,7 @@ def battery(tree: Tree) -> list[Sensor]:
     for place in tree.glob("/sys/class/power_supply/*"):
         if tree.read(place + "/type") == "Battery" and tree.read(place + "/scope") != "Device":
             name = "battery " + place.rpartition("/")[2]
-            found.append(Sensor(name, "the whole device, on its battery", lambda place=place, name=name: _gauge(tree, place, name), 0.5))  # type: ignore[misc]
+            found.append(Sensor(name, "the whole device, on its battery", partial(_gauge, tree, place, name), 0.5))
     return found
 
 
