@@ -15,7 +15,7 @@ from typing import Any
 from edgesdk.agent.frames import decode, encode, is_frame
 from edgesdk.agent.wire import VERSION
 from edgesdk.errors import DeviceError, InputError, LinkError
-from edgesdk.transport.base import Stream, Transport
+from edgesdk.transport.base import NO_PYTHON, Stream, Transport
 
 Tell = Callable[[str, float], None]
 START_S = 60.0
@@ -120,9 +120,7 @@ def require_python(transport: Transport, python: str) -> None:
     probe = transport.run((python, "-c", "import sys; sys.exit(3 * (sys.version_info < (3, 9)))"), timeout=START_S)
     if probe.code != 0:
         what = "is older than 3.9" if probe.code == 3 else f"does not run there: {probe.complaint}"
-        raise DeviceError(
-            f"{transport.link}: the interpreter '{python}' {what}", "install python3 there, or give its path with --python PATH"
-        )
+        raise DeviceError(f"{transport.link}: the interpreter '{python}' {what}", NO_PYTHON)
 
 
 def _same_version(link: str, hello: Mapping[str, Any]) -> None:

@@ -23,6 +23,9 @@ Progress = Callable[[int, int], None]
 """`progress(bytes_there, bytes_in_all)` of one file."""
 
 CHUNK_BYTES = 1 << 16
+NO_PYTHON = (
+    "install python3 there, or give its path: --python PATH; without any, flash and profile take a runtime's own tool: --runner PATH"
+)
 RESUME_FROM_BYTES = 1 << 16
 """Smaller files are sent again from the start: one command instead of two."""
 
@@ -285,7 +288,7 @@ class PipeTransport(ShellTransport):
         try:
             return PipeStream(self._argv(argv), self.cwd, failed)
         except FileNotFoundError:
-            raise DeviceError(f"{self.link}: no program '{argv[0]}'", "give another interpreter with --python PATH") from None
+            raise DeviceError(f"{self.link}: no program '{argv[0]}'", NO_PYTHON) from None
 
     def _stream(self, blob: Blob, remote: str, there: int, progress: Progress | None) -> Result:
         argv = receiver(blob, remote, there)

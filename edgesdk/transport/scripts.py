@@ -38,10 +38,12 @@ _FLUSH = 'LC_ALL=C; export LC_ALL; flush() { sync -f "$@" 2>/dev/null || sync; }
 
 LINK = (
     _FLUSH + 'd=${2%/*}; flush "$d"; rm -f "$2.new" && ln -s "$1" "$2.new" && { mv -T -f "$2.new" "$2" 2>/dev/null || '
-    '"$3" -c "import os, sys; os.replace(sys.argv[1], sys.argv[2])" "$2.new" "$2"; } && flush "$d"'
+    '"$3" -c "import os, sys; os.replace(sys.argv[1], sys.argv[2])" "$2.new" "$2" 2>/dev/null || { rm -f "$2" && mv "$2.new" "$2"; }; } && '
+    'flush "$d"'
 )
 """$1 target, $2 link, $3 python: the link is made aside and renamed over the old one, so a reader sees the old or the new. What it leads to is on
-the disk before, and it itself behind."""
+the disk before, and it itself behind. Where neither `mv -T` nor python is (an old Android) it takes two moves, and a power cut between them is what
+the history undoes."""
 
 ACTIVATE = _FLUSH + 'flush "$1"; rm -rf "$2" && mv "$1" "$2" && flush "${2%/*}"'
 """What was sent is on the disk before it gets its name: after a power cut a bundle in the store is whole."""
