@@ -185,7 +185,8 @@ def _verify(folder: str, wanted: Mapping[str, Blob]) -> Generator[Step, Any, dic
 
 def _make_room(source: Source, before: Survey, root: str, sent: Mapping[str, Blob], shared: list[str]) -> Steps:
     """Nothing, where there is room; else remove what may go. Raises `DeviceError` if that is not enough."""
-    needed, free = sum(b.size_bytes for b in sent.values()) + SLACK_BYTES, before.free_bytes
+    agent = sum(step.size_bytes for step in send_agent(before, root) if isinstance(step, Put))
+    needed, free = sum(b.size_bytes for b in sent.values()) + agent + SLACK_BYTES, before.free_bytes
     if free is None or needed <= free:
         return
     blobs = {m.name: m.sha256 for m in source.manifest.members}

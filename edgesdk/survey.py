@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from edgesdk.agent.client import agent_files, agent_folder
 from edgesdk.bundle import Manifest
 from edgesdk.deployment import Entry
-from edgesdk.errors import DeviceError, InputError
+from edgesdk.errors import DeviceError, InputError, LinkError
 from edgesdk.history import read_history
 from edgesdk.transport.base import Transport
 from edgesdk.transport.scripts import FREE, HASHES, SUITS, SURVEY, script
@@ -69,6 +69,8 @@ def survey(transport: Transport, digest: str | None = None, names: Iterable[str]
             continue
         try:
             manifest = Manifest.from_json(transport.get(f"{root}/store/{other}/manifest.json"), f"{other[:12]}: manifest.json")
+        except LinkError:
+            raise
         except (InputError, DeviceError):
             continue  # of another version: nothing to share
         members |= {m.sha256: (f"{root}/store/{other}/{m.name}", m.size_bytes) for m in manifest.members}
@@ -119,6 +121,8 @@ def damaged(transport: Transport, digest: str) -> tuple[str, ...]:
     folder = f"{transport.root}/store/{digest}"
     try:
         manifest = Manifest.from_json(transport.get(f"{folder}/manifest.json"), "manifest.json")
+    except LinkError:
+        raise
     except (InputError, DeviceError):
         return ("manifest.json",)
     wanted = {"manifest.json": digest} | {m.name: m.sha256 for m in manifest.members}

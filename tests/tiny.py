@@ -40,9 +40,20 @@ def tiny_tflite(weights: np.ndarray) -> bytes:
 
 
 def tiny_bundle(
-    path: Path, *, seed: int = 0, wrong: bool = False, rows: int = 4, cols: int = 256, plan: bytes | None = None, runtime: str = "litert"
+    path: Path,
+    *,
+    seed: int = 0,
+    wrong: bool = False,
+    rows: int = 4,
+    cols: int = 256,
+    plan: bytes | None = None,
+    library: bytes | None = None,
+    runtime: str = "litert",
 ) -> Manifest:
-    """A bundle of `tiny_tflite` with one golden case; `wrong` spoils the golden output. `cols` of 40000 makes it 640 kB."""
+    """A bundle of `tiny_tflite` with one golden case; `wrong` spoils the golden output. `cols` of 40000 makes it 640 kB.
+
+    `plan` and `library` are members beside it.
+    """
     rng = np.random.default_rng(seed)
     weights = rng.standard_normal((rows, cols)).astype(np.float32)
     x = rng.standard_normal((1, cols)).astype(np.float32)
@@ -54,6 +65,8 @@ def tiny_bundle(
     }
     if plan is not None:
         members["plan.json"] = plan
+    if library is not None:
+        members["libedgekernels.so"] = library
     case = GoldenCase(
         method="forward", inputs=("golden/forward/0/in0.npy",), outputs=("golden/forward/0/out0.npy",), max_relative_error=1e-3
     )

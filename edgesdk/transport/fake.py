@@ -84,7 +84,7 @@ class FakeTransport(Transport):
     def put(self, data: Blob | bytes | Path, remote: str, *, resume: bool = True, progress: Progress | None = None) -> int:
         blob = data if isinstance(data, Blob) else Blob.of(data)
         self.log.append(("put", remote))
-        self._cut()
+        lost = self._cut()
         if self.failures.read_only:
             raise refused(self.link, f"writing {remote}", Result(73, b"", b"sh: Read-only file system"))
         part = remote + ".part"
@@ -102,6 +102,8 @@ class FakeTransport(Transport):
             what = f"{self.link}: {remote}: sha256 {digest}, wanted {blob.sha256}"
             raise CheckFailed(what, "refused and removed; a bad cable, memory or disk?")
         self.files[remote] = got
+        if lost:
+            raise LinkError(f"{self.link}: the link broke", "run the same command again")
         return there
 
     def _receive(self, part: str, chunk: bytes) -> None:
@@ -114,7 +116,7 @@ class FakeTransport(Transport):
                 fail.cut_after_bytes = None
                 raise LinkError(f"{self.link}: the link broke", "run the same command again: a transfer resumes where it stopped")
             return
-        if fail.disk_bytes is not None and sum(map(len, self.files.values())) + len(chunk) > fail.disk_bytes:
+        if fail.disk_bytes is not None and self._free() < len(chunk):
             del self.files[part]
             raise refused(self.link, f"writing {part}", Result(74, b"", b"cat: write error: No space left on device"))
         self.files[part] += chunk
@@ -193,7 +195,8 @@ class FakeTransport(Transport):
         return ""
 
     def _free(self) -> int:
-        return max(0, (self.failures.disk_bytes or 0) - sum(map(len, self.files.values())))
+        """What is there under two names is there once."""
+        return max(0, (self.failures.disk_bytes or 0) - sum({id(content): len(content) for content in self.files.values()}.values()))
 
     def _do_look(self, root: str, mark: str, *_: str) -> str:
         return "".join(f"\n{mark}{name}\n{text}\n" for name, text in self.texts.items())
@@ -215,11 +218,13 @@ class _FakeAgent:
         self._device, self._lines = device, lines
 
     def send(self, line: bytes) -> None:
-        self._device._cut()
+        lost = self._device._cut()
         asked = decode(line.rstrip(b"\n"))
         if self._device.failures.agent_crashes:
             raise DeviceError("fake: the agent ended: exit code -4", "look at the line above; --python PATH picks another interpreter")
         self._lines.append(encode({"id": asked["id"], **self._answer(asked)}))
+        if lost:
+            raise LinkError("fake: the link broke", "run the same command again")
 
     def _answer(self, asked: dict[str, object]) -> dict[str, object]:
         device, error = self._device, self._device.failures.check_error
