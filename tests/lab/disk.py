@@ -1,6 +1,7 @@
 """A disk image that boots by itself: U-Boot reads kernel and initramfs from it, the root file system is the emulated board's with busybox's init.
 
-MBR; partition 1 FAT (extlinux.conf, kernel, initramfs), partition 2 ext4. Built without root and without a mount, kept under the cache.
+`os_image`: MBR; partition 1 FAT (extlinux.conf, kernel, initramfs), partition 2 ext4. `slot_images`: a disk with two slots, each with its own kernel,
+and images for them. Built without root and without a mount, kept under the cache.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from edgesdk.cache import cache_dir
+from edgesdk.image import uboot
 from edgesdk.image.files import Entry, ExtFiles, File, Folder, Symlink
 from edgesdk.image.partitions import partitions
 from edgesdk.transport.base import Blob
@@ -23,7 +25,8 @@ from tests.lab.image import Image, LabError, _run, build
 UBOOT = Path("/usr/lib/u-boot/qemu_arm64/u-boot.bin")
 TOOLS = (*board.TOOLS, "sfdisk", "mkfs.vfat", "mcopy", "debugfs", "resize2fs", "mkimage")
 MIB = 1 << 20
-FAT_MIB, ROOT_MIB = 48, 288
+FAT_MIB, ROOT_MIB, SLOT_MIB = 48, 288, 104
+ENV = (uboot.Place("/dev/vda", 0x10000, 0x2000), uboot.Place("/dev/vda", 0x20000, 0x2000))
 APPEND = "console=ttyAMA0 quiet panic=1 mitigations=off"
 INIT = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
@@ -41,8 +44,9 @@ RCS = """#!/bin/sh
 export PATH=/usr/local/bin:/usr/bin:/bin:/sbin:/usr/sbin HOME=/root
 mount -t tmpfs tmpfs /tmp; mkdir -p /dev/pts; mount -t devpts devpts /dev/pts
 ifconfig lo 127.0.0.1 up; ifconfig eth0 10.0.2.15 netmask 255.255.255.0 up; route add default gw 10.0.2.2
-mkdir -p /tmp/dropbear /root/.ssh; cp /etc/lab_key.pub /root/.ssh/authorized_keys; chmod -R go= /root
-/usr/sbin/dropbear -R -s -P /tmp/dropbear/pid
+[ ! -b /dev/vda4 ] || mount -t ext4 /dev/vda4 /data; mkdir -p /tmp/dropbear /data/dropbear
+mkdir -p /root/.ssh; cp /etc/lab_key.pub /root/.ssh/authorized_keys; chmod -R go= /root
+/usr/sbin/dropbear -R -s -P /tmp/dropbear.pid
 for s in /etc/init.d/S??*; do [ -x "$s" ] && "$s" start; done
 echo "BOARD-READY"
 """
@@ -56,9 +60,19 @@ def missing() -> str | None:
 
 
 def os_image() -> Path:
-    """The disk image, from the cache when its recipe has not changed; one process builds, others wait for it. Raises `LabError`."""
+    """The disk image. Raises `LabError`."""
+    return _kept() / "os.img"
+
+
+def slot_images() -> dict[str, Path]:
+    """ "disk" with slots A and B (B is empty), and "good" and "broken" for a slot: the latter's system panics. Raises `LabError`."""
+    return {name: _kept() / f"{name}.img" for name in ("disk", "good", "broken")}
+
+
+def _kept() -> Path:
+    """The images, from the cache when their recipe has not changed; one process builds, others wait for it."""
     parts = build()
-    key = hashlib.sha256(Path(__file__).read_bytes() + parts.disk.parent.name.encode()).hexdigest()[:16]
+    key = hashlib.sha256(Path(__file__).read_bytes() + Path(uboot.__file__).read_bytes() + parts.disk.parent.name.encode()).hexdigest()[:16]
     home = cache_dir("lab") / f"disk-{key}"
     with (cache_dir("lab") / "disk.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -67,8 +81,9 @@ def os_image() -> Path:
                 made = Path(folder) / "disk"
                 made.mkdir()
                 _build(made / "os.img", parts, Path(folder))
+                _build_slots(made, parts, Path(folder))
                 made.rename(home)
-    return home / "os.img"
+    return home
 
 
 def _build(image: Path, parts: Image, work: Path) -> None:
@@ -91,6 +106,40 @@ def _build(image: Path, parts: Image, work: Path) -> None:
     assemble(image, [(fat, "c", True), (root, "83", False)])
 
 
+def _build_slots(made: Path, parts: Image, work: Path) -> None:
+    """Slots of 104 MiB: the board's system without its wheels, with kernel and initramfs; a fourth partition at /data for what both share."""
+    tree, slot = work / "tree", work / "slot.ext4"
+    tree.mkdir()
+    _run("unpacking the root", ["/sbin/debugfs", "-R", f"rdump / {tree}", str(parts.disk)])
+    for folder in (tree / "usr/lib/python3/dist-packages", tree / "usr/lib/python3.11/pydoc_data", tree / "lost+found"):
+        shutil.rmtree(folder, ignore_errors=True)
+    (tree / "etc/dropbear").unlink()
+    (tree / "etc/dropbear").symlink_to("/data/dropbear")
+    (tree / "etc/fw_env.config").write_text("".join(f"{p.device} {p.offset:#x} {p.size:#x}\n" for p in ENV))
+    (tree / "boot").mkdir()
+    shutil.copy(parts.kernel, tree / "boot/vmlinuz")
+    (tree / "boot/initrd.gz").write_bytes(initramfs(parts, work))
+    _run("making a slot", ["/sbin/mkfs.ext4", "-q", "-F", "-O", "^has_journal", "-d", str(tree), str(slot), f"{SLOT_MIB}M"])
+    make_bootable(slot)
+    good, broken, empty, data, fat = made / "good.img", made / "broken.img", work / "empty", work / "data", work / "slots.fat"
+    for image, entry in ((good, File("/etc/version", Blob.of(b"2\n"))), (broken, Symlink("/sbin/init", "/nothing"))):
+        _run("copying a slot", ["cp", "--sparse=always", str(slot), str(image)])
+        ExtFiles(image, partitions(image)[0]).put([entry])
+    for path, size in ((empty, SLOT_MIB), (data, 16)):
+        with path.open("wb") as file:
+            file.truncate(size * MIB)
+    _run("making /data", ["/sbin/mkfs.ext4", "-q", "-F", str(data)])
+    script = uboot.boot_script("/dev/vda", (2, 3), APPEND, ENV)
+    (work / "boot.scr").write_bytes(uboot.script_image(script))
+    _run("making FAT", ["/sbin/mkfs.vfat", "-C", str(fat), "4096"])
+    _run("writing boot.scr", ["mcopy", "-i", str(fat), str(work / "boot.scr"), "::/boot.scr"])
+    assemble(made / "disk.img", [(fat, "c", True), (slot, "83", False), (empty, "83", False), (data, "83", False)])
+    with (made / "disk.img").open("r+b") as file:
+        start = {"slot_disk": "/dev/vda", "slot_A": "2", "slot_B": "3", "boot_slot": "A", "slot_args": APPEND}
+        file.seek(ENV[0].offset)
+        file.write(uboot.encode(start, ENV[0].size, 1))
+
+
 def make_bootable(root: Path) -> None:
     """busybox's init and its start script in the board's root file system."""
     script = {"/etc/init.d/rcS": (RCS, 0o755), "/etc/inittab": (INITTAB, 0o644)}
@@ -102,7 +151,7 @@ def make_bootable(root: Path) -> None:
 def initramfs(parts: Image, work: Path) -> bytes:
     """The board's initramfs with another /init behind it: of two archives in a row the later one counts."""
     tree = work / "initramfs"
-    tree.mkdir()
+    tree.mkdir(exist_ok=True)
     (tree / "init").write_text(INIT)
     (tree / "init").chmod(0o755)
     command = ["cpio", "-o", "-H", "newc", "--quiet", "-R", "0:0"]
