@@ -25,7 +25,7 @@ app = typer.Typer(
 
 VERBS = (
     "devices", "compress", "delta", "adapt", "teach", "plan", "build", "sign", "keys", "flash", "profile", "run", "serve", "calibrate", "compare", "report", "bench",
-    "layouts", "kernels", "doctor", "inventory",
+    "layouts", "kernels", "doctor", "inventory", "rollout", "fleet",
 )  # fmt: skip
 """Each is `edgesdk/cli/<verb>.py` with a `register(app)`."""
 

@@ -14,6 +14,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from pydantic import Field
+
 from edgesdk.errors import InputError
 from edgesdk.fleet.wire import SETTLED
 from edgesdk.noun import Noun
@@ -42,7 +44,8 @@ class Spec(Noun):
     gate_s: float | None  # latency
     url: str | None
     broker: str
-    key: str  # whose name signs the orders
+    key: str  # the name of one's own key that signs the orders
+    login: dict[str, str] = Field(default_factory=dict)  # files: password_file, ca, cert, key
 
 
 @dataclass
