@@ -178,7 +178,7 @@ def test_command_lines(tmp_path, place, report):
     saved = report.save(tmp_path / "r.json")
     shown = _cli("profile", str(place[0]), "--on", place[1], "--runs", "5", "--json")
     assert json.loads(shown.stdout)["kind"] == "report", shown.stderr
-    page = _cli("report", str(saved), "--html", str(tmp_path / "r.html"), "--plot", str(tmp_path / "r.png"))
+    page = _cli("report", str(saved), "-o", str(tmp_path / "r.html"), "--plot", str(tmp_path / "r.png"))
     assert page.returncode == 0 and "trust" in page.stdout and "predicted" in page.stdout
     assert "<svg" in (tmp_path / "r.html").read_text() and (tmp_path / "r.png").stat().st_size > 1000
     assert json.loads(_cli("run", str(place[0]), "--on", place[1], "--input", str(tmp_path / "x.npy"), "--json").stdout)["outputs"][0][

@@ -103,7 +103,7 @@ def _tell(report: Report, out: Path | None, plot: Path | None, as_json: bool) ->
         report.save(out)
         say(f"wrote {out}")
     if plot:
-        from edgesdk.report_page import draw
+        from edgesdk.pages.picture import draw
 
         draw(report, plot)
         say(f"wrote {plot}")

@@ -10,41 +10,119 @@ import typer
 from edgesdk.cli.common import Json, console, emit_json, say
 
 if TYPE_CHECKING:
+    from edgesdk.plan.types import Plan
     from edgesdk.report import Report
 
 
 def report(
-    path: Annotated[Path | None, typer.Argument(metavar="REPORT", help="What `edgesdk profile --out` wrote.")] = None,
-    html: Annotated[Path | None, typer.Option("--html", help="Write a page that stands alone.")] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Write the samples as a picture (needs matplotlib).")] = None,
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[REPORT]...", help="Saved reports (`edgesdk profile --out`), plans (`edgesdk plan --out`) or bundles."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write one page of all of them that stands alone: FILE.html.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Write a report's samples as a picture (needs matplotlib).")] = None,
     etdump: Annotated[Path | None, typer.Option("--etdump", help="An ETDump from your own ExecuTorch runner: print its operators.")] = None,
     etrecord: Annotated[Path | None, typer.Option("--etrecord", help="The ETRecord that belongs to it: real operator names.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show a saved report, or the operator times in an ETDump."""
-    from edgesdk.errors import InputError
-    from edgesdk.report import Report
+    """Show saved reports and plans, write them as a page, or show the operator times in an ETDump.
 
-    if (path is None) == (etdump is None):
-        raise InputError("report wants one of: a report, --etdump FILE", "edgesdk report report.json")
+    A plan or a bundle beside a report adds the roofline, the Pareto front and planned memory; several reports stand side by side and are
+    compared with the first.
+    """
+    from edgesdk.errors import InputError
+
+    if bool(paths) == bool(etdump):
+        raise InputError("report wants reports, plans or bundles, or --etdump FILE", "edgesdk report report.json")
     if etdump is not None:
         _etdump(etdump, etrecord, as_json)
         return
-    loaded = Report.load(str(path))
-    if html:
-        from edgesdk.report_page import page
+    reports, plans = _read(paths or [])
+    if out:
+        from edgesdk.pages import page
 
-        html.write_text(page(loaded), encoding="utf-8")
-        say(f"wrote {html}")
+        _write(out, page(reports, plans))
     if plot:
-        from edgesdk.report_page import draw
+        from edgesdk.pages.picture import draw
 
-        draw(loaded, plot)
+        if len(reports) != 1:
+            raise InputError(f"--plot draws one report, not {len(reports)}", "name one report, or write a page: -o page.html")
+        draw(reports[0], plot)
         say(f"wrote {plot}")
     if as_json:
-        emit_json(loaded)
+        _as_json(reports, plans)
     else:
-        show(loaded)
+        from edgesdk.cli.plan import show as show_plan
+
+        for r in reports:
+            show(r)
+        for p in plans if not reports else ():
+            show_plan(p)
+
+
+def _read(paths: list[Path]) -> tuple[list[Report], list[Plan]]:
+    """What each file is: by its kind, or a bundle, whose plan it is."""
+    import zipfile
+
+    from edgesdk.bundles import member_names, read_member
+    from edgesdk.errors import InputError
+    from edgesdk.plan.types import Plan
+    from edgesdk.report import Report
+
+    reports: list[Report] = []
+    plans: list[Plan] = []
+    for path in paths:
+        if path.is_file() and zipfile.is_zipfile(path):
+            if "plan.json" not in member_names(path):
+                raise InputError(f"{path}: a bundle without a plan", "give the report of a profile, or a bundle that was built from a plan")
+            plans.append(Plan.from_json(read_member(path, "plan.json"), f"plan.json of {path}"))
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot be read ({error})", "give a saved report, a plan or a bundle") from None
+        if f'"kind": "{Plan.KIND}"' in text[:200]:
+            plans.append(Plan.from_json(text, str(path)))
+        else:
+            reports.append(Report.from_json(text, str(path)))
+    return reports, plans
+
+
+def _write(path: Path, content: str) -> None:
+    from edgesdk.errors import InputError
+
+    try:
+        path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error})", "name a file in a folder that exists") from None
+    say(f"wrote {path}")
+
+
+def _as_json(reports: list[Report], plans: list[Plan]) -> None:
+    """One noun as it is; several with each report's comparison with the first."""
+    import json
+
+    from edgesdk.compare import compare
+    from edgesdk.errors import InputError
+
+    if len(reports) + len(plans) == 1:
+        emit_json((*reports, *plans)[0])
+        return
+    comparisons = []
+    for other in reports[1:]:
+        try:
+            comparisons.append(json.loads(compare(reports[0], other).to_json()))
+        except InputError as error:
+            comparisons.append({"kind": "comparison", "refused": error.what})
+    emit_json(
+        {
+            "kind": "reports",
+            "schema_version": 1,
+            "reports": [json.loads(r.to_json()) for r in reports],
+            "plans": [json.loads(p.to_json()) for p in plans],
+            "comparisons": comparisons,
+        }
+    )
 
 
 def _etdump(etdump: Path, etrecord: Path | None, as_json: bool) -> None:

@@ -1,0 +1,139 @@
+"""Figures in rows: ratios with their intervals, bars, parts of a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from edgesdk.pages.html import Figure, Table, text
+from edgesdk.pages.svg import Plot, Scale, linear, logarithmic, number, shorten, width_of
+from edgesdk.report import OperatorTime, Report
+from edgesdk.units import show_bytes, show_seconds
+
+EMPTY = Scale(0, 1, ())
+BARS = 14
+
+
+@dataclass(frozen=True)
+class Ratio:
+    label: str
+    value: float
+    low: float | None
+    high: float | None
+    shown: str
+    kind: str = "0"  # of its colour
+
+
+def ratios(rows: Sequence[Ratio], around: float | None = None, axis: str = "ratio") -> Callable[[int], str]:
+    """One row each: a dot and its interval on a logarithmic axis with 1 marked, `around`: a band of 1 ± so much."""
+    ends = [v for r in rows for v in (r.value, r.low, r.high) if v] + [1 / 1.1, 1.1]
+
+    def draw(width: int) -> str:
+        x = logarithmic(ends, 4 if width < 400 else 7)
+        plot = Plot(width, 46 * len(rows) + 54, x, EMPTY, left=12, right=14, top=8)
+        for tick in x.ticks:
+            plot.upright(tick, "tick")
+        if around:
+            plot.zone(1 / (1 + around), 1 + around, "band")
+        plot.upright(1.0)
+        plot.axes(axis, "")
+        for i, r in enumerate(rows):
+            y = plot.top + 46 * i
+            wide = width_of(r.shown)
+            plot.write(12, y + 13, shorten(r.label, width - 44 - wide), "start", "strong")
+            plot.write(width - 14, y + 13, r.shown, "end", "ink")
+            if r.low and r.high:
+                plot.add(
+                    f'<line x1="{plot.px(r.low):.1f}" x2="{plot.px(r.high):.1f}" y1="{y + 29}" y2="{y + 29}" class="line k{r.kind}" stroke-width="4"/>'
+                )
+                for end in (r.low, r.high):
+                    plot.add(f'<line x1="{plot.px(end):.1f}" x2="{plot.px(end):.1f}" y1="{y + 24}" y2="{y + 34}" class="line k{r.kind}"/>')
+            plot.add(f'<circle cx="{plot.px(r.value):.1f}" cy="{y + 29}" r="5" class="f{r.kind}"/>')
+        return plot.whole
+
+    return draw
+
+
+def predicted(report: Report, name: str) -> Figure | None:
+    """Predicted against measured, as a ratio: different units on one axis."""
+    known = [c for c in report.comparisons if c.predicted and c.measured]
+    if not known:
+        return None
+    rows, cells = [], []
+    for c in known:
+        assert c.predicted and c.measured
+        show = show_seconds if c.unit == "s" else show_bytes
+        interval = c.predicted_low is not None and c.predicted_high is not None
+        low, high = ((c.predicted_low or 0) / c.measured, (c.predicted_high or 0) / c.measured) if interval else (None, None)
+        inside = low is None or high is None or low <= 1 <= high
+        rows.append(Ratio(c.name, c.predicted / c.measured, low, high, f"{c.predicted / c.measured - 1:+.0%}", "0" if inside else "1"))
+        span = f"{show(c.predicted_low)} to {show(c.predicted_high)}" if interval else "none"
+        cells.append([c.name, show(c.predicted), span, show(c.measured), f"{c.predicted / c.measured - 1:+.0%}"])
+    said = "; ".join(f"{c[0]}: predicted {c[1]}, measured {c[3]}" for c in cells)
+    legend = [("prediction with its 80% interval", "f0")] + (
+        [("measured outside of the interval", "f1")] if any(r.kind == "1" for r in rows) else []
+    )
+    table = Table(["", "predicted", "80% interval", "measured", "off by"], cells)
+    return Figure(f"Predicted against measured: {name}", said, ratios(rows, axis="predicted ÷ measured"), table, legend)
+
+
+def bars(rows: Sequence[tuple[str, float, str, str]], kinds: Sequence[str]) -> Callable[[int], str]:
+    """(label, value, what is written, title) each, the label above its bar; `kinds`: classes of fill."""
+    top = max(v for _, v, _, _ in rows) or 1.0
+
+    def draw(width: int) -> str:
+        plot = Plot(width, 36 * len(rows) + 8, EMPTY, EMPTY, left=2, right=2, top=4)
+        for i, ((label, value, shown, title), kind) in enumerate(zip(rows, kinds, strict=True)):
+            y = 36 * i + 4
+            plot.write(2, y + 12, shorten(label, width - 24 - width_of(shown)), "start", "ink")
+            plot.write(width - 2, y + 12, shown, "end", "ink")
+            bar = max(2.0, (width - 4) * value / top)
+            plot.add(f'<rect x="2" y="{y + 18}" width="{bar:.1f}" height="10" rx="2" class="{kind}"><title>{text(title)}</title></rect>')
+        return plot.whole
+
+    return draw
+
+
+def operators(rows: Sequence[OperatorTime], route: str, title: str) -> Figure:
+    """The slowest operators as bars, all of them in the table."""
+    ordered = sorted(rows, key=lambda o: -o.median_s)
+    kinds = list(dict.fromkeys(o.op for o in ordered))
+    colour = {op: f"f{i}" if i < 6 else "fs" for i, op in enumerate(kinds)}
+    several = len({o.method for o in rows}) > 1
+    names = [f"{o.method}: {o.unit}" if several else o.unit for o in ordered]
+    shown = [
+        (n, o.median_s, f"{show_seconds(o.median_s)}  {o.share:.0%}", f"{n} ({o.op}): {show_seconds(o.median_s)}")
+        for n, o in zip(names, ordered, strict=True)
+    ]
+    legend = [(op, colour[op]) for op in kinds[:6]] + ([("others", "fs")] if len(kinds) > 6 else [])
+    said = ", ".join(f"{n} {o.share:.0%}" for n, o in list(zip(names, ordered, strict=True))[:5])
+    note = route + (f"; the {BARS} slowest of {len(rows)}" if len(rows) > BARS else "")
+    cells = [[o.method, o.unit, o.op, show_seconds(o.median_s), f"{o.share:.1%}"] for o in ordered]
+    table = Table(["method", "unit", "operator", "a call", "share"], cells)
+    return Figure(title, said, bars(shown[:BARS], [colour[o.op] for o in ordered[:BARS]]), table, legend, note)
+
+
+def stacks(rows: Sequence[tuple[str, Sequence[tuple[str, float, str]]]], unit: Callable[[float], str], axis: str) -> Callable[[int], str]:
+    """Rows of parts put one behind another: (label, [(part, size, class)])."""
+    top = max(sum(size for _, size, _ in parts) for _, parts in rows)
+
+    def draw(width: int) -> str:
+        x = linear([0.0, top], 3 if width < 400 else 5, zero=True, show=number)
+        plot = Plot(width, 48 * len(rows) + 50, x, EMPTY, left=12, right=16, top=6)
+        for tick in x.ticks:
+            plot.upright(tick, "tick")
+        plot.axes(axis, "")
+        for i, (label, parts) in enumerate(rows):
+            y, at = plot.top + 48 * i, 0.0
+            whole = unit(sum(size for _, size, _ in parts))
+            plot.write(12, y + 13, shorten(label, width - 44 - width_of(whole)), "start", "strong")
+            plot.write(width - 14, y + 13, whole, "end", "ink")
+            for part, size, kind in parts:
+                a, b = plot.px(at), plot.px(at + size)
+                plot.add(
+                    f'<rect x="{a:.1f}" y="{y + 20}" width="{max(0.5, b - a):.1f}" height="18" class="{kind}"><title>{text(f"{part}: {unit(size)}")}</title></rect>'
+                )
+                at += size
+        return plot.whole
+
+    return draw
