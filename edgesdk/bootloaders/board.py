@@ -20,7 +20,7 @@ def write_board(
     Raises `InputError` (what was given), `CheckFailed` (signature, digest, the board did not take it), `DeviceError` and `LinkError`.
     """
     kind = to.partition(":")[0]
-    payload = read_payload(bundle, firmware, allow_unsigned)
+    payload = read_payload(bundle, firmware, allow_unsigned, micro=kind != "jetson")
     if kind == "uf2":
         from edgesdk.bootloaders.uf2 import write_uf2
 
@@ -33,4 +33,8 @@ def write_board(
         from edgesdk.bootloaders.smp import write_smp
 
         return write_smp(to, payload, dry_run=dry_run, watch=watch)
+    if kind == "jetson":
+        from edgesdk.bootloaders.jetson import write_jetson
+
+        return write_jetson(to, payload, dry_run=dry_run, watch=watch)
     raise UnknownName("board", to, FORMS.values())

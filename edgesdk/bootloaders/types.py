@@ -130,8 +130,8 @@ class Payload:
         return sha256(self.content)
 
 
-def read_payload(bundle: str | None, firmware: str | None, allow_unsigned: bool = False) -> Payload:
-    """The program of a verified and signed bundle, or a firmware's file. Raises `InputError` or `CheckFailed`."""
+def read_payload(bundle: str | None, firmware: str | None, allow_unsigned: bool = False, micro: bool = True) -> Payload:
+    """The program of a verified and signed bundle (`micro`: one for microcontrollers), or a firmware's file. Raises `InputError` or `CheckFailed`."""
     if (bundle is None) == (firmware is None):
         raise InputError("--to a board wants one of: a bundle, --firmware FILE", "edgesdk flash model.edge --to esp32:/dev/ttyUSB0")
     if bundle is not None:
@@ -142,7 +142,7 @@ def read_payload(bundle: str | None, firmware: str | None, allow_unsigned: bool 
         source = read_source(bundle)
         signer = None if allow_unsigned else signer_of(bundle)
         runtime, name = source.manifest.runtime, source.manifest.program
-        if runtime not in MICRO_RUNTIMES:
+        if micro and runtime not in MICRO_RUNTIMES:
             what = f"{bundle}: built for {source.manifest.device} with {runtime}, which is no microcontroller's"
             raise InputError(what, "build it for the board: edgesdk build --model … --device esp32-s3 (`edgesdk devices list`)")
         content = read_member(bundle, name)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from importlib.resources import files
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
 
 from edgesdk.agent.client import ARCHIVE, agent_files, agent_folder
 from edgesdk.bundles import BESIDE, member_names, read_member
 from edgesdk.errors import InputError
-from edgesdk.image.files import ROOT_USER, Entry, ExtFiles, File, Folder, Owner, Symlink
+from edgesdk.image.files import ROOT_USER, Entry, File, Folder, Owner, Symlink
 from edgesdk.install import Source
 from edgesdk.transport.base import Blob
 
@@ -36,8 +37,18 @@ PENDING = "first-boot.pending"
 """Under the root: the digest and the signer's id, until the check is done."""
 
 
+class System(Protocol):
+    """A root file system that is looked at: inside an image (`ExtFiles`), or in a folder."""
+
+    image: Path
+    part: Any
+
+    def exists(self, path: str) -> bool: ...
+    def resolve(self, path: str) -> str: ...
+
+
 def entries(
-    source: Source, system: ExtFiles, root: str = ROOT, owner: Owner = ROOT_USER, python: str = "python3", signer: str | None = None
+    source: Source, system: System, root: str = ROOT, owner: Owner = ROOT_USER, python: str = "python3", signer: str | None = None
 ) -> list[Entry]:
     """What to put where. Raises `InputError` where the image has no Python or nothing that starts services."""
     if not source.manifest.golden:
@@ -64,7 +75,7 @@ def _folders(paths: dict[str, Blob], root: str) -> list[str]:
     return sorted(found)
 
 
-def _python(system: ExtFiles, python: str) -> str:
+def _python(system: System, python: str) -> str:
     if python.startswith("/"):
         places = [python]
     else:
@@ -78,7 +89,7 @@ def _python(system: ExtFiles, python: str) -> str:
     )
 
 
-def _starter(system: ExtFiles, root: str, python: str) -> list[Entry]:
+def _starter(system: System, root: str, python: str) -> list[Entry]:
     """A systemd unit, or a script for busybox's and System V's init."""
     words = {"root": root, "python": python, "check": CHECK, "pending": PENDING, "agent": f"{agent_folder(root)}/{ARCHIVE}"}
     if any(system.exists(system.resolve(p)) for p in ("/usr/lib/systemd/systemd", "/lib/systemd/systemd")):
