@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from edgesdk.agent.client import Agent, failed_cases
+from edgesdk.agent.client import Agent, failed_cases, require_python
 from edgesdk.errors import CheckFailed, DeviceError, InputError, LinkError
 from edgesdk.image.source import Watch
 from edgesdk.image.uboot import SLOTS, Env, Place, decode, places, update
@@ -36,11 +36,15 @@ READ = 'dd if="$1" bs=512 skip="$2" count="$3" 2>/dev/null'
 WRITE = 'dd of="$1" bs="$3" seek="$2" conv=notrunc 2>/dev/null && sync'
 ZERO = 'dd if=/dev/zero of="$1" bs="$3" seek="$2" count=1 conv=notrunc 2>/dev/null && sync'
 SIZE = 'if [ -b "$1" ]; then n=$(cat "/sys/class/block/${1##*/}/size") && echo $((n * 512)); else wc -c < "$1"; fi; grep -c "^$1 " /proc/mounts; exit 0'
-HASH = (
-    "i=$2; while [ $i -lt $3 ]; do n=$(($5 - i * $4)); [ $n -lt $4 ] || n=$4; "
-    'dd if="$1" bs="$4" skip=$i count=1 2>/dev/null | head -c $n | sha256sum | cut -c 1-64; i=$((i + 1)); done'
-)
-"""$1 device, $2 first chunk, $3 the one behind the last, $4 bytes of a chunk, $5 in all → a sha256 a line."""
+HASH = """
+import hashlib, sys
+device, first, last, chunk, size = sys.argv[1], *map(int, sys.argv[2:])
+with open(device, 'rb') as file:
+    for i in range(first, last):
+        file.seek(i * chunk)
+        print(hashlib.sha256(file.read(min(chunk, size - i * chunk))).hexdigest())
+"""
+"""Device, first chunk, the one behind the last, bytes of a chunk, bytes in all → a sha256 a line."""
 DROP = 'sync; echo 3 > /proc/sys/vm/drop_caches 2>/dev/null; blockdev --flushbufs "$1" 2>/dev/null; exit 0'
 """What is read next comes from the disk itself."""
 REBOOT = "sync; (sleep 1; reboot; sleep 10; reboot -f) > /dev/null 2>&1 < /dev/null & exit 0"
@@ -154,9 +158,11 @@ class Slots:
     def _hashes(self, device: str, size: int, watch: Watch) -> Iterator[str]:
         count = -(-size // CHUNK)
         for at in range(0, count, BATCH):
-            argv = script("hash", HASH, device, str(at), str(min(at + BATCH, count)), str(CHUNK), str(size))
+            words = (str(at), str(min(at + BATCH, count)), str(CHUNK), str(size))
             watch("reading what is there", at * CHUNK, size)
-            yield from self.transport.must(argv, f"reading {device}", timeout=600.0).text.split()
+            yield from self.transport.must(
+                (self.transport.python, "-c", HASH, device, *words), f"reading {device}", timeout=600.0
+            ).text.split()
 
     def _put(self, device: str, index: int, content: bytes) -> None:
         words = (device, str(index), str(CHUNK))
@@ -211,6 +217,7 @@ def flash_slot(
         steps = _steps(before, Path(image) if image else None)
         if dry_run:
             return _report("dry-run", before, steps=steps)
+        require_python(transport, transport.python)
         with lease(transport, "install", wait_s=wait_s):
             sent, same = before.write(Path(image), new, watch) if image else (0, 0)
             before.set({"boot_slot": new, "upgrade_available": "1", "bootcount": "0", "bootlimit": "1", "slot_failed": ""})

@@ -25,7 +25,7 @@ from tests.lab.image import Image, LabError, _run, build
 UBOOT = Path("/usr/lib/u-boot/qemu_arm64/u-boot.bin")
 TOOLS = (*board.TOOLS, "sfdisk", "mkfs.vfat", "mcopy", "debugfs", "resize2fs", "mkimage")
 MIB = 1 << 20
-FAT_MIB, ROOT_MIB, SLOT_MIB = 48, 288, 104
+FAT_MIB, ROOT_MIB, SLOT_MIB = 48, 288, 84
 ENV = (uboot.Place("/dev/vda", 0x10000, 0x2000), uboot.Place("/dev/vda", 0x20000, 0x2000))
 APPEND = "console=ttyAMA0 quiet panic=1 mitigations=off"
 INIT = """#!/bin/busybox sh
@@ -65,7 +65,7 @@ def os_image() -> Path:
 
 
 def slot_images() -> dict[str, Path]:
-    """ "disk" with slots A and B (B is empty), and "good" and "broken" for a slot: the latter's system panics. Raises `LabError`."""
+    """ "disk" with slots A and B, and "good" and "broken" for a slot: the latter's system panics. Raises `LabError`."""
     return {name: _kept() / f"{name}.img" for name in ("disk", "good", "broken")}
 
 
@@ -107,12 +107,19 @@ def _build(image: Path, parts: Image, work: Path) -> None:
 
 
 def _build_slots(made: Path, parts: Image, work: Path) -> None:
-    """Slots of 104 MiB: the board's system without its wheels, with kernel and initramfs; a fourth partition at /data for what both share."""
+    """Slots of 84 MiB: the board's system without its wheels, with kernel and initramfs; a fourth partition at /data for what both share."""
     tree, slot = work / "tree", work / "slot.ext4"
     tree.mkdir()
     _run("unpacking the root", ["/sbin/debugfs", "-R", f"rdump / {tree}", str(parts.disk)])
-    for folder in (tree / "usr/lib/python3/dist-packages", tree / "usr/lib/python3.11/pydoc_data", tree / "lost+found"):
-        shutil.rmtree(folder, ignore_errors=True)
+    for folder in (
+        "python3/dist-packages",
+        "aarch64-linux-gnu/gconv",
+        "aarch64-linux-gnu/perl-base",
+        "python3.11/asyncio",
+        "python3.11/unittest",
+    ):
+        shutil.rmtree(tree / "usr/lib" / folder, ignore_errors=True)
+    shutil.rmtree(tree / "lost+found")
     (tree / "etc/dropbear").unlink()
     (tree / "etc/dropbear").symlink_to("/data/dropbear")
     (tree / "etc/fw_env.config").write_text("".join(f"{p.device} {p.offset:#x} {p.size:#x}\n" for p in ENV))
@@ -121,19 +128,16 @@ def _build_slots(made: Path, parts: Image, work: Path) -> None:
     (tree / "boot/initrd.gz").write_bytes(initramfs(parts, work))
     _run("making a slot", ["/sbin/mkfs.ext4", "-q", "-F", "-O", "^has_journal", "-d", str(tree), str(slot), f"{SLOT_MIB}M"])
     make_bootable(slot)
-    good, broken, empty, data, fat = made / "good.img", made / "broken.img", work / "empty", work / "data", work / "slots.fat"
+    good, broken, data, fat = made / "good.img", made / "broken.img", work / "data", work / "slots.fat"
     for image, entry in ((good, File("/etc/version", Blob.of(b"2\n"))), (broken, Symlink("/sbin/init", "/nothing"))):
         _run("copying a slot", ["cp", "--sparse=always", str(slot), str(image)])
         ExtFiles(image, partitions(image)[0]).put([entry])
-    for path, size in ((empty, SLOT_MIB), (data, 16)):
-        with path.open("wb") as file:
-            file.truncate(size * MIB)
-    _run("making /data", ["/sbin/mkfs.ext4", "-q", "-F", str(data)])
+    _run("making /data", ["/sbin/mkfs.ext4", "-q", "-F", str(data), "16M"])
     script = uboot.boot_script("/dev/vda", (2, 3), APPEND, ENV)
     (work / "boot.scr").write_bytes(uboot.script_image(script))
     _run("making FAT", ["/sbin/mkfs.vfat", "-C", str(fat), "4096"])
     _run("writing boot.scr", ["mcopy", "-i", str(fat), str(work / "boot.scr"), "::/boot.scr"])
-    assemble(made / "disk.img", [(fat, "c", True), (slot, "83", False), (empty, "83", False), (data, "83", False)])
+    assemble(made / "disk.img", [(fat, "c", True), (slot, "83", False), (slot, "83", False), (data, "83", False)])
     with (made / "disk.img").open("r+b") as file:
         start = {"slot_disk": "/dev/vda", "slot_A": "2", "slot_B": "3", "boot_slot": "A", "slot_args": APPEND}
         file.seek(ENV[0].offset)
