@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import platform
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,8 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgesdk.agent.speed import read_rates
+from edgesdk.calibrate_places import PROGRAM, Here, Place
 from edgesdk.efficiency import Efficiency, OpRate
-from edgesdk.errors import InputError, MissingTool
+from edgesdk.errors import InputError, MissingTool, UnknownName
 from edgesdk.native.formats import ROUNDED
 from edgesdk.plan.cost import TILE
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from edgesdk.graph.types import MethodGraph, Unit
     from edgesdk.model import ModelSpec
     from edgesdk.plan.types import Precision
+    from edgesdk.transport.base import Transport
 
 Step = Callable[[str, float], None]
 RUNTIMES = ("litert", "executorch", "native")
@@ -51,72 +52,92 @@ class Sample:
 
 
 def calibrate(
-    device: str = "host", *, runtime: str | None = None, threads: int = 1, step: Step | None = None, save: bool = True
+    device: str | None = None,
+    *,
+    on: str | Transport | None = None,
+    runtime: str | None = None,
+    threads: int = 1,
+    precisions: Sequence[str] | None = None,
+    allow_emulated: bool = False,
+    python: str | None = None,
+    wait_s: float = 0.0,
+    step: Step | None = None,
+    save: bool = True,
 ) -> list[Efficiency]:
-    """Calibrate `runtime`, or every runtime installed here, and keep the answer where `plan --device host` finds it.
+    """Calibrate `runtime`, or every runtime installed, and keep the answer where `plan --device …` finds it.
 
-    Raises `InputError` for another device than this machine, `MissingTool` when the runtime is not installed.
+    `on`: the link of a device that was probed (`edgesdk devices probe`); `device`: its profile's name, if the board has several. Without `on` this
+    machine. `precisions`: these alone (default: all that a runtime builds). `python`, `wait_s`, `allow_emulated` are of a link.
+
+    Raises `InputError` for another device than the one that is reached and for an emulated one, `MissingTool` when the runtime is not installed, and
+    `LinkError` (the same call goes on from what was timed).
     """
-    from edgesdk import calibrate_native as native
-    from edgesdk.devices import load_device
-    from edgesdk.plan.rates import calibration_path
+    from edgesdk.calibrate_on import calibrate_on
+    from edgesdk.devices import HOSTS, load_device
     from edgesdk.runner import installed
 
-    if device not in ("host", "local"):
-        raise InputError(f"--device {device}: only this machine can be calibrated from here", "run `edgesdk calibrate` on the board")
+    step = step or (lambda text, share: None)
+    for precision in precisions or ():
+        if precision not in PRECISIONS:
+            raise UnknownName("precision", precision, PRECISIONS)
+    if on is not None:
+        return calibrate_on(
+            on, device, runtime=runtime, threads=threads, precisions=precisions, allow_emulated=allow_emulated, python=python, wait_s=wait_s, step=step,
+            save=save,
+        )  # fmt: skip
+    if device is not None and device not in HOSTS:
+        raise InputError(
+            f"--device {device}: only this machine can be calibrated without a link", f"edgesdk calibrate --on LINK --device {device}"
+        )
     here = installed()
     wanted = [runtime] if runtime else [r for r in RUNTIMES if r in here]
     if not wanted or any(r not in RUNTIMES or r not in here for r in wanted):
         names = runtime or " or ".join(RUNTIMES)
         raise MissingTool(f"{names} is not installed here", "pip install -c constraints.txt 'edgesdk[executorch,litert,kernels]'")
-    profile, step = load_device("host"), step or (lambda text, share: None)
+    with tempfile.TemporaryDirectory() as folder:
+        return every_runtime(load_device("host"), {r: here[r] for r in wanted}, threads, Here(Path(folder)), step, precisions, save=save)
+
+
+def every_runtime(
+    profile: DeviceProfile, wanted: Mapping[str, str], threads: int, place: Place, step: Step, precisions: Sequence[str] | None = None,
+    *, save: bool = True, marks: Mapping[str, Any] | None = None,
+) -> list[Efficiency]:  # fmt: skip
+    """The efficiencies of the runtimes `wanted` (→ version) on `profile`, measured at `place`; `marks` is written into each."""
+    from edgesdk import calibrate_native as native
+    from edgesdk.plan.rates import calibration_path
+
     if not 1 <= threads <= profile.units[0].cores:
-        raise InputError(f"--threads {threads}: this machine has {profile.units[0].cores} cores", "ask for fewer threads")
+        raise InputError(f"--threads {threads}: {profile.name} has {profile.units[0].cores} cores", "ask for fewer threads")
     step("memory bandwidth", 0.0)
-    levels = bandwidths(profile)
+    levels = bandwidths(profile, place)
     answers = []
-    for i, name in enumerate(wanted):
+    for i, (name, version) in enumerate(wanted.items()):
 
         def part(text: str, share: float, i: int = i, name: str = name) -> None:
             step(f"{name}: {text}", 0.05 + 0.95 * (i + share) / len(wanted))
 
-        samples = native.measure(threads, part) if name == "native" else measure(name, threads, part)
-        levels = least_disturbed(levels, bandwidths(profile))  # apart in time: others read the memory, too
         if name == "native":
-            answer = native.fit(profile, here[name], threads, levels, samples)
+            samples = native.measure(profile, threads, part, place, precisions or native.PRECISIONS)
         else:
-            answer = fit(profile, name, here[name], threads, levels, samples)
+            samples = measure(name, threads, part, place, precisions or PRECISIONS)
+        levels = least_disturbed(levels, bandwidths(profile, place))  # apart in time: others read the memory, too
+        if name == "native":
+            answer = native.fit(profile, version, threads, levels, samples)
+        else:
+            answer = fit(profile, name, version, threads, levels, samples)
+        answer = answer.model_copy(update=dict(marks or {}))
         if save:
-            answer.save(calibration_path(profile.name, name, threads))
+            answer.save(calibration_path(profile, name, threads))
         answers.append(answer)
     return answers
 
 
-def bandwidths(profile: DeviceProfile) -> dict[str, float]:
-    """Bytes a second one thread reads, by level, from maxima of arrays that fit half of it (four times the last cache for memory).
-
-    In time of the processor, and not by a BLAS, which takes more threads for large arrays and waits for them where others work.
-    """
-    import numpy as np
-
+def bandwidths(profile: DeviceProfile, place: Place | None = None) -> dict[str, float]:
+    """Bytes a second one thread reads, by level, from maxima of arrays that fit half of it (four times the last cache for memory)."""
     sizes = {f"L{c.level}": c.size_bytes // 2 for c in profile.units[0].caches}
     biggest = max((c.size_bytes for c in profile.units[0].caches), default=8 << 20)
     sizes["memory"] = min(4 * biggest, 256 << 20)
-    found = {}
-    for level, size in sizes.items():
-        a = np.ones(max(size // 8, 64), np.int64)
-        calls = max(1, int((4 << 20) // a.nbytes))
-        best = math.inf
-        for _ in range(12):
-            start = time.process_time()
-            for _ in range(calls):
-                a.max()  # reads the array once from this level
-            best = min(best, time.process_time() - start)
-        found[level] = a.nbytes * calls / best
-    order = [k for k in ("L1", "L2", "L3", "memory") if k in found]
-    for near, far in zip(order[-2::-1], order[:0:-1], strict=True):
-        found[near] = max(found[near], found[far])  # a nearer level is never slower: short calls hide it
-    return found
+    return place.rates(sizes) if place else read_rates(sizes)
 
 
 def least_disturbed(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
@@ -124,60 +145,44 @@ def least_disturbed(one: Mapping[str, float], other: Mapping[str, float]) -> dic
     return {level: max(one[level], other[level]) for level in one}
 
 
-def time_call(call: Callable[[], Any], threads: int = 1, *, rounds: int = 3, seconds: float = 0.012) -> float:
-    """The least of `rounds` medians, in seconds: the median ignores single disturbances, the least of them a busy stretch.
-
-    Of one thread the time of the processor, which is the clock's where nothing else runs; of several that of the clock.
-    """
-    clock = time.process_time if threads == 1 else time.perf_counter
-    for _ in range(3):
-        call()
-    medians = []
-    for _ in range(rounds):
-        times: list[float] = []
-        end = time.perf_counter() + seconds
-        while len(times) < 7 or time.perf_counter() < end:
-            start = clock()
-            call()
-            times.append(clock() - start)
-        medians.append(sorted(times)[len(times) // 2])
-    return min(medians)
-
-
-def measure(runtime: str, threads: int, step: Step) -> list[Sample]:
+def measure(runtime: str, threads: int, step: Step, place: Place, precisions: Sequence[str] = PRECISIONS) -> list[Sample]:
     """Lower (or take from the cache) and time every micro-program at every precision the runtime builds."""
     from edgesdk.graph import trace
-    from edgesdk.kernels.cpu import host_targets
-    from edgesdk.lower.native_units import library_of
     from edgesdk.micro import micro_spec
     from edgesdk.plan.harm import one_thread
-    from edgesdk.runner import OPERATORS, open_program
 
-    samples: list[Sample] = []
-    with one_thread(), tempfile.TemporaryDirectory() as folder:
-        native = _native_here(runtime)
+    with one_thread():
+        native = _native_here(runtime) if place.here else ()
         spec = micro_spec(between=bool(native))
         graph = trace(spec)
-        choices = {p: _choices(runtime, p, graph.methods) for p in (*PRECISIONS, *native) if p in native or _builds(runtime, p)}
+        choices = {p: _choices(runtime, p, graph.methods) for p in (*precisions, *native) if p in native or _builds(runtime, p)}
         opened = []
-        for i, part in enumerate(_programs(runtime, spec, choices, step)):
-            path = Path(folder, f"{i}.bin")
-            path.write_bytes(part.content)
-            if set(part.precisions) & set(native):
-                Path(folder, OPERATORS).write_bytes(library_of(part.content, host_targets()[0]))
-            opened.append((part, open_program(str(path), runtime, threads)))
+        for part in _programs(runtime, spec, choices, step):
+            inputs = {m: [t.numpy() for t in spec.methods[m].example_inputs] for p in part.precisions for m in choices[p]}
+            opened.append((part, place.open(_files(part, native), runtime, threads, inputs)))
         best: dict[tuple[str, str], float] = {}
-        for turn in range(PASSES):  # passes apart in time: a busy stretch spoils one of them
-            for part, runner in opened:
-                step(f"timing {', '.join(part.precisions)} ({turn + 1} of {PASSES})", 0.6 + 0.4 * turn / PASSES)
-                for precision in part.precisions:
-                    for method in choices[precision]:
-                        arrays = [t.numpy() for t in spec.methods[method].example_inputs]
-                        seconds = time_call(lambda r=runner, n=part.name(precision, method), a=arrays: r.run(n, a), threads)  # type: ignore[misc]
-                        best[precision, method] = min(seconds, best.get((precision, method), math.inf))
-        for (precision, method), seconds in best.items():
-            samples.append(Sample(graph.method(method), precision, choices[precision][method], seconds))
-    return samples
+        for i, (turn, (part, timer)) in enumerate(place.turns(opened, PASSES)):
+            pairs = [(precision, method) for precision in part.precisions for method in choices[precision]]
+            for j, (precision, method) in enumerate(pairs):
+                step(
+                    f"timing {', '.join(part.precisions)} ({turn + 1} of {PASSES})",
+                    0.6 + 0.4 * (i + j / len(pairs)) / (PASSES * len(opened)),
+                )
+                seconds = timer(part.name(precision, method), method, turn)
+                best[precision, method] = min(seconds, best.get((precision, method), math.inf))
+    return [Sample(graph.method(m), p, choices[p][m], seconds) for (p, m), seconds in best.items()]
+
+
+def _files(part: Part, native: Sequence[str]) -> dict[str, bytes]:
+    """The program, and the operators of its units on our own kernels."""
+    from edgesdk.kernels.cpu import host_targets
+    from edgesdk.lower.native_units import library_of
+    from edgesdk.runner import OPERATORS
+
+    files = {PROGRAM: part.content}
+    if set(part.precisions) & set(native):
+        files[OPERATORS] = library_of(part.content, host_targets()[0])
+    return files
 
 
 @dataclass(frozen=True)
@@ -292,7 +297,7 @@ def fit(
     rows: list[OpRate] = []
     head: dict[str, Any] = {
         "device": profile.name, "runtime": runtime, "runtime_version": version, "threads": threads, "origin": "calibrated",
-        "bandwidth_bytes_per_s": levels, "tile": TILE if platform.machine() in ("x86_64", "AMD64") else TILE // 2, "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "bandwidth_bytes_per_s": levels, "tile": TILE if profile.arch == "x86_64" else TILE // 2, "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     compute = profile.unit(next(r.unit for r in profile.runtimes if r.name == runtime))
     spread = []

@@ -7,13 +7,12 @@ of inputs), and what a call costs.
 from __future__ import annotations
 
 import math
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgesdk.calibrate import LEAST_SD, PASSES, WHOLE_SD, Sample, Step, predict, time_call
+from edgesdk.calibrate import LEAST_SD, PASSES, WHOLE_SD, Sample, Step, predict
+from edgesdk.calibrate_places import PROGRAM, Place
 from edgesdk.efficiency import Efficiency, OpRate
 
 if TYPE_CHECKING:
@@ -48,38 +47,45 @@ def specs() -> list[ModelSpec]:
     return found
 
 
-def measure(threads: int, step: Step) -> list[Sample]:
+def measure(profile: DeviceProfile, threads: int, step: Step, place: Place, precisions: Sequence[str] = PRECISIONS) -> list[Sample]:
     """Every method of every model in each precision."""
     from edgesdk.graph import trace
-    from edgesdk.kernels.cpu import host_targets
-    from edgesdk.native.lower import lower_native
-    from edgesdk.native.machine import Machine
+    from edgesdk.kernels.cpu import host_targets, target_of
     from edgesdk.plan.harm import one_thread
 
+    target = host_targets()[0] if place.here else target_of(_compute(profile).isa)
     opened = []
-    with one_thread(), tempfile.TemporaryDirectory() as folder:
+    with one_thread():
         every = specs()
         for i, spec in enumerate(every):
             step(f"packing {spec.name}", 0.6 * i / len(every))
             graph = trace(spec)
-            for precision in PRECISIONS:
+            for precision in (p for p in precisions if p in PRECISIONS):
                 choice = {(m.name, u.name): precision for m in graph.methods for u in m.units if u.op == "linear" and u.weight_elements}
-                path = Path(folder, f"{i}-{precision}")
-                path.write_bytes(lower_native(spec, f"native-{host_targets()[0]}", choice))
-                opened.append((spec, graph, precision, choice, Machine(str(path), threads)))
-        best: dict[tuple[str, str, str], float] = {}
-        samples: dict[tuple[str, str, str], Sample] = {}
-        for turn in range(PASSES):  # passes apart in time: a busy stretch spoils one of them
-            for spec, graph, precision, choice, machine in opened:
-                step(f"timing {spec.name} ({turn + 1} of {PASSES})", 0.6 + 0.4 * turn / PASSES)
-                for method in graph.methods:
-                    arrays = [t.numpy() for t in spec.methods[method.name].example_inputs]
-                    key = (spec.name, method.name, precision)
-                    seconds = time_call(lambda m=machine, n=method.name, a=arrays: m.run(n, a), threads)  # type: ignore[misc]
-                    best[key] = min(seconds, best.get(key, math.inf))
-                    units = {u: p for (m, u), p in choice.items() if m == method.name}
-                    samples[key] = Sample(method, precision, units, best[key])
-    return list(samples.values())
+                inputs = {m.name: [t.numpy() for t in spec.methods[m.name].example_inputs] for m in graph.methods}
+                opened.append((spec, graph, precision, choice, place.open(_files(spec, target, choice), "native", threads, inputs)))
+        best: dict[tuple[str, str, str], Sample] = {}
+        for i, (turn, (spec, graph, precision, choice, timer)) in enumerate(place.turns(opened, PASSES)):
+            step(f"timing {spec.name} ({turn + 1} of {PASSES})", 0.6 + 0.4 * i / (PASSES * len(opened)))
+            for method in graph.methods:
+                units = {u: p for (m, u), p in choice.items() if m == method.name}
+                found = Sample(method, precision, units, timer(method.name, method.name, turn))
+                key = (spec.name, method.name, precision)
+                best[key] = min(found, best.get(key, found), key=lambda s: s.seconds)
+    return list(best.values())
+
+
+def _files(spec: ModelSpec, target: str, choice: Mapping[tuple[str, str], str]) -> dict[str, bytes]:
+    """The program, and what a machine that compiles no kernels itself runs it with."""
+    from edgesdk.native.lower import lower_native
+    from edgesdk.native.shared import LIBRARY, shared_library
+
+    program = lower_native(spec, f"native-{target}", choice)
+    return {PROGRAM: program, **({LIBRARY: shared_library(program)} if target.startswith("arm") else {})}
+
+
+def _compute(profile: DeviceProfile) -> ComputeUnit:
+    return profile.unit(next(r.unit for r in profile.runtimes if r.name == "native"))
 
 
 def fit(profile: DeviceProfile, version: str, threads: int, levels: dict[str, float], samples: Sequence[Sample]) -> Efficiency:
@@ -87,7 +93,7 @@ def fit(profile: DeviceProfile, version: str, threads: int, levels: dict[str, fl
     import numpy as np
     from scipy.optimize import least_squares
 
-    compute = profile.unit(next(r.unit for r in profile.runtimes if r.name == "native"))
+    compute = _compute(profile)
     head: dict[str, Any] = {
         "device": profile.name, "runtime": "native", "runtime_version": version, "threads": threads, "origin": "calibrated",
         "bandwidth_bytes_per_s": levels, "when": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -44,6 +44,8 @@ class Efficiency(Noun):
     runtime_version: str | None = None
     threads: PositiveInt = 1
     power_mode: str | None = None
+    board: str | None = None  # the board it was measured on (`DeviceProfile.board.id`); it holds for that one alone
+    emulated: bool = False  # times of an emulator, which say nothing of silicon
     origin: Origin
     rows: tuple[OpRate, ...]
     bandwidth_bytes_per_s: dict[str, PositiveFloat] = Field(default_factory=dict)

@@ -7,33 +7,50 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgesdk.cli.common import Json, console, emit_json, progress, say
+from edgesdk.cli.flash import PythonPath, Wait
 
 if TYPE_CHECKING:
     from edgesdk.efficiency import Efficiency
 
 
 def calibrate(
-    device: Annotated[str, typer.Option(help="Only `host` can be measured from here; run it on the board for a board.")] = "host",
+    on: Annotated[
+        str | None, typer.Option("--on", help="The link of a board that was probed: ssh://…, adb:, serial:…", show_default="this machine")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="Its profile's name; `host` is this machine.", show_default="the one bound to that board")
+    ] = None,
     runtime: Annotated[
         str | None, typer.Option(help="executorch, litert or native (our own kernels). Default: every one installed.")
     ] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option("--precision", help="Only this one; may be given again.", show_default="all it builds")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads; a calibration holds for this number only.")] = 1,
+    allow_emulated: Annotated[bool, typer.Option("--allow-emulated", help="Measure an emulator, too; what it gives is marked so.")] = False,
+    python: PythonPath = None,
+    wait: Wait = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what the runtimes here reach; `plan --device host` uses it from then on."""
+    """Measure what the runtimes of this machine or of a board reach; `plan` uses it from then on."""
     import time
 
     from edgesdk.calibrate import calibrate as measure
+    from edgesdk.units import parse_seconds
 
-    start = time.perf_counter()
+    start, wait_s = time.perf_counter(), parse_seconds(wait) if wait else 0.0
     with progress("calibrating") as step:
-        answers = measure(device, runtime=runtime, threads=threads, step=step)
+        answers = measure(
+            device, on=on, runtime=runtime, threads=threads, precisions=precision, allow_emulated=allow_emulated, python=python, wait_s=wait_s, step=step
+        )  # fmt: skip
     if as_json:
         emit_json({"kind": "calibration", "schema_version": 1, "efficiencies": [a.model_dump(mode="json") for a in answers]})
         return
     for answer in answers:
         show(answer)
-    say(f"measured in {time.perf_counter() - start:.0f} s; `edgesdk plan --device host` uses it")
+    say(f"measured in {time.perf_counter() - start:.0f} s; `edgesdk plan --device {answers[0].device}` uses it")
+    if answers[0].emulated:
+        say("measured on an emulator: every plan that uses it says so")
 
 
 def show(answer: Efficiency) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from edgesdk.devices import load_device
 from edgesdk.errors import EdgeError
-from edgesdk.plan.rates import calibration_path
+from edgesdk.plan.rates import calibration_of
 from edgesdk.plan.types import Plan, Workload
 from edgesdk.sequence.card import NATIVE_BITS
 from edgesdk.sequence.sizes import refuse_narrow
@@ -54,7 +54,7 @@ def _narrower(plan: Plan, make: Callable[[Workload], Plan], forced: bool) -> Ite
     caches = plan.memory.cache_bytes + plan.memory.cross_cache_bytes
     if plan.workload.cache_bits is not None or not caches or not (forced or (plan.fits and caches >= LONG_BYTES)):
         return
-    native = plan.runtime == "native" or calibration_path(plan.device, "native", plan.threads).exists()
+    native = plan.runtime == "native" or calibration_of(load_device(plan.device), "native", plan.threads) is not None
     for bits in _NAMES:
         if bits in NATIVE_BITS and not native:
             continue

@@ -30,12 +30,29 @@ def call_row(compute: ComputeUnit, runtime: str, overhead_s: float, log_sd: floa
     return OpRate(op="call", precision="fp32", ops_per_s=1e12, overhead_s=overhead_s, per_tensor_s=each, log_sd=log_sd, source=source)
 
 
-def calibration_path(device: str, runtime: str, threads: int) -> Path:
-    """Where a calibration is kept: bound to this machine's processor, the runtime's version and the threads."""
+def calibration_path(device: DeviceProfile, runtime: str, threads: int) -> Path:
+    """Where a calibration is kept: bound to the device's board, or to this machine's processor and the runtime's version, and to the threads."""
     from edgesdk.cache import cache_dir
     from edgesdk.runner import installed
 
-    return cache_dir("calibration") / f"{device}-{_machine()}-{runtime}-{installed().get(runtime, 'none')}-{threads}.json"
+    bound = f"{device.board.id}-{runtime}" if device.board else f"{_machine()}-{runtime}-{installed().get(runtime, 'none')}"
+    return cache_dir("calibration") / f"{device.name}-{bound}-{threads}.json"
+
+
+def calibration_of(device: DeviceProfile, runtime: str, threads: int) -> Efficiency | None:
+    """What was measured on this very device; None where nothing was, or with another version of the runtime than the board had when it was read."""
+    path = calibration_path(device, runtime, threads)
+    if not path.exists():
+        return None
+    try:
+        found = Efficiency.load(path)
+    except InputError:
+        path.unlink()  # an older form: calibrate again
+        return None
+    if device.board is None:
+        return None if found.emulated else found
+    known = device.board.runtimes.get(runtime, found.runtime_version)
+    return found if found.board == device.board.id and found.emulated == device.board.emulated and found.runtime_version == known else None
 
 
 def _machine() -> str:
@@ -50,12 +67,8 @@ def _machine() -> str:
 
 def efficiency_for(device: DeviceProfile, compute: ComputeUnit, runtime: str, threads: int) -> Efficiency:
     """The best there is for `runtime` on `device`."""
-    path = calibration_path(device.name, runtime, threads)
-    if path.exists():
-        try:
-            return Efficiency.load(path)
-        except InputError:
-            path.unlink()  # an older form: calibrate again
+    if measured := calibration_of(device, runtime, threads):
+        return measured
     if device.name != "host":
         from edgesdk.predict import efficiency_for as fitted
 

@@ -15,7 +15,7 @@ from edgesdk.native.formats import ROUNDED, is_native
 from edgesdk.plan.cost import UnitCost, breaking, breaks, call_seconds, fused, unit_cost, working_set
 from edgesdk.plan.harm import Harm
 from edgesdk.plan.options import options
-from edgesdk.plan.rates import calibration_path, efficiency_for
+from edgesdk.plan.rates import calibration_of, efficiency_for
 from edgesdk.plan.solve import Option, Solution
 from edgesdk.plan.subject import Subject
 from edgesdk.plan.types import MemoryAnswer, Precision, Workload
@@ -59,7 +59,7 @@ def runtimes_of(device: DeviceProfile, asked: str | None, graph: ModelGraph, nat
         return [asked]
     target = target_for(device)
     kept: list[str] = [r for r in target.runtimes if r in here and not (graph.source == "tflite" and r.startswith("executorch"))]
-    if native and "native" in here and calibration_path(device.name, "native", target.default_threads).exists():
+    if native and "native" in here and calibration_of(device, "native", target.default_threads):
         kept.append("native")
     if not kept:
         raise InputError(

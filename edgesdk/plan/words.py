@@ -42,6 +42,8 @@ def reasons(s: Setting, refused: int, units: Sequence[UnitPlan]) -> tuple[str, .
 def warnings(s: Setting, forced: bool) -> tuple[str, ...]:
     """What its reader should not miss."""
     found = []
+    if s.efficiency.emulated:
+        found.append(f"times are of the emulator that {s.device.name} was calibrated on: they say nothing of silicon")
     if forced:
         found.append("memory forces precisions that are predicted slower than float")
     if s.efficiency.origin == "prior":
