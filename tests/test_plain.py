@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from tiny import tiny_bundle
 
-from edgesdk.bundles import bundle_digest
+from edgesdk.bundle import GoldenCase
+from edgesdk.bundles import array_bytes, bundle_digest, write_bundle
 from edgesdk.cli import main
 from edgesdk.errors import CheckFailed, DeviceError, InputError
 from edgesdk.flash import clean, flash, roll_back, status
@@ -73,9 +74,6 @@ def test_a_tool_without_outputs_is_refused_unless_allowed(device, bundles, tmp_p
     done = flash(bundles["a"], device, runner=str(old), allow_unchecked=True)
     assert done.unchecked == "this benchmark_model has no --output_filepath" and not done.good and done.golden == ()
     assert status(device).history[-1].result == "its outputs were not checked"
-    flash(bundles["b"], device, runner=str(old), allow_unchecked=True)
-    with pytest.raises(CheckFailed, match="never found good"):
-        roll_back(device, runner=str(old))
 
 
 def test_latency_gate_and_dry_run(device, bundles, tool):
@@ -149,3 +147,62 @@ def test_the_command_line_says_loudly_what_was_not_checked(tmp_path, bundles, ca
     assert cli("profile", "--on", link, "--runner", str(old), "--allow-unchecked", "--runs", "5") == 0
     assert "no single times" in capsys.readouterr().out
     assert cli("profile", "--on", link, "--runner", str(old), "--mode", "cold") == 2
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    path = tmp_path_factory.mktemp("other") / "other.edge"
+    tiny_bundle(path, runtime="executorch")
+    return path
+
+
+def test_executor_runner_gives_outputs_and_every_call(device, other, tmp_path):
+    tool = install(tmp_path / "tool", "executor_runner", lacks=("etdump_path",))
+    assert flash(other, device, runner=str(tool)).good
+    report = profile(other, device, str(tool), runs=25, warmup=3)
+    m = report.methods[0]
+    assert len(m.samples_s) == 25 and m.summary is None and m.p99_s is not None and m.cold_s is not None
+    assert report.load_cold_s is not None and report.peak_rss_bytes is not None and report.peak_rss_bytes > 1e7
+    with pytest.raises(InputError, match=r"executor_runner times no single operators") as caught:
+        profile(other, device, str(tool), runs=3, warmup=0, operators=True)
+    assert "EVENT_TRACER" in caught.value.hint
+
+
+def test_an_older_executor_runner(device, other, tmp_path):
+    liar = install(tmp_path / "liar", "executor_runner", lacks=("etdump_path",), scale=0.5)
+    with pytest.raises(CheckFailed, match=r"is off by 0\.5"):
+        flash(other, device, runner=str(liar))
+    old = install(tmp_path / "old", "executor_runner", lacks=("inputs", "output_file", "print_output", "cpu_threads", "etdump_path"))
+    with pytest.raises(CheckFailed, match="has no --output_file and no --inputs"):
+        flash(other, device, runner=str(old))
+    report = profile(other, device, str(old), runs=20, warmup=0, allow_unchecked=True)
+    assert len(report.methods[0].samples_s) == 20 and "made up the inputs" in " ".join(report.trust.reasons)
+
+
+@pytest.mark.wide
+def test_a_real_program_and_the_operators_of_an_event_tracer(device, tmp_path, monkeypatch):
+    """A .pte under ExecuTorch; what the tracer recorded is of another run."""
+    torch = pytest.importorskip("torch", reason="needs executorch")
+    flatcc = pytest.importorskip("executorch.devtools.etdump.schema_flatcc", reason="needs executorch")
+    from executorch.devtools.etdump.serialize import serialize_to_etdump_flatcc
+    from executorch.exir import to_edge_transform_and_lower
+
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(64, 4).eval(), torch.randn(1, 64)
+    program = to_edge_transform_and_lower(torch.export.export(model, (x,))).to_executorch().buffer
+    members = {"model.pte": program, "in.npy": array_bytes(x.numpy()), "out.npy": array_bytes(model(x).detach().numpy())}
+    case = GoldenCase(method="forward", inputs=("in.npy",), outputs=("out.npy",), max_relative_error=1e-3)
+    write_bundle(
+        tmp_path / "real.edge", members, model_name="linear", device="host", runtime="executorch", runtime_version="1", program="model.pte",
+        methods=("forward",), threads=1, plan_digest="0" * 64, host_check={}, golden=(case,), memory={}, edgesdk_version="0.1.0",
+    )  # fmt: skip
+    event = flatcc.Event(flatcc.ProfileEvent("native_call_mm.out", 0, 0, -1, None, None, 0, 3000), None, None)
+    content = serialize_to_etdump_flatcc(flatcc.ETDumpFlatCC(0, [flatcc.RunData("forward", -1, [], [event])]))
+    (tmp_path / "recorded").write_bytes(len(content).to_bytes(4, "little") + content)
+    monkeypatch.setenv("EDGESDK_TEST_ETDUMP", str(tmp_path / "recorded"))
+    tool = install(tmp_path / "tool", "executor_runner")
+    report = profile(tmp_path / "real.edge", device, str(tool), runs=5, warmup=0, operators=True)
+    assert [(o.method, o.unit, o.median_s, o.is_mean) for o in report.operators] == [
+        ("forward", "native_call_mm.out", pytest.approx(3e-6), False)
+    ]
+    assert status(device).good

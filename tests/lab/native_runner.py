@@ -4,6 +4,7 @@ runtime, prints in the tool's form and writes its outputs as the tool does. `ins
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ TREE = Path(__file__).parents[2]
 
 def install(folder: Path, kind: str, *, lacks: tuple[str, ...] = (), scale: float = 1.0) -> Path:
     """An executable `folder`/`kind` without the flags `lacks`, whose outputs are multiplied by `scale`."""
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / kind
     path.write_text(
         f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(TREE)!r})\n"
@@ -51,7 +53,9 @@ class Executor:
         from edgesdk.runner import open_program
 
         start = time.perf_counter()
-        runner = open_program(self.given["model_path"], "executorch", max(1, int(self.given.get("cpu_threads", "1"))))
+        path = self.given["model_path"]
+        runtime = "litert" if Path(path).read_bytes()[4:8] == b"TFL3" else "executorch"  # the quick tests have no real .pte
+        runner = open_program(path, runtime, max(1, int(self.given.get("cpu_threads", "1"))))
         method = self.given.get("method_name") or runner.methods[0]
         files = [f for f in self.given.get("inputs", "").split(",") if f]
         wanted = runner.inputs(method)
@@ -60,6 +64,8 @@ class Executor:
         self.log(f"Model loaded in {(time.perf_counter() - start) * 1e3:f} ms.")
         outputs, total, count = self._calls(runner, method, arrays)
         self.log(f"Model executed successfully {count} time(s) in {total:f} ms.")
+        if "etdump_path" in self.given:
+            shutil.copy(os.environ["EDGESDK_TEST_ETDUMP"], self.given["etdump_path"])
         if base := self.given.get("output_file"):
             for i, array in enumerate(outputs):
                 (array * array.dtype.type(self.scale)).tofile(f"{base}-{i}.bin")
