@@ -28,11 +28,18 @@ def free_port() -> int:
 
 
 class Link:
-    """A TCP relay on loopback that passes at most `limit` bytes towards the board, then cuts every connection."""
+    """A TCP relay on loopback that passes at most `limit` bytes towards the board, then cuts every connection.
+
+    `bytes_per_s`: how fast it is, both ways together; None: as fast as it can.
+    """
 
     def __init__(self, target: int) -> None:
         self.target, self.limit, self.passed = target, float("inf"), 0
-        self._server = socket.create_server(("127.0.0.1", 0))
+        self.bytes_per_s: float | None = None
+        self._server = socket.socket()
+        self._server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)  # what waits here has not been sent
+        self._server.bind(("127.0.0.1", 0))
+        self._server.listen()
         self.port = int(self._server.getsockname()[1])
         self._open = True
         threading.Thread(target=self._accept, daemon=True).start()
@@ -60,11 +67,13 @@ class Link:
             while True:
                 ready, _, _ = select.select([client, board], [], [], 60)
                 for end in ready:
-                    data = end.recv(65536)
+                    data = end.recv(65536 if self.bytes_per_s is None else 4096)
                     if not data or self.passed >= self.limit:
                         return
                     if end is client:
                         self.passed += len(data)
+                    if self.bytes_per_s is not None:
+                        time.sleep(len(data) / self.bytes_per_s)
                     (board if end is client else client).sendall(data)
 
 
@@ -79,7 +88,7 @@ class Board:
         self.cpu, self.memory_mb, self.data, self.keeps = cpu, memory_mb, data, keeps
         self.image: Image = build()
         self.console = b""
-        self.port = 0
+        self.host, self.port = "127.0.0.1", 0
         self._folder = tempfile.TemporaryDirectory(prefix="edgesdk-board-")
 
     def __enter__(self) -> Self:
@@ -196,12 +205,12 @@ class Board:
         return self._url(self.link.port)
 
     def _url(self, port: int) -> str:
-        return f"ssh://root@127.0.0.1:{port}?identity={self.image.key}&root=/data/edgesdk&known_hosts={self._folder.name}/known_hosts"
+        return f"ssh://root@{self.host}:{port}?identity={self.image.key}&root=/data/edgesdk&known_hosts={self._folder.name}/known_hosts"
 
     def ssh(self, *argv: str) -> subprocess.CompletedProcess[str]:
         """Run a command on the board."""
         options = [word for o in OPTIONS for word in ("-o", o)]
-        command = ["ssh", *options, "-i", str(self.image.key), "-p", str(self.port), "root@127.0.0.1", *argv]
+        command = ["ssh", *options, "-i", str(self.image.key), "-p", str(self.port), f"root@{self.host}", *argv]
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
     def fill_disk(self, leave_bytes: int = 100_000) -> None:
