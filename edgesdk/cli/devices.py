@@ -94,6 +94,23 @@ def _print(device: DeviceProfile) -> None:
         screen.print(f"  source of {field}: {source}", style="dim")
 
 
+@app.command("ports")
+def ports(as_json: Json = False) -> None:
+    """What is plugged in, and what to type for it after --to or --on: serial ports, UF2 volumes, Jetsons in recovery mode, phones."""
+    from edgesdk.bootloaders.ports import list_ports
+
+    found = list_ports()
+    if as_json:
+        emit_json(found)
+        return
+    for port in found.ports:
+        console().print(f"{port.name}: {port.what}" + (f" ({port.usb})" if port.usb else ""), markup=False)
+        for text in port.use:
+            console().print(f"  {text}", markup=False)
+    if not found.ports:
+        say("nothing found: no serial port, no UF2 volume, no Jetson in recovery mode, no phone")
+
+
 @app.command("check")
 def check(file: Annotated[str, typer.Argument(help="Your own profile, a TOML file.")], as_json: Json = False) -> None:
     """Check a profile; every mistake is told by file and field (exit 2)."""
