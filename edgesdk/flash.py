@@ -178,12 +178,14 @@ def clean(
     wait_s: float = 0.0,
     watch: Watch | None = None,
 ) -> Deployment:
-    """Remove what is no more needed: see `upkeep.spare`; the newest cut transfer stays, as it can be gone on with. Raises `DeviceError`."""
+    """Remove what is no more needed: see `upkeep.spare`; the newest cut transfer stays, as it can be gone on with; with any
+    `runner`, without Python there, and the runners go, too. Raises `DeviceError`."""
     with connected(on) as transport, _alone(transport, dry_run, python, wait_s, runner):
         performer = Performer(transport, python or transport.python, dry_run, watch, _plain(transport, runner))
         before = _in_order(performer)
         resumed = before.parts[0].removesuffix(".part") if before.parts else None
-        performer.all(remove(spare(before, transport.root, keep=keep, resumed=resumed), "no more needed"))
+        runners = [f"{transport.root}/runners"] if runner is not None else []
+        performer.all(remove([*spare(before, transport.root, keep=keep, resumed=resumed), *runners], "no more needed"))
         after = before if dry_run else survey(transport)
         return _deployment("dry-run" if dry_run else "cleaned", transport, after, None, performer)
 

@@ -51,7 +51,7 @@ def test_install_switch_roll_back_and_clean(device, bundles, tool):
     assert again.current == bundle_digest(bundles["b"]) and not any("put   " in s and "runners" in s for s in again.steps)
     back = roll_back(device, runner=str(tool))
     assert (back.current, back.previous) == (first.current, again.current)
-    assert clean(device, runner=str(tool)).action == "cleaned"
+    assert clean(device, runner=str(tool)).removed == ("runners",) and not (root / "runners").exists()
     assert status(device).history[-1].action == "rolled-back"
 
 

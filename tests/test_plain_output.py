@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgesdk.errors import DeviceError
 from edgesdk.plain import output
 from edgesdk.plain.explain import explain, machine_of, wrong_machine
 from edgesdk.plain.facts import read_facts
+from edgesdk.plain.tflite import signature
 from edgesdk.plain.tools import Call, Feed, identify
 from edgesdk.transport.base import Result
 
@@ -175,3 +177,51 @@ def test_facts_of_a_phone():
     assert (facts["clock_hz"], facts["temperature_c"], facts["governor"], facts["emulated"]) == (2.802e9, 41.3, "sched_pixel", [])
     assert read_facts("machine x86_64\nro.boot.qemu 1\n")["emulated"] == ["ro.boot.qemu = 1"]
     assert read_facts("")["machine"] == "unknown"
+
+
+def two_by_two() -> bytes:
+    """A `.tflite` with two inputs and two outputs whose signature names them in another order than the graph; one input is int8."""
+    s = pytest.importorskip("ai_edge_litert.schema_py_generated", reason="needs LiteRT")
+    flatbuffers = pytest.importorskip("flatbuffers", reason="needs flatbuffers")
+
+    def tensor(name: str, shape: list[int], kind: int, scale: float | None = None) -> object:
+        t = s.TensorT()
+        t.name, t.shape, t.type = name.encode(), shape, kind
+        if scale is not None:
+            t.quantization = s.QuantizationParametersT()
+            t.quantization.scale, t.quantization.zeroPoint = [scale], [3]
+        return t
+
+    def named(name: str, index: int) -> object:
+        m = s.TensorMapT()
+        m.name, m.tensorIndex = name, index
+        return m
+
+    f32, i8 = s.TensorType.FLOAT32, s.TensorType.INT8
+    graph = s.SubGraphT()
+    graph.tensors = [tensor("b", [2], i8, 0.5), tensor("a", [1, 3], f32), tensor("y", [1, 2], f32), tensor("x", [2], i8, 0.25)]
+    graph.inputs, graph.outputs, graph.operators = [0, 1], [2, 3], []
+    key = s.SignatureDefT()
+    key.signatureKey, key.subgraphIndex = "decode_1", 0
+    key.inputs, key.outputs = [named("args_1", 0), named("args_0", 1)], [named("output_0", 3), named("output_1", 2)]
+    model = s.ModelT()
+    model.version, model.subgraphs, model.signatureDefs, model.buffers = 3, [graph], [key], [s.BufferT()]
+    model.operatorCodes = []
+    builder = flatbuffers.Builder(256)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
+def test_inputs_and_outputs_go_by_the_graphs_order():
+    made = signature(two_by_two(), "decode_1")
+    assert (made.name, made.methods, made.feed, made.give) == ("decode_1", 1, (1, 0), (1, 0))
+    raw = made.raw_inputs([np.array([[1, 2, 3]], np.float32), np.array([1.0, -1.0], np.float32)])
+    assert [shape for _, shape in raw] == [(2,), (1, 3)] and np.frombuffer(raw[0][0], np.int8).tolist() == [5, 1]  # 1 / 0.5 + 3
+    content = np.array([[7, 8]], np.float32).tobytes() + np.array([3, 7], np.int8).tobytes()
+    x, y = made.arrays(content)
+    assert x.tolist() == [0.0, 1.0] and y.tolist() == [[7.0, 8.0]]
+    for wrong in (content[:-1], content + b"0", b""):
+        with pytest.raises(DeviceError, match=r"wrote \d+ bytes of outputs"):
+            made.arrays(wrong)
+    with pytest.raises(DeviceError, match="no method 'forward'"):
+        signature(two_by_two(), "forward")

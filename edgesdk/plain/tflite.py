@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgesdk.errors import CheckFailed, MissingTool
+from edgesdk.errors import DeviceError, MissingTool
 from edgesdk.runner import method_of, name_order
 
 DTYPES = {
@@ -33,7 +33,7 @@ class Signature:
         return [(quantize(arrays[i], self.inputs[i]).tobytes(), tuple(self.inputs[i]["shape"])) for i in self.feed]
 
     def arrays(self, content: bytes) -> list[Any]:
-        """The outputs, in the caller's order, out of the graph's, one behind the other. Raises `CheckFailed` if there are more or fewer bytes."""
+        """The outputs, in the caller's order, out of the graph's, one behind the other. Raises `DeviceError` if there are more or fewer bytes."""
         import numpy as np
 
         from edgesdk.runner import dequantize
@@ -49,14 +49,14 @@ class Signature:
             found[position] = dequantize(np.frombuffer(content[at:end], detail["dtype"]).reshape(detail["shape"]), detail)
             at = end
         if len(found) < len(self.give) or at != len(content):
-            raise CheckFailed(
+            raise DeviceError(
                 f"the runner wrote {len(content)} bytes of outputs, not what the program's outputs take", "its outputs cannot be checked"
             )
         return [found[i] for i in range(len(found))]
 
 
 def signature(content: bytes, method: str) -> Signature:
-    """`method` of the program `content`. Raises `CheckFailed` if it has none of that name, `MissingTool` without LiteRT's package here."""
+    """`method` of the program `content`. Raises `DeviceError` if it has none of that name, `MissingTool` without LiteRT's package here."""
     try:
         from ai_edge_litert import schema_py_generated as schema
     except ImportError:
@@ -77,7 +77,7 @@ def signature(content: bytes, method: str) -> Signature:
             ins = _named(found.Inputs, found.InputsLength())
             outs = _named(found.Outputs, found.OutputsLength())
             return _made(name, count, schema, graph, ins, outs, _indices(graph, "Inputs"), _indices(graph, "Outputs"))
-    raise CheckFailed(f"the program has no method '{method}'", "build the bundle again")
+    raise DeviceError(f"the program has no method '{method}'", "build the bundle again")
 
 
 def _indices(graph: Any, what: str) -> list[int]:
@@ -105,7 +105,7 @@ def _detail(schema: Any, tensor: Any) -> dict[str, Any]:
     names = {value: name for name, value in vars(schema.TensorType).items() if isinstance(value, int)}
     dtype = DTYPES.get(names.get(tensor.Type(), ""))
     if dtype is None:
-        raise CheckFailed(
+        raise DeviceError(
             f"tensor {tensor.Name().decode()} holds {names.get(tensor.Type(), 'unknown')} values", "such outputs cannot be checked"
         )
     scales = tensor.Quantization()
