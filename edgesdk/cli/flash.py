@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgesdk.cli.common import Json, console, emit_json, progress, say
-from edgesdk.cli.flash_image import Bmap, BootFile, ImageFile, Inside, OwnerId, Root, RootPartition, Yes
+from edgesdk.cli.flash_image import Bmap, BootFile, ImageFile, Inside, OwnerId, Root, RootPartition, SlotsOption, Yes, flash_image
 from edgesdk.cli.many import Jobs, on_each
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def flash(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the steps and change nothing.")] = False,
     jobs: Jobs = 8,
     image: ImageFile = None,
+    slots: SlotsOption = False,
     inside: Inside = None,
     bmap: Bmap = None,
     root: Root = None,
@@ -82,14 +83,16 @@ def flash(
     as_json: Json = False,
 ) -> None:
     """Install a bundle: send, verify, check on the device, switch; or roll back."""
-    if image is not None:
-        from edgesdk.cli.flash_image import flash_image
-
-        flash_image(
-            image, to, inside or bundle, bmap=bmap, root=root, owner=owner, python=python, partition=partition, boot_files=boot_file,
-            allow_unsigned=allow_unsigned, yes=yes, dry_run=dry_run, as_json=as_json,
-        )  # fmt: skip
+    if flash_image(
+        image, slots, to, on, bundle, inside=inside, bmap=bmap, root=root, owner=owner, python=python, partition=partition, boot_files=boot_file,
+        allow_unsigned=allow_unsigned, yes=yes, rollback=rollback, wait=wait, dry_run=dry_run, as_json=as_json,
+        others=bool(firmware or runner or allow_unchecked or keep != 2 or latency_gate or status or gc),
+    ):  # fmt: skip
         return
+    from edgesdk.bootloaders.types import is_board
+
+    if to is not None and not is_board(to):
+        on, to = to, None
     if to is not None and not (rollback or status or gc):
         from edgesdk.cli.flash_board import flash_board
 

@@ -108,6 +108,17 @@ def write_image(
     )
 
 
+@contextmanager
+def prepared(image: str | Path | None, content: Content, bmap: str | Path | None, watch: source.Watch) -> Iterator[Path | None]:
+    """The image, unpacked and with `content` in it where that is asked for: a temporary file then. None for None."""
+    if image is None or not (source.is_packed(Path(image)) or content.bundle or content.boot_files or bmap):
+        yield Path(image) if image else None
+        return
+    with tempfile.TemporaryDirectory(prefix="edgesdk-") as folder:
+        write_image(image, Path(folder, "image"), content, bmap=bmap, watch=watch)
+        yield Path(folder, "image")
+
+
 def read_content(
     bundle: str | Path | None,
     *,
