@@ -35,7 +35,7 @@ class Noun(Part):
         """The noun in `text`. Raises `InputError` naming `where`, the field and the problem."""
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not JSON ({error})", f"expected a saved {cls.KIND}") from None
         if not isinstance(data, dict) or data.pop("kind", None) != cls.KIND:
             raise InputError(f"{where}: not a {cls.KIND}", f'expected JSON with "kind": "{cls.KIND}"')

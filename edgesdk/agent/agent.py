@@ -96,7 +96,7 @@ def main() -> None:
             request = decode(line)
             if request.get("verb") == "cancel":
                 continue  # what it ends has ended
-        except (Refused, ValueError):
+        except Refused:
             write({"id": 0, "error": "the request was damaged on the way", "hint": "run the command again"})
             continue
         answer(request, write, fresh, lines)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import zlib
 from typing import Any
 
-from edgesdk.agent.wire import encode
+from edgesdk.agent.wire import encode, opened
 from edgesdk.errors import LinkError
 
 __all__ = ["decode", "encode", "is_frame"]
@@ -20,11 +18,7 @@ def is_frame(line: bytes) -> bool:
 
 def decode(line: bytes) -> dict[str, Any]:
     """The message in a line without its newline. Raises `LinkError` if it was damaged on the way."""
-    if is_frame(line):
-        length, crc, body = line.split(b" ", 2)
-        if len(body) == int(length) and b"%08x" % zlib.crc32(body) == crc:
-            message = json.loads(body)
-            assert isinstance(message, dict)
-            return message
+    if (message := opened(line)) is not None:
+        return message
     hint = "run the command again; if it repeats, something else prints on that line"
     raise LinkError(f"the device's answer was damaged on the way: {line[:60]!r}", hint)

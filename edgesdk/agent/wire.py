@@ -26,11 +26,22 @@ def encode(message: dict[str, Any]) -> bytes:
 
 
 def decode(line: bytes) -> dict[str, Any]:
-    length, crc, body = line.rstrip(b"\n").split(b" ", 2)
-    if len(body) != int(length) or b"%08x" % zlib.crc32(body) != crc:
+    message = opened(line.rstrip(b"\n"))
+    if message is None:
         raise Refused("the request was damaged on the way", "run the command again")
-    message: dict[str, Any] = json.loads(body)
     return message
+
+
+def opened(line: bytes) -> dict[str, Any] | None:
+    """The message in a line without its newline; None where it was damaged on the way, or is none."""
+    try:
+        length, crc, body = line.split(b" ", 2)
+        if len(body) != int(length) or b"%08x" % zlib.crc32(body) != crc:
+            return None
+        message = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return message if isinstance(message, dict) else None
 
 
 class Lines:
