@@ -102,7 +102,7 @@ class DeviceProfile(Noun):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
     title: str
     family: str  # the name of a file in targets/: "raspberry-pi", "jetson", "phone", "mcu", "host"
-    arch: Literal["aarch64", "armv7", "armv8m", "x86_64", "arm64-apple"]
+    arch: Literal["aarch64", "armv7", "armv6m", "armv7m", "armv8m", "xtensa", "x86_64", "arm64-apple"]
     os: Literal["linux", "android", "ios", "none"]
     aliases: tuple[str, ...] = ()
     published_names: tuple[str, ...] = ()  # how benchmark tables call this device

@@ -1,4 +1,4 @@
-"""Microcontrollers with an Ethos-U: programs are compiled ahead of time and linked into a firmware."""
+"""Microcontrollers: programs lie in flash, beside a firmware that runs them, or are linked into it (`edgesdk flash --to esp32:, uf2:, smp:`)."""
 
 from __future__ import annotations
 

@@ -123,7 +123,9 @@ def _show(path: Path, plan: Plan, manifest: Manifest) -> None:
         predicted = plan.quality - (plan.quality_drop or 0.0) if plan.quality is not None else None
         if predicted is not None and manifest.quality < predicted - 0.01:
             screen.print(f"  [yellow]that is {predicted - manifest.quality:.2%} less than planned: plan --verify measures candidates[/]")
-    screen.print(f"next: edgesdk flash {path} --on local   (or --on ssh://user@host)")
+    micro = manifest.runtime in ("tflite-micro", "executorch-ethos-u")
+    link = "--to esp32:/dev/ttyUSB0   (or --to uf2:…; see edgesdk devices ports)" if micro else "--on local   (or --on ssh://user@host)"
+    screen.print(f"next: edgesdk flash {path} {link}", markup=False)
 
 
 def register(app: typer.Typer) -> None:

@@ -81,12 +81,12 @@ def arena(path: Path, delegate: bool = True) -> dict[str, int]:
         raise InputError(f"{path}: the flatbuffer is damaged or cut off ({len(data)} bytes)", "copy or convert the file again") from None
 
 
-def memory_plan(content: bytes) -> dict[str, int]:
-    """A flatbuffer's own numbers, in bytes: `planned:<method>:0` (the arena), `program`."""
+def memory_plan(content: bytes, delegate: bool = True) -> dict[str, int]:
+    """A flatbuffer's own numbers, in bytes: `planned:<method>:0` (the arena), `program`. `delegate`: with XNNPACK."""
     with tempfile.NamedTemporaryFile(suffix=".tflite") as file:
         file.write(content)
         file.flush()
-        sizes = arena(Path(file.name))
+        sizes = arena(Path(file.name), delegate)
     return {"program": len(content)} | {f"planned:{method}:0": size for method, size in sizes.items()}
 
 

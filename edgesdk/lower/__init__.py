@@ -98,6 +98,10 @@ def _lower(spec: ModelSpec, runtime: str, choice: dict[tuple[str, str], str], sa
         from edgesdk.lower.litert import lower_litert
 
         return lower_litert(spec, choice, say)
+    if runtime == "tflite-micro":
+        from edgesdk.lower.micro import lower_micro
+
+        return lower_micro(spec, choice, say)
     if runtime.startswith("executorch"):
         from edgesdk.lower.executorch import lower_executorch
 
@@ -149,7 +153,7 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
         "runtime_version": "not run on this host",
         "methods": tuple(plan.method_latency),
     }
-    if plan.runtime in ("executorch", "litert", "tflite-runtime", "native", "native-cuda"):
+    if plan.runtime in ("executorch", "litert", "tflite-runtime", "tflite-micro", "native", "native-cuda"):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, name)
             if _runs_here(target):
@@ -164,7 +168,8 @@ def build(plan: Plan, spec: ModelSpec, out: str | Path, *, step: Step | None = N
             precisions = {u.precision for u in plan.units}
             fields["host_check"] = check_program(runner.run, reference(spec), inputs, set(precisions), f"{spec.name} on {plan.runtime}")
             fields["golden"] = _golden(runner, inputs, members)
-            fields |= {"methods": runner.methods, "runtime_version": runner.version}
+            version = f"not run there; LiteRT {runner.version} here" if plan.runtime == "tflite-micro" else runner.version
+            fields |= {"methods": runner.methods, "runtime_version": version}
             if spec.evaluate:
                 step(f"measuring {spec.quality_name}", 0.8)
                 fields["quality"] = spec.evaluate(runner.run)
@@ -195,8 +200,8 @@ def _target(plan: Plan) -> str:
 
 
 def _on_cpu(runtime: str) -> str:
-    """The runtime that stands for one here: our kernels on a CPU for those on a GPU."""
-    return "native" if runtime == "native-cuda" else runtime
+    """The runtime that stands for one here: our kernels on a CPU for those on a GPU, LiteRT for its smaller sister."""
+    return {"native-cuda": "native", "tflite-micro": "litert"}.get(runtime, runtime)
 
 
 def _kernels(plan: Plan, program: bytes, target: str) -> dict[str, bytes]:
@@ -292,4 +297,4 @@ def _memory(runtime: str, program: bytes) -> dict[str, int]:
         return native_plan(program)
     from edgesdk.graph.arena import memory_plan as arena_plan
 
-    return arena_plan(program)
+    return arena_plan(program, delegate=runtime != "tflite-micro")

@@ -31,6 +31,11 @@ _TFLITE_RUNTIME: dict[str, tuple[Precision, ...]] = {
     op: tuple(p for p in kinds if p != "int8-dynamic")
     for op, kinds in _LITERT.items()
 }
+_TFLITE_MICRO: dict[str, tuple[Precision, ...]] = {
+    # its kernels take floats, or int8 with ranges known beforehand; LiteRT's mixed ones are refused
+    op: tuple(p for p in kinds if p in ("fp32", "int8-static"))
+    for op, kinds in _LITERT.items()
+}
 _NATIVE: dict[str, tuple[Precision, ...]] = {"linear": ("fp32", "int8-dynamic", "int4-g32"), "embedding": ("fp32", "int8-weight-only")}
 _NATIVE_CUDA: dict[str, tuple[Precision, ...]] = {**_NATIVE, "linear": ("int8-dynamic", "int4-g32")}
 """Weights as these say; a GPU's inputs stay float16, which is nearer than the 8 bits that the names promise."""
@@ -57,6 +62,8 @@ def table(runtime: str) -> dict[str, tuple[Precision, ...]]:
         return _NATIVE
     if runtime == "native-cuda":
         return _NATIVE_CUDA
+    if runtime == "tflite-micro":
+        return _TFLITE_MICRO
     return _TFLITE_RUNTIME if runtime == "tflite-runtime" else _LITERT if runtime.startswith("litert") else {}
 
 
