@@ -47,25 +47,33 @@ def is_disk(path: Path, machine: Machine = Machine()) -> bool:
 
 def safe_disk(path: Path, needed_bytes: int, machine: Machine = Machine()) -> Disk:
     """The disk at `path`, if nothing is lost by writing to it that is not asked for. Raises `InputError` that says what stands against it."""
+    found = _look(path, needed_bytes, machine)
+    if isinstance(found, Disk):
+        return found
+    what, hint = found
+    raise InputError(f"{path}: {what}", hint or f"those that may be written to: {_candidates(machine)}")
+
+
+def _look(path: Path, needed_bytes: int, machine: Machine) -> Disk | tuple[str, str]:
+    """The disk, or what stands against it and what to do (nothing: take another)."""
     name = path.resolve().name
     entry = machine.sys / "class" / "block" / name
     if not entry.exists():
-        raise InputError(f"{path}: no such disk", f"those that may be written to: {_candidates(machine)}")
+        return "no such disk", ""
     if (entry / "partition").exists():
-        whole = entry.resolve().parent.name
-        raise InputError(f"{path}: a partition, an image wants the whole disk", f"give the disk it is on: --to {machine.dev / whole}")
+        return "a partition, an image wants the whole disk", f"give the disk it is on: --to {machine.dev / entry.resolve().parent.name}"
     place = str(entry.resolve())
     if _text(entry / "removable") != "1" and "/usb" not in place and "/mmc" not in place:
-        raise InputError(f"{path}: not removable, and not on USB or MMC", f"those that may be written to: {_candidates(machine)}")
+        return "not removable, and not on USB or MMC", ""
     if _text(entry / "ro") == "1":
-        raise InputError(f"{path}: write-protected", "look at the card's switch")
-    if used := _in_use(name, entry, machine):
-        raise InputError(f"{path}: {used}", "unmount it (`umount`, `swapoff`), if it is the right disk at all")
+        return "write-protected", "look at the card's switch"
+    if used := _in_use(entry, machine):
+        return used, "unmount it (`umount`, `swapoff`), if it is the right disk at all"
     size = int(_text(entry / "size") or 0) * SECTOR
     if not size:
-        raise InputError(f"{path}: no medium in it", "put a card in")
+        return "no medium in it", "put a card in"
     if size < needed_bytes:
-        raise InputError(f"{path}: {show_bytes(size)}, the image has {show_bytes(needed_bytes)}", "take a larger card")
+        return f"{show_bytes(size)}, the image has {show_bytes(needed_bytes)}", "take a larger card"
     return Disk(path, name, size, " ".join(_text(entry / "device" / part) for part in ("vendor", "model")).strip())
 
 
@@ -77,16 +85,11 @@ def _text(path: Path) -> str:
 
 
 def _candidates(machine: Machine) -> str:
-    found = []
-    for entry in sorted((machine.sys / "class" / "block").glob("*")):
-        try:
-            found.append(str(safe_disk(machine.dev / entry.name, 0, machine)) if not (entry / "partition").exists() else "")
-        except (InputError, RecursionError):
-            continue
-    return ", ".join(filter(None, found)) or "none is plugged in"
+    found = [_look(machine.dev / entry.name, 0, machine) for entry in sorted((machine.sys / "class" / "block").glob("*"))]
+    return ", ".join(str(disk) for disk in found if isinstance(disk, Disk)) or "none is plugged in"
 
 
-def _in_use(name: str, entry: Path, machine: Machine) -> str:
+def _in_use(entry: Path, machine: Machine) -> str:
     """What the disk or a partition of it is used for, or nothing."""
     parts = [entry, *(p.parent for p in entry.resolve().glob("*/partition"))]
     numbers = {_text(p / "dev"): p.name for p in parts}

@@ -91,12 +91,12 @@ def _run(argv: Sequence[str], stdin: str | None = None) -> subprocess.CompletedP
 
 
 class ExtFiles:
-    """The files of one ext4 file system inside an image."""
+    """The files of one ext4 file system inside an image; `shown` is what errors call it."""
 
-    def __init__(self, image: Path, part: Partition) -> None:
+    def __init__(self, image: Path, part: Partition, shown: Path | None = None) -> None:
         if "?" in str(image) or '"' in str(image):
             raise InputError(f"{image}: a '?' or a quote in the path", "e2fsprogs reads them as its own; rename the file or the folder")
-        self.image, self.part = image, part
+        self.image, self.part = shown or image, part
         self._device = f"{image}?offset={part.start_bytes}" if part.start_bytes else str(image)
 
     def check(self) -> None:
@@ -138,8 +138,22 @@ class ExtFiles:
         """Do them in order, then hold each against what is there. Raises `CheckFailed`."""
         with tempfile.TemporaryDirectory(prefix="edgesdk-") as folder:
             script = [line for i, e in enumerate(entries) for line in self._commands(e, Path(folder, str(i)))]
-            done = _run([tool("debugfs"), "-w", "-f", "-", self._device], "\n".join(script) + "\n")
-        self._verify(entries, done.stderr)
+            complaints = self._script(script, write=True).stderr
+            looks = [f"stat {_quoted(e.path)}" for e in entries]
+            looks += [
+                f"dump {_quoted(e.path)} {_quoted(str(Path(folder, f'{i}.back')))}" for i, e in enumerate(entries) if isinstance(e, File)
+            ]
+            shown = re.split(r"^debugfs: (?:stat|dump) .*\n", self._script(looks).stdout, flags=re.MULTILINE)[1:]
+            said = [line for line in complaints.splitlines() if line.strip() and not line.startswith("debugfs ")]
+            for i, (entry, text) in enumerate(zip(entries, shown, strict=False)):
+                if not _is(entry, text, Path(folder, f"{i}.back")):
+                    why = f" ({'; '.join(said[:2])})" if said else ""
+                    raise CheckFailed(
+                        f"{self.image}: {entry.path} did not get into {self.part}{why}", "the copy is not kept; try another image"
+                    )
+
+    def _script(self, lines: Sequence[str], write: bool = False) -> subprocess.CompletedProcess[str]:
+        return _run([tool("debugfs"), *(["-w"] if write else []), "-f", "-", self._device], "\n".join(lines) + "\n")
 
     def _commands(self, entry: Entry, content: Path) -> list[str]:
         """debugfs's commands for one entry; `write` takes a name in the folder it is in."""
@@ -154,33 +168,24 @@ class ExtFiles:
         put = [f"cd {_quoted(str(PurePosixPath(entry.path).parent))}", f"write {_quoted(str(content))} {name}", "cd /"]
         return [*before, *put, *_attributes(path, 0o100000 | entry.mode, entry.owner)]
 
-    def _verify(self, entries: Sequence[Entry], complaints: str) -> None:
-        said = [line for line in complaints.splitlines() if line.strip() and not line.startswith("debugfs ")]
-        for entry in entries:
-            shown = self.stat(entry.path) or ""
-            if isinstance(entry, Symlink):
-                good = f'"{entry.target}"' in shown
-            else:
-                owner = re.search(r"User:\s+(\d+)\s+Group:\s+(\d+)", shown)
-                good = bool(owner) and (
-                    isinstance(entry, Folder) or (_is(entry, shown, owner) and self._digest(entry.path) == entry.blob.sha256)
-                )
-            if not good:
-                why = f" ({'; '.join(said[:2])})" if said else ""
-                raise CheckFailed(
-                    f"{self.image}: {entry.path} did not get into {self.part}{why}", "nothing else was changed; try another image"
-                )
-
-    def _digest(self, path: str) -> str:
-        return hashlib.sha256(self.read(path)).hexdigest()
-
     def _ask(self, command: str) -> str:
         return _run([tool("debugfs"), "-R", command, self._device]).stdout
 
 
-def _is(entry: File, shown: str, owner: re.Match[str] | None) -> bool:
-    mode = re.search(r"Mode:\s+(\d+)", shown)
-    return bool(owner and mode) and (int(owner[1]), int(owner[2]), int(mode[1], 8)) == (entry.owner.user, entry.owner.group, entry.mode)  # type: ignore[index]
+def _is(entry: Entry, shown: str, content: Path) -> bool:
+    """Whether debugfs's `stat` shows this entry, with the content that was read back."""
+    if isinstance(entry, Symlink):
+        return f'"{entry.target}"' in shown
+    found = re.search(r"Type: (\w+)\s+Mode:\s+(\d+).*?User:\s+(\d+)\s+Group:\s+(\d+)", shown, re.DOTALL)
+    if found is None:
+        return False
+    if isinstance(entry, Folder):
+        return found[1] == "directory"  # one that was there keeps its owner
+    wanted = ("regular", f"{entry.mode:04o}", str(entry.owner.user), str(entry.owner.group))
+    if found.groups() != wanted or not content.exists():
+        return False
+    with content.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == entry.blob.sha256
 
 
 def _attributes(path: str, mode: int, owner: Owner) -> list[str]:
@@ -206,10 +211,10 @@ def require_room(fs: Ext4, part: Partition, entries: Sequence[Entry], image: Pat
 
 
 class FatFiles:
-    """The files of one FAT file system inside an image."""
+    """The files of one FAT file system inside an image; `shown` is what errors call it."""
 
-    def __init__(self, image: Path, part: Partition) -> None:
-        self.image, self.part = image, part
+    def __init__(self, image: Path, part: Partition, shown: Path | None = None) -> None:
+        self.image, self.part = shown or image, part
         self._device = f"{image}@@{part.start_bytes}"
 
     def free_bytes(self) -> int:

@@ -96,7 +96,7 @@ def _starter(system: System, root: str, python: str) -> list[Entry]:
         name, folder = "edgesdk-first-boot.service", "/etc/systemd/system"
         wants = f"{folder}/multi-user.target.wants"
         unit = File(f"{folder}/{name}", Blob.of(UNIT.format(**words).encode()))
-        return [Folder(folder), Folder(wants), unit, Symlink(f"{wants}/{name}", f"../{name}")]
+        return [Folder("/etc/systemd"), Folder(folder), Folder(wants), unit, Symlink(f"{wants}/{name}", f"../{name}")]
     script = Blob.of(SCRIPT.format(**words).encode())
     if system.exists("/etc/rc2.d"):  # System V's init: a script, and a link for each level that users reach
         links: list[Entry] = [

@@ -54,9 +54,10 @@ class Ext4:
         return max(0, self.free_blocks - self.reserved_blocks) * self.block_bytes
 
 
-def partitions(path: Path) -> list[Partition]:
-    """The partitions of an image. Raises `InputError` (no table, no file system) and `CheckFailed` (cut off, damaged table)."""
+def partitions(path: Path, shown: Path | None = None) -> list[Partition]:
+    """The partitions of an image, which errors call `shown`. Raises `InputError` (no table, no file system) and `CheckFailed` (cut off, damaged table)."""
     size = path.stat().st_size
+    shown = shown or path
     with path.open("rb") as image:
         bare = _kind(image, 0, size)
         if bare[0] != "other":
@@ -65,7 +66,7 @@ def partitions(path: Path) -> list[Partition]:
             spans = _spans(image, size, path)
             found = [Partition(n, start, length, *_kind(image, start, length)) for n, start, length in spans]
         for part in found:
-            _whole(image, part, size, path)
+            _whole(image, part, size, shown)
     return found
 
 

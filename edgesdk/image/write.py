@@ -80,8 +80,8 @@ def write_image(
         size = work.stat().st_size
         if blocks and size != blocks.image_bytes:
             raise InputError(f"{image}: {size} bytes, its block map is of {blocks.image_bytes}", f"{found} belongs to another image")
-        parts = partitions(work)
-        steps += _fill(work, parts, content, dry_run, watch)
+        parts = partitions(work, image)
+        steps += _fill(work, image, parts, content, dry_run, watch)
         written = size
         if card:
             card = disk.safe_disk(to, size, machine)
@@ -198,11 +198,11 @@ def _settle(work: Path, to: Path) -> None:
     work.replace(to)
 
 
-def _fill(work: Path, parts: list[Partition], content: Content, dry_run: bool, watch: source.Watch) -> list[str]:
+def _fill(work: Path, image: Path, parts: list[Partition], content: Content, dry_run: bool, watch: source.Watch) -> list[str]:
     """Put everything in, the file systems checked before and after; returns the steps."""
     steps: list[str] = []
     if content.boot_files:
-        boot = FatFiles(work, pick(parts, "fat", None, work))
+        boot = FatFiles(work, pick(parts, "fat", None, image), image)
         boot.free_bytes()
         for name, data in content.boot_files.items():
             steps.append(f"boot  {name}  # {show_bytes(len(data))}, in {boot.part}")
@@ -210,14 +210,14 @@ def _fill(work: Path, parts: list[Partition], content: Content, dry_run: bool, w
                 boot.put(name, data)
     if content.bundle is None:
         return steps
-    part = pick(parts, "ext4", content.partition, work)
-    system, fs = ExtFiles(work, part), ext4(work, part)
+    part = pick(parts, "ext4", content.partition, image)
+    system, fs = ExtFiles(work, part, image), ext4(work, part)
     watch("check", 0, 0)
     system.check()
     entries: list[Entry] = firstboot.entries(
         content.bundle, system, content.root, content.owner, content.python, content.signer.id if content.signer else None
     )
-    require_room(fs, part, entries, work)
+    require_room(fs, part, entries, image)
     steps += [f"check {part}  # e2fsck", *map(str, entries), f"check {part}  # e2fsck, and every file read back"]
     if not dry_run:
         watch("bundle", 0, 0)
