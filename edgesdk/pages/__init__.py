@@ -14,7 +14,6 @@ from edgesdk.pages.rows import Ratio, operators, predicted, ratios
 from edgesdk.pages.style import STYLE
 from edgesdk.plan.types import Plan
 from edgesdk.report import Report
-from edgesdk.trust import percentile
 from edgesdk.units import show_bytes, show_joules, show_seconds
 
 _BADGES = {"good": "good", "noisy": "warn", "throttled": "bad", "emulated": "odd"}
@@ -102,8 +101,7 @@ def _head(r: Report, name: str) -> str:
 def _tiles(r: Report) -> str:
     found: list[tuple[str, str]] = []
     for m in r.methods[:3]:
-        found.append((show_seconds(m.p50_s), f"{m.method}, median"))
-        found.append((show_seconds(m.p90_s), f"{m.method}, 90% below"))
+        found.append((show_seconds(m.p50_s), f"{m.method}, median; 90% below {show_seconds(m.p90_s)}"))
     found += [(show_seconds(r.load_cold_s), "cold load"), (show_bytes(r.peak_rss_bytes), "memory peak")]
     found += [
         (show_joules(e.net_j if e.net_j is not None else e.gross_j), f"{e.method}, a call{', less idle' if e.net_j is not None else ''}")
@@ -121,17 +119,18 @@ def _measured(reports: Sequence[Report], names: Sequence[str], plans: Sequence[P
     methods = list(dict.fromkeys(m.method for r in reports for m in r.methods if m.samples_s))
     for method in methods:
         sides = [(n, r, m) for n, r in zip(names, reports, strict=True) for m in r.methods if m.method == method and m.samples_s]
-        top = max(percentile(m.samples_s, 0.995) * 1.08 for _, _, m in sides)
+        ends = times.span([m for _, _, m in sides])
         many = len(reports) > 1
-        found += [times.over_time(r, m, f"{method}, {n}" if many else method, top) for n, r, m in sides]
+        found += [times.over_time(r, m, f"{method}, {n}" if many else method, ends) for n, r, m in sides]
         found.append(times.distribution(method, [(n, m) for n, _, m in sides]))
-    for name, r in zip(names, reports, strict=True):
-        shown = name if len(reports) > 1 else r.model_name
-        if r.operators:
-            found.append(operators(r.operators, r.operators_route or "", f"Operators: {shown}"))
-        found += [f for f in (predicted(r, shown), times.watts(r, shown)) if f]
+    shown = names if len(reports) > 1 else [r.model_name for r in reports]
+    found += [f for n, r in zip(shown, reports, strict=True) if (f := predicted(r, n))]
     memory = planned.memory(plans, list(zip(names, reports, strict=True))) if reports else None
-    return found + ([memory] if memory else [])
+    found += [memory] if memory else []
+    found += [f for n, r in zip(shown, reports, strict=True) if (f := times.watts(r, n))]
+    return found + [
+        operators(r.operators, r.operators_route or "", f"Operators: {n}") for n, r in zip(shown, reports, strict=True) if r.operators
+    ]
 
 
 def _planned(reports: Sequence[Report], names: Sequence[str], plans: Sequence[Plan]) -> list[Figure]:
@@ -169,7 +168,17 @@ def _compared(reports: Sequence[Report], names: Sequence[str]) -> str:
 
 def _verdicts(answer: Verdicts, name: str) -> Figure:
     kinds = {"slower": "1", "more": "1", "faster": "2", "less": "2", "same": "0"}
-    rows = [Ratio(r.name, r.ratio, r.low, r.high, f"×{r.ratio:.3f} {r.verdict}", kinds.get(r.verdict, "s")) for r in answer.rows]
+    rows = [
+        Ratio(
+            r.name,
+            r.ratio,
+            r.low,
+            r.high,
+            f"×{r.ratio:.3f}" + ("" if answer.not_comparable else f" {r.verdict}"),
+            kinds.get(r.verdict, "s"),
+        )
+        for r in answer.rows
+    ]
     cells = [
         [
             r.name,
@@ -214,10 +223,11 @@ def _conditions(r: Report, name: str) -> str:
     rows += [("bundle", r.bundle_digest), ("load, warm", show_seconds(r.load_warm_s)), ("runtime import", show_seconds(r.runtime_import_s))]
     rows += [(k, "unknown" if v is None else str(v)) for k, v in r.how.model_dump().items()]
     rows += [("power", reason) for reason in r.power_reasons]
+    for m in r.methods:
+        if m.summary:
+            rows.append((m.method, ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in m.summary.model_dump().items() if v is not None)))
     rows += [(f"memory, {k}", v) for k, v in r.memory.reasons.items()]
-    return (
-        f"<section><h2>Conditions: {text(name)}</h2><div class=card>{Table(['', ''], [list(row) for row in rows]).render()}</div></section>"
-    )
+    return f"<section><h2>Conditions: {text(name)}</h2><div class=card>{Table(['what', 'as recorded'], [list(row) for row in rows]).render()}</div></section>"
 
 
 def _pairs(rows: Sequence[tuple[str, str]]) -> str:

@@ -71,14 +71,14 @@ class Figure:
 
 
 def legend(entries: Sequence[tuple[str, str]]) -> str:
-    """What each mark is. A class that begins with `f` is a dot, one with `k` a line, `zone` and `band` are areas."""
+    """What each mark is. A class that begins with `k` or `ref` is a line, one with `f` or `ring` a dot, `zone` and `band` are areas."""
     if not entries:
         return ""
 
     def mark(kind: str) -> str:
-        if kind.startswith("k"):
+        if kind.startswith(("k", "ref")):
             return f'<line x1=1 x2=21 y1=6 y2=6 class="line {kind}"/>'
-        if kind.startswith("f"):
+        if kind.startswith(("f", "ring")):
             return f'<circle cx=11 cy=6 r=4.5 class="{kind}"/>'
         return f'<rect x=1 width=20 height=12 class="{kind}"/>'
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from edgesdk.pages.html import Figure, Table
-from edgesdk.pages.rows import operators, stacks
+from edgesdk.pages.rows import operators, pattern, stacks
 from edgesdk.pages.svg import Plot, Scale, label_spots, logarithmic, number, timely
 from edgesdk.pages.times import unit_of
 from edgesdk.plan.types import Candidate, Plan, UnitPlan
@@ -35,12 +35,12 @@ def roofline(plan: Plan, device: DeviceProfile, report: Report | None = None) ->
     whole = _methods(plan, report)
     xs = [x for x, _, _ in own] + [x for x, _, _ in whole]
     ridge = max(flat.values()) / min(slopes.values())
-    ys = [y for _, y, _ in own] + [y for _, y, _ in whole] + list(flat.values())
+    ys = [y for _, y, _ in own] + [y for _, y, _ in whole] + [2 * top for top in flat.values()]
 
     def draw(width: int) -> str:
         x = logarithmic([*xs, ridge * 2], 4 if width < 400 else 7)
         y = logarithmic([*ys, min(slopes.values()) * x.low * 3], 6, show=lambda v: number(v / 1e9))
-        plot = Plot(width, 310, x, y, left=46).axes("operations a byte", "billion operations a second")
+        plot = Plot(width, 310, x, y, left=56).axes("operations a byte", "billion operations a second")
         for i, (_, rate) in enumerate(slopes.items()):
             _ray(plot, rate, max(flat.values()), "ks" + (" dash" if i else ""))
         for i, (_, top) in enumerate(flat.items()):
@@ -57,8 +57,9 @@ def roofline(plan: Plan, device: DeviceProfile, report: Report | None = None) ->
     names = ", ".join(f"{name} {rate / 1e9:.3g} GB/s" for name, rate in slopes.items())
     tops = ", ".join(f"{name} {top / 1e9:.4g}" for name, top in flat.items())
     note = f"Lines: at most {tops} billion operations a second; {names}. By the device's profile, {plan.threads} thread{'s' * (plan.threads > 1)}."
+    note += " What is above a slope reads from caches."
     legend = [("bound by compute", "f0 dot"), ("bound by memory", "f1 dot"), ("bound by calls", "fs dot")]
-    legend += [("a whole method, measured", "ring f")] if whole else []
+    legend += [("a whole method, measured", "ring")] if whole else []
     rows = [
         [u.method, u.unit, u.precision, f"{a:.3g}", number(b / 1e9), show_seconds(u.latency.value), u.bound]
         for a, b, u in sorted(own, key=lambda p: -p[2].latency.value)
@@ -110,11 +111,11 @@ def _labels(
     plot: Plot, flat: dict[str, float], own: Sequence[tuple[float, float, UnitPlan]], whole: Sequence[tuple[float, float, str]]
 ) -> None:
     """Names of the methods and of the slowest units where there is room, of the ceilings at the right."""
-    slow = sorted(own, key=lambda p: -p[2].latency.value)[: LABELS if plot.width > 400 else 3]
-    named = [*whole, *((a, b, u.unit.rsplit(".", 1)[-1]) for a, b, u in slow)]
-    spots = label_spots(
-        [(plot.px(a), plot.py(b), n) for a, b, n in named], plot.width - plot.right, plot.top, plot.floor - 4, plot.left + 4
-    )
+    slow: dict[str, tuple[float, float, str]] = {}
+    for a, b, u in sorted(own, key=lambda p: -p[2].latency.value):
+        slow.setdefault(pattern(u.unit), (a, b, ".".join(u.unit.split(".")[-2:])))
+    named = [*whole, *list(slow.values())[: LABELS if plot.width > 400 else 3]]
+    spots = label_spots(plot, named, [(a, b) for a, b, _ in own])
     taken: list[float] = []
     for name, top in flat.items():
         y = plot.py(top) - 6
@@ -159,8 +160,8 @@ def front(plan: Plan) -> Figure | None:
         for c in points:
             plot.dot(c.latency.value * factor, c.memory_bytes / size, "f0", 5, _told(c))
         plot.dot(plan.latency.value * factor, plan.memory.peak_bytes / size, "ring", 9, "chosen")
-        named = [(plot.px(c.latency.value * factor), plot.py(c.memory_bytes / size), str(i + 1)) for i, c in enumerate(points)]
-        for spot, (_, _, words) in zip(label_spots(named, width - 12, plot.top, plot.floor - 3, plot.left + 2), named, strict=True):
+        named = [(c.latency.value * factor, c.memory_bytes / size, str(i + 1)) for i, c in enumerate(points)]
+        for spot, (_, _, words) in zip(label_spots(plot, named), named, strict=True):
             if spot:
                 plot.write(*spot, words, "start", "ink")
         return plot.whole
@@ -176,14 +177,17 @@ def front(plan: Plan) -> Figure | None:
     table = Table(["", "layout", "runtime", "one answer", "memory", "stored", "quality lost", "units"], rows)
     ends = f"from {rows[0][3]} and {rows[0][4]} to {rows[-1][3]} and {rows[-1][4]}"
     said = f"{len(points)} choices {ends}; chosen: {show_seconds(plan.latency.value)}, {show_bytes(plan.memory.peak_bytes)}."
-    legend = [("a choice", "f0"), ("chosen", "ring f"), *([("latency budget", "ref k")] if limits.latency_s else [])]
+    note = "Predicted. No other choice is both faster and smaller." + (
+        "" if chosen is not None else " The chosen one is off the front: see why below."
+    )
+    legend = [("a choice", "f0"), ("chosen", "ring"), *([("latency budget", "ref")] if limits.latency_s else [])]
     return Figure(
         f"Pareto front: {plan.model_name} on {plan.device}",
         said,
         draw,
         table,
         legend,
-        "No other choice is both faster and smaller; predicted.",
+        note,
     )
 
 
@@ -244,9 +248,9 @@ def memory(plans: Sequence[Plan], reports: Sequence[tuple[str, Report]]) -> Figu
     return Figure("Memory", said, stacks(scaled, lambda v: show_bytes(v * size), unit), Table(["", "part", "size"], rows), legend)
 
 
-def units(plan: Plan) -> Figure:
-    """Predicted time of each unit's call, as operators are shown."""
+def units(plan: Plan) -> Figure | None:
+    """Predicted time of each unit's call, as operators are shown. None where the plan holds no units."""
     known = [u for u in plan.units if u.latency.value > 0]
     whole = sum(u.latency.value for u in known) or 1.0
     rows = [OperatorTime(method=u.method, unit=u.unit, op=u.op, median_s=u.latency.value, share=u.latency.value / whole) for u in known]
-    return operators(rows, "predicted", f"Units: {plan.model_name} on {plan.device}")
+    return operators(rows, "predicted", f"Units: {plan.model_name} on {plan.device}") if rows else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from edgesdk.report import OperatorTime, Report
 from edgesdk.units import show_bytes, show_seconds
 
 EMPTY = Scale(0, 1, ())
-BARS = 14
+BARS = 10
 
 
 @dataclass(frozen=True)
@@ -94,23 +95,34 @@ def bars(rows: Sequence[tuple[str, float, str, str]], kinds: Sequence[str]) -> C
     return draw
 
 
+def pattern(name: str) -> str:
+    """A unit's name with * for numbers of layers and without that of a call: what alike units share."""
+    return re.sub(r"(?<![a-z\d])\d+", "*", re.sub(r"_\d+$", "", name))
+
+
 def operators(rows: Sequence[OperatorTime], route: str, title: str) -> Figure:
-    """The slowest operators as bars, all of them in the table."""
-    ordered = sorted(rows, key=lambda o: -o.median_s)
-    kinds = list(dict.fromkeys(o.op for o in ordered))
-    colour = {op: f"f{i}" if i < 6 else "fs" for i, op in enumerate(kinds)}
+    """The slowest operators as bars, all of them in the table; many are summed over what differs by a number in their names alone."""
     several = len({o.method for o in rows}) > 1
-    names = [f"{o.method}: {o.unit}" if several else o.unit for o in ordered]
-    shown = [
-        (n, o.median_s, f"{show_seconds(o.median_s)}  {o.share:.0%}", f"{n} ({o.op}): {show_seconds(o.median_s)}")
-        for n, o in zip(names, ordered, strict=True)
-    ]
+    sums: dict[tuple[str, str], list[OperatorTime]] = {}
+    for o in rows:
+        name = f"{o.method}: {o.unit}" if several else o.unit
+        sums.setdefault((pattern(name) if len(rows) > BARS else name, o.op), []).append(o)
+    ordered = sorted(((sum(o.median_s for o in group), *key, group) for key, group in sums.items()), key=lambda g: -g[0])
+    kinds = list(dict.fromkeys(op for _, _, op, _ in ordered))
+    colour = {op: f"f{i}" if i < 6 else "fs" for i, op in enumerate(kinds)}
+    shown = []
+    for seconds, name, op, group in ordered[:BARS]:
+        count = f" ({len(group)})" if len(group) > 1 else ""
+        share = sum(o.share for o in group)
+        shown.append(
+            (name + count, seconds, f"{show_seconds(seconds)}  {share:.0%}", f"{name}{count}, {op}: {show_seconds(seconds)}, {share:.1%}")
+        )
     legend = [(op, colour[op]) for op in kinds[:6]] + ([("others", "fs")] if len(kinds) > 6 else [])
-    said = ", ".join(f"{n} {o.share:.0%}" for n, o in list(zip(names, ordered, strict=True))[:5])
-    note = route + (f"; the {BARS} slowest of {len(rows)}" if len(rows) > BARS else "")
-    cells = [[o.method, o.unit, o.op, show_seconds(o.median_s), f"{o.share:.1%}"] for o in ordered]
+    said = "; ".join(title for _, _, _, title in shown[:5])
+    note = route + (f"; the {BARS} slowest groups of {len(rows)}, * stands for a number" if len(rows) > BARS else "")
+    cells = [[o.method, o.unit, o.op, show_seconds(o.median_s), f"{o.share:.1%}"] for o in sorted(rows, key=lambda o: -o.median_s)]
     table = Table(["method", "unit", "operator", "a call", "share"], cells)
-    return Figure(title, said, bars(shown[:BARS], [colour[o.op] for o in ordered[:BARS]]), table, legend, note)
+    return Figure(title, said, bars(shown, [colour[op] for _, _, op, _ in ordered[:BARS]]), table, legend, note)
 
 
 def stacks(rows: Sequence[tuple[str, Sequence[tuple[str, float, str]]]], unit: Callable[[float], str], axis: str) -> Callable[[int], str]:

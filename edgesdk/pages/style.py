@@ -23,8 +23,8 @@ p{margin:4px 0}a{color:var(--c0)}
 .card,figure{background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:16px 18px;margin:0;min-width:0}
 .card+.card{margin-top:16px}
 .card ul{margin:8px 0 0;padding-left:20px}
-.grid{display:grid;gap:16px;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr))}
-.tiles{display:grid;gap:12px;grid-template-columns:repeat(auto-fill,minmax(140px,1fr));margin:16px 0}
+.grid{display:grid;gap:16px;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr))}
+.tiles{display:grid;gap:12px;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));margin:16px 0}
 .tiles div{background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:10px 14px}
 .tiles b{display:block;font-size:21px;line-height:1.3;font-variant-numeric:tabular-nums}
 .tiles span{font-size:13px;color:var(--soft);display:block;overflow-wrap:anywhere}
@@ -33,8 +33,9 @@ figure{display:flex;flex-direction:column}
 figcaption h3{margin-bottom:0}figcaption p{font-size:13px}
 .plot{margin:10px 0 8px}
 svg{display:block;width:100%;height:auto;max-width:640px;margin:0 auto}
-svg.narrow{display:none}
-svg text{font-size:12.5px;fill:var(--soft);font-family:inherit}svg text.ink{fill:var(--ink)}svg text.strong{fill:var(--ink);font-weight:600}
+svg.narrow{display:none;max-width:400px}
+svg text{font-size:12.5px;fill:var(--soft);font-family:inherit;paint-order:stroke;stroke:var(--card);stroke-width:3px;stroke-linejoin:round}
+svg text.ink{fill:var(--ink)}svg text.strong{fill:var(--ink);font-weight:600}
 .line{fill:none;stroke-width:1.8;stroke-linejoin:round}.thin{stroke-width:1.2}.dash{stroke-dasharray:5 4}.dot{stroke-width:0;fill-opacity:.65}
 .axis{stroke:var(--soft);stroke-width:1}.tick{stroke:var(--grid);stroke-width:1}.ref{stroke:var(--ink);stroke-width:1.2;stroke-dasharray:3 3}
 .zone{fill:var(--bad);fill-opacity:.16}.band{fill:var(--soft);fill-opacity:.14}.ring{fill:none;stroke:var(--ink);stroke-width:2}

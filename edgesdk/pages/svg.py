@@ -29,7 +29,7 @@ def shorten(words: str, room: float) -> str:
 
 def number(value: float) -> str:
     """Three digits that count, without an exponent for what people meet."""
-    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:.1e}"
+    return f"{value:.0f}" if 100 <= abs(value) < 1e7 else f"{value:.3g}"
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Plot:
     y: Scale
     left: float = 52
     right: float = 12
-    top: float = 22
+    top: float = 26
     bottom: float = 40
     marks: list[str] = field(default_factory=list)
 
@@ -117,12 +117,12 @@ class Plot:
         self.add(f'<line x1="{self.left:.1f}" x2="{end:.1f}" y1="{self.floor:.1f}" y2="{self.floor:.1f}" class="axis"/>')
         if x_ticks:
             self._below(x_label)
-        self.write(2, self.top - 9, y_label, "start", "ink")
+        self.write(2, self.top - 13, y_label, "start", "ink")
         if second:
             scale, label, kind = second
             for tick in scale.ticks:
                 self.write(end + 7, self.py(tick, scale) + 4, scale.show(tick), "start", kind)
-            self.write(self.width - 2, self.top - 9, label, "end", kind)
+            self.write(self.width - 2, self.top - 13, label, "end", kind)
         return self
 
     def _below(self, label: str) -> None:
@@ -177,30 +177,31 @@ class Plot:
 
 
 def label_spots(
-    points: Sequence[tuple[float, float, str]], width: float, top: float, floor: float, left: float
+    plot: Plot, named: Sequence[tuple[float, float, str]], others: Sequence[tuple[float, float]] = ()
 ) -> list[tuple[float, float] | None]:
-    """Where labels of points (in pixels) go without overlapping each other, a point or the frame: their start and baseline, or None."""
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y, _ in points]
+    """Where labels of points go without overlapping each other, a point or the frame: their start and baseline in pixels, or None.
+
+    `named`: (x, y, label) and `others`: (x, y), all as values.
+    """
+    at = [(plot.px(x), plot.py(y)) for x, y in (*((x, y) for x, y, _ in named), *others)]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in at]
     found: list[tuple[float, float] | None] = []
-    for x, y, words in points:
+    for (x, y), (_, _, words) in zip(at, named, strict=False):
         wide = width_of(words) * 1.08
-        spots = [
-            (x + 9, y + 4),
-            (x - 9 - wide, y + 4),
-            (x - wide / 2, y - 10),
-            (x - wide / 2, y + 20),
-            (x + 9, y - 10),
-            (x + 9, y + 18),
-            (x - 9 - wide, y - 10),
-            (x - 9 - wide, y + 18),
-        ]
-        best = None
-        for a, b in spots:
-            box = (a - 2, b - FONT, a + wide + 2, b + 4)
-            inside = box[0] >= left and box[2] <= width and box[1] >= top and box[3] <= floor
-            if inside and not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken):
-                best = (a, b)
-                taken.append(box)
-                break
-        found.append(best)
+        beside, above = (x + 9, x - 9 - wide), (x - wide / 2, x + 9, x - 9 - wide)
+        spots = [*((a, y + 4) for a in beside), *((a, b) for b in (y - 10, y + 19) for a in above)]
+        found.append(next((s for s in spots if _free(plot, _box(s, wide), taken)), None))
+        taken += [_box(found[-1], wide)] if found[-1] else []
     return found
+
+
+Box = tuple[float, float, float, float]
+
+
+def _box(spot: tuple[float, float], wide: float) -> Box:
+    return spot[0] - 2, spot[1] - FONT, spot[0] + wide + 2, spot[1] + 4
+
+
+def _free(plot: Plot, box: Box, taken: Sequence[Box]) -> bool:
+    inside = box[0] >= plot.left + 2 and box[2] <= plot.width - plot.right and box[1] >= plot.top and box[3] <= plot.floor - 3
+    return inside and not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken)

@@ -14,7 +14,7 @@ from edgesdk.trust import percentile
 from edgesdk.units import show_joules, show_seconds
 
 MANY = 500  # samples from which on a method is drawn as medians and a band of pieces of time
-PIECES = 120
+PIECES, PIECE = 120, 15  # at most so many, of at least so many samples
 
 
 def unit_of(largest_s: float) -> tuple[float, str]:
@@ -25,49 +25,75 @@ def unit_of(largest_s: float) -> tuple[float, str]:
 # ---- over time ----------------------------------------------------------------------------------------------
 
 
-def over_time(report: Report, m: MethodSamples, name: str, top_s: float | None = None) -> Figure:
-    """Each call's latency in order of time. `top_s`: the largest value of figures that stand side by side."""
+def over_time(report: Report, m: MethodSamples, name: str, ends: tuple[float, float] | None = None) -> Figure:
+    """Each call's latency in order of time. `ends`: the span of figures that stand side by side."""
     timed = len(m.starts_s) == len(m.samples_s)
-    start = min([*m.starts_s[:1], *(t.at_s for t in report.moments[:1])], default=0.0) if timed else 0.0
-    xs = [t - start for t in m.starts_s] if timed else [float(i + 1) for i in range(len(m.samples_s))]
-    moments = [(t.at_s - start, t) for t in report.moments] if timed else []
-    moments = [(t, moment) for t, moment in moments if -1e-9 <= t <= xs[-1] * 1.02 + 1]
+    start = m.starts_s[0] if timed else 0.0
+    second, clock = unit_of(m.starts_s[-1] - start) if timed else (1.0, "call")
+    xs = [(t - start) * second for t in m.starts_s] if timed else [float(i + 1) for i in range(len(m.samples_s))]
+    moments = _within([((t.at_s - start) * second, t) for t in report.moments], xs[-1]) if timed else []
     warm = _hottest([moment for _, moment in moments])
     clocks = _clusters([moment for _, moment in moments])
-    ceiling = percentile(m.samples_s, 0.995) * 1.08  # an outlier must not flatten the rest
-    top_s = max(top_s or ceiling, ceiling)
+    low_s, high_s = span([m])
+    low_s, top_s = (min(low_s, ends[0]), max(high_s, ends[1])) if ends else (low_s, high_s)
     factor, unit = unit_of(top_s)
+    words = f"time, {clock}" if timed else clock
+    changed = (m.steady.changed_at_s - start) * second if m.steady and m.steady.changed_at_s is not None and timed else None
     beyond = sum(1 for s in m.samples_s if s > top_s)
 
     def draw(width: int) -> str:
         tall = 250 if not clocks else 330
-        x = linear([*xs, *(t for t, _ in moments)], 4 if width < 400 else 7)
-        y = linear([0.0, top_s * factor], 5)
+        x = linear([xs[0], xs[-1]], 4 if width < 400 else 7)
+        y = linear([low_s * factor, top_s * factor], 5)
         plot = Plot(width, tall, x, y, left=46, right=44 if warm else 12, bottom=40 if not clocks else 128)
-        second = None
+        right = None
         if warm:
             degrees = linear([v for _, moment in moments if (v := moment.temperatures_c.get(warm)) is not None], 4)
-            second = (degrees, "°C", "f1")
-        plot.axes("seconds" if timed else "call", unit, second, x_ticks=not clocks)
+            right = (degrees, "°C", "f1")
+        plot.axes(words, unit, right, x_ticks=not clocks)
         for low, high in _held_back(moments):
             plot.zone(low, high, "zone")
         _samples(plot, xs, [min(s, top_s) * factor for s in m.samples_s])
-        if second and warm:
-            plot.line([(t, v) for t, moment in moments if (v := moment.temperatures_c.get(warm)) is not None], "k1 dash", second[0])
-        if m.steady and m.steady.changed_at_s is not None and timed:
-            plot.upright(min(max(m.steady.changed_at_s - start, x.low), x.high))
+        if right and warm:
+            plot.line(
+                [(min(max(t, x.low), x.high), v) for t, moment in moments if (v := moment.temperatures_c.get(warm)) is not None],
+                "k1 dash",
+                right[0],
+            )
+        if changed is not None:
+            plot.upright(min(max(changed, x.low), x.high))
         if clocks:
-            _strip(plot, width, tall, x, moments, clocks)
+            _strip(plot, tall, x, words, moments, clocks)
         return plot.whole
 
     legend = [("a call", "f0")] if len(xs) <= MANY else [("median", "k0"), ("p5 to p95", "f0 faint")]
     legend += [(f"temperature ({warm})", "k1 dash")] if warm else []
+    legend += [(f"clock ({name})", f"k{2 + i} thin") for i, name in enumerate(clocks)]
     legend += [("held back by the device", "zone")] if any(_held_back(moments)) else []
-    legend += [("where it changed most", "ref k")] if m.steady and m.steady.changed_at_s is not None else []
-    note = " ".join(filter(None, (f"{beyond} of {len(xs)} calls are slower than what is drawn." if beyond else "", _steady(m))))
+    legend += [("where it changed most", "ref")] if changed is not None else []
+    note = " ".join(filter(None, (_steady(m), f"{beyond} of {len(xs)} calls took longer and are drawn at the top." if beyond else "")))
     temperature = "" if warm else " The device told no temperature over time." if timed else ""
     said = f"{len(m.samples_s)} calls of {m.method}: median {show_seconds(m.p50_s)}, 90% below {show_seconds(m.p90_s)}.{temperature}"
-    return Figure(f"Latency over time: {name}", said, draw, _by_tenths(xs, m, moments, warm, clocks, timed), legend, note)
+    return Figure(f"Latency over time: {name}", said, draw, _by_tenths(xs, m, moments, warm, clocks, words), legend, note)
+
+
+def span(methods: Sequence[MethodSamples]) -> tuple[float, float]:
+    """Seconds that an axis of samples holds, a tenth around the median at least; a few outliers must not flatten the rest."""
+    low = min(min(m.samples_s) for m in methods)
+    ends = []
+    for m in methods:
+        p50, p90 = percentile(m.samples_s, 0.5), percentile(m.samples_s, 0.9)
+        low = min(low, 0.95 * p50)
+        ends.append(min(max(*m.samples_s, 1.05 * p50), max(1.05 * p50, p90 + 4 * (p90 - p50))))
+    return low, max(ends)
+
+
+def _within(moments: Sequence[tuple[float, Moment]], end: float) -> list[tuple[float, Moment]]:
+    """Moments from 0 to `end`, and the nearest on both sides."""
+    before = [t for t, _ in moments if t <= 0]
+    after = [t for t, _ in moments if t >= end]
+    low, high = max(before, default=0.0), min(after, default=end)
+    return [(t, moment) for t, moment in moments if low <= t <= high]
 
 
 def _samples(plot: Plot, xs: Sequence[float], ys: Sequence[float]) -> None:
@@ -75,7 +101,7 @@ def _samples(plot: Plot, xs: Sequence[float], ys: Sequence[float]) -> None:
     if len(xs) <= MANY:
         plot.dots(list(zip(xs, ys, strict=True)), "k0")
         return
-    size = math.ceil(len(xs) / PIECES)
+    size = max(PIECE, math.ceil(len(xs) / PIECES))
     pieces = [(xs[i : i + size], ys[i : i + size]) for i in range(0, len(xs), size)]
     middle = [(median(x), median(y)) for x, y in pieces]
     low, high = ([(median(x), percentile(y, q)) for x, y in pieces] for q in (0.05, 0.95))
@@ -84,13 +110,13 @@ def _samples(plot: Plot, xs: Sequence[float], ys: Sequence[float]) -> None:
     plot.line(middle, "k0")
 
 
-def _strip(plot: Plot, width: int, tall: int, x: Scale, moments: Sequence[tuple[float, Moment]], clocks: Sequence[str]) -> None:
+def _strip(plot: Plot, tall: int, x: Scale, words: str, moments: Sequence[tuple[float, Moment]], clocks: Sequence[str]) -> None:
     """Clocks below the samples, on the same axis of time."""
     values = [moment.clocks_hz[c] / 1e6 for _, moment in moments for c in clocks if c in moment.clocks_hz]
-    below = Plot(width, tall, x, linear(values, 2), left=plot.left, right=plot.right, top=tall - 94, bottom=40)
-    below.axes("seconds", f"MHz: {', '.join(clocks)}")
+    below = Plot(plot.width, tall, x, linear(values, 2), left=plot.left, right=plot.right, top=tall - 94, bottom=40)
+    below.axes(words, "MHz")
     for i, name in enumerate(clocks):
-        points = [(t, moment.clocks_hz[name] / 1e6) for t, moment in moments if name in moment.clocks_hz]
+        points = [(min(max(t, x.low), x.high), moment.clocks_hz[name] / 1e6) for t, moment in moments if name in moment.clocks_hz]
         below.line(points, f"k{2 + i} thin")
     plot.marks += below.marks
 
@@ -125,11 +151,11 @@ def _steady(m: MethodSamples) -> str:
 
 
 def _by_tenths(
-    xs: Sequence[float], m: MethodSamples, moments: Sequence[tuple[float, Moment]], warm: str | None, clocks: Sequence[str], timed: bool
+    xs: Sequence[float], m: MethodSamples, moments: Sequence[tuple[float, Moment]], warm: str | None, clocks: Sequence[str], words: str
 ) -> Table:
     """The run in ten pieces."""
     size = max(1, math.ceil(len(xs) / 10))
-    head = ["from second" if timed else "from call", "calls", "median", "p90", *(["°C"] if warm else []), *(f"MHz {c}" for c in clocks)]
+    head = [f"from {words}", "calls", "median", "p90", *(["°C"] if warm else []), *(f"MHz {c}" for c in clocks)]
     rows = []
     for i in range(0, len(xs), size):
         piece = m.samples_s[i : i + size]
@@ -145,24 +171,23 @@ def _by_tenths(
 
 
 def distribution(method: str, sides: Sequence[tuple[str, MethodSamples]]) -> Figure:
-    """The share of calls that take at most so long, one line a report."""
+    """How long the slowest calls take: latency over the share of calls that are faster, the tail drawn wide; one line a report."""
     known = [(name, m) for name, m in sides if m.samples_s]
-    largest = max(percentile(m.samples_s, 0.995) for _, m in known)
-    factor, unit = unit_of(largest)
+    factor, unit = unit_of(max(percentile(m.samples_s, 0.99) for _, m in known))
+    most = max(len(m.samples_s) for _, m in known)
+    shares = [s for s in (0.0, 0.5, 0.9, 0.99, 0.999, 0.9999) if (1 - s) * most >= 1]
 
     def draw(width: int) -> str:
-        ends = [v * factor for _, m in known for v in (min(m.samples_s), percentile(m.samples_s, 0.995))]
-        x = timely(ends, 4 if width < 400 else 6)
-        y = Scale(0, 100, (0, 25, 50, 75, 90, 100), show=lambda v: f"{v:.0f}%")
-        plot = Plot(width, 250, x, y, left=46).axes(unit, "share of calls")
+        x = Scale(0.0, math.log10(most) + 0.2, tuple(-math.log10(1 - s) for s in shares), show=lambda v: f"{100 * (1 - 10**-v):.4g}%")
+        y = timely([percentile(m.samples_s, q) * factor for _, m in known for q in (0.0, 1 - 1 / len(m.samples_s))], 5)
+        plot = Plot(width, 330, x, y, left=46).axes("of calls are faster", unit)
         for i, (_, m) in enumerate(known):
-            ordered = sorted(s * factor for s in m.samples_s)
-            shown = [(v, 100 * (j + 1) / len(ordered)) for j, v in enumerate(ordered) if v <= x.high]
-            every = max(1, len(shown) // 400)
-            plot.line([(ordered[0], 0.0), *shown[::every], *shown[-1:]], f"k{i % 6}{' dash' if i % 2 else ''}", steps=True)
-            for q, key in ((0.5, m.p50_s), (0.9, m.p90_s)):
-                if key and key * factor <= x.high:
-                    plot.dot(key * factor, 100 * q, f"f{i % 6}", 4.5, f"p{q * 100:.0f} {show_seconds(key)}")
+            ordered, end = sorted(s * factor for s in m.samples_s), math.log10(len(m.samples_s))
+            steps = [end * j / 200 for j in range(201)] if end else [0.0]
+            plot.line([(v, percentile(ordered, 1 - 10**-v)) for v in steps], f"k{i % 6}{' dash' if i % 2 else ''}")
+            for q, key in ((0.5, m.p50_s), (0.9, m.p90_s), (0.99, m.p99_s)):
+                if key and len(ordered) >= 1 / (1 - q):
+                    plot.dot(-math.log10(1 - q), key * factor, f"f{i % 6}", 4.5, f"p{q * 100:.0f} {show_seconds(key)}")
         return plot.whole
 
     heads = ["", "first call", "p50", "p90", "p99", "fastest", "slowest", "calls"]
@@ -172,7 +197,7 @@ def distribution(method: str, sides: Sequence[tuple[str, MethodSamples]]) -> Fig
     ]
     said = "; ".join(f"{name}: p50 {show_seconds(m.p50_s)}, p90 {show_seconds(m.p90_s)}, p99 {show_seconds(m.p99_s)}" for name, m in known)
     legend = [(name, f"k{i % 6}{' dash' if i % 2 else ''}") for i, (name, _) in enumerate(known)] if len(known) > 1 else []
-    return Figure(f"Percentiles: {method}", said, draw, Table(heads, rows), legend, "Dots stand at p50 and p90.")
+    return Figure(f"Percentiles: {method}", said, draw, Table(heads, rows), legend, "Dots stand at p50, p90 and p99.")
 
 
 # ---- watts --------------------------------------------------------------------------------------------------
@@ -211,5 +236,5 @@ def watts(report: Report, name: str) -> Figure | None:
     idle = f", idle {p.idle_w:.2f} W" if p.idle_w is not None else ""
     said = f"{p.sensor} ({p.covers}), {len(p.watts)} readings, mean {sum(p.watts) / len(p.watts):.2f} W{idle}."
     table = Table(["method", "a call", "less idle", "uncertain by", "calls"], rows)
-    legend = [("power", "k2 thin"), ("calls", "band"), *([("idle", "ref k")] if p.idle_w is not None else [])]
+    legend = [("power", "k2 thin"), ("calls", "band"), *([("idle", "ref")] if p.idle_w is not None else [])]
     return Figure(f"Power: {name}", said, draw, table, legend, f"{p.sensor}, covers the {p.covers}")
