@@ -99,6 +99,7 @@ class Controller:
         client.on_message = lambda c, u, message: self._heard.put((message.topic, message.payload))
         client.connect_async(self.broker.host, self.broker.port, KEEPALIVE_S)
         client.loop_start()
+        self._take_commands()
 
     def now(self) -> float:
         """Seconds since 1970 that never go back: a clock that jumps neither shortens nor stretches a stage."""
@@ -124,8 +125,7 @@ class Controller:
                 self._take(*self._heard.get_nowait())
         except queue.Empty:
             pass
-        fresh: list[Event] = [{"e": "command", "command": c} for c in self.folder.asked(self.rollout.commands)]
-        self._happen(fresh)
+        self._take_commands()
         if not self.synced:
             return
         if not self.offered:
@@ -141,6 +141,9 @@ class Controller:
             self._happen(events)
         if now - self._asked_s >= AGAIN_S:
             self._ask_about(tuple(self.rollout.unsettled))
+
+    def _take_commands(self) -> None:
+        self._happen([{"e": "command", "command": c} for c in self.folder.asked(self.rollout.commands)])
 
     def _decided(self, now: float) -> list[Event]:
         return self.rollout.decide(now, self.presence.online, self.presence.gone(self.spec.devices, now), int(now * 1000))

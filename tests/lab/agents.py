@@ -38,14 +38,18 @@ class Simulated:
         self.crowd, self.name = crowd, name
         self.chance = random.Random(f"{crowd.seed} {name}")
         self.kind = self.chance.choice(KINDS)
-        self.client = crowd.broker.client(f"edgesdk-default-{name}")
-        self.client.on_connect = self._connected
-        self.client.on_message = self._message
+        self.client = None
         self.socket = None
+        self.handle = -1
         self.device: Device | None = None
 
     def connect(self) -> None:
-        """Begin: a new agent on what the disk holds."""
+        """Begin: a new agent and a new connection, on what the disk holds."""
+        if self.socket is not None:
+            return
+        self.client = self.crowd.broker.client(f"edgesdk-default-{self.name}")
+        self.client.on_connect = self._connected
+        self.client.on_message = self._message
         store = Store(str(self.crowd.folder / self.name), self._check, sync=False)
         self.device = Device(self.name, "default", store, self, self.crowd.trusted, holds, time.monotonic)
         self.client.will_set(self.device.topics.presence(self.name), pack({"online": False}), qos=1, retain=True)
@@ -61,8 +65,7 @@ class Simulated:
 
     def fall_off(self) -> None:
         """As if its plug was pulled: no goodbye, and what it had not written is gone."""
-        self.drop()
-        self.crowd.later(self.chance.uniform(0.2, 3.0), self.connect)
+        self.crowd.left(self)
 
     def drop(self) -> None:
         if self.socket is not None:
@@ -70,7 +73,6 @@ class Simulated:
             with contextlib.suppress(OSError):
                 self.socket.close()
             self.socket = None
-            self.client._sock_close() if hasattr(self.client, "_sock_close") else None
 
     def _check(self, folder: str, calls: int) -> dict:
         bad = self.name in self.crowd.bad().get(Path(folder).name, ())
@@ -83,6 +85,8 @@ class Simulated:
 
     def _message(self, client, userdata, message) -> None:
         topic, payload = message.topic, message.payload
+        if client is not self.client:
+            return
         if self.kind == "slow":
             self.crowd.later(self.chance.uniform(0.1, 1.0), lambda: self._take(topic, payload))
         else:
@@ -95,23 +99,22 @@ class Simulated:
             pass
 
     def tick(self) -> None:
-        if self.socket is not None:
-            self.client.loop_misc()
-            while self.device.step():
-                pass
+        self.client.loop_misc()
+        while self.device.step():
+            pass
 
     # ---- what goes (the device's wire)
 
     def publish(self, topic: str, payload: bytes) -> None:
-        if self.client.is_connected():
+        if self.socket is not None and self.client.is_connected():
             self.client.publish(topic, payload, qos=1, retain=True)
 
     def subscribe(self, topics: list[str]) -> None:
-        if self.client.is_connected():
+        if self.socket is not None and self.client.is_connected():
             self.client.subscribe([(t, 1) for t in topics])
 
     def unsubscribe(self, topics: list[str]) -> None:
-        if self.client.is_connected():
+        if self.socket is not None and self.client.is_connected():
             self.client.unsubscribe(topics)
 
 
@@ -140,11 +143,14 @@ class Crowd:
         return self._bad
 
     def watch(self, device: Simulated) -> None:
-        self.selector.register(device.socket, selectors.EVENT_READ, device)
+        device.handle = device.socket.fileno()
+        if device.handle in self.selector.get_map():  # of one whose socket paho has closed meanwhile
+            self.left(self.selector.get_map()[device.handle].data)
+        self.selector.register(device.handle, selectors.EVENT_READ, device)
 
     def unwatch(self, device: Simulated) -> None:
         with contextlib.suppress(KeyError, ValueError):
-            self.selector.unregister(device.socket)
+            self.selector.unregister(device.handle)  # paho may have closed the socket itself
 
     def run(self) -> None:
         ticked = 0.0
@@ -157,17 +163,21 @@ class Crowd:
             if now - ticked >= TICK_S:
                 ticked = now
                 for device in self.devices:
-                    device.tick()
+                    self._serve(device, device.tick)
             for device in self.devices:
                 if device.socket is not None and device.client.want_write():
-                    device.client.loop_write()
-                if device.socket is not None and device.client.socket() is None:  # the broker is gone
-                    device.drop()
-                    self.later(device.chance.uniform(0.2, 2.0), device.connect)
+                    self._serve(device, device.client.loop_write)
 
-    def _serve(self, device: Simulated) -> None:
+    def _serve(self, device: Simulated, act=None) -> None:
+        """Let a client read, or `act`; one that the broker has left comes again later."""
         if device.socket is not None:
-            device.client.loop_read()
+            (act or device.client.loop_read)()
+            if device.client.socket() is None:
+                self.left(device)
+
+    def left(self, device: Simulated) -> None:
+        device.drop()
+        self.later(device.chance.uniform(0.2, 2.0), device.connect)
 
 
 class Crowds:
