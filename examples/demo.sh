@@ -14,5 +14,7 @@ show edgesdk plan --device host --runtime litert --out "$work/plan.json"
 show edgesdk build "$work/plan.json" --out "$work/digits.edge"
 show edgesdk flash "$work/digits.edge" --on "local:$work/device"
 show edgesdk profile "$work/digits.edge" --on "local:$work/device" --out "$work/report.json"
+mkdir -p build
+show edgesdk report "$work/report.json" "$work/digits.edge" --out build/demo.html
 echo
-echo "demo took $((SECONDS - started)) s"
+echo "demo took $((SECONDS - started)) s; its report as a page: build/demo.html"

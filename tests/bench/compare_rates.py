@@ -14,7 +14,9 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from edgesdk.compare import compare
 from edgesdk.interval import Interval, of_runs
+from tests.reports import report_of
 
 Series = Callable[[np.random.Generator, int], NDArray[np.float64]]
 EFFECTS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.10)
@@ -84,6 +86,19 @@ def main(seeds: int) -> None:
     for kind in KINDS:
         for runs in (2, 3, 5, 10):
             say(line(kind, runs, intervals(kind, 50, runs, 0.5, seeds)))
+    say("\n| four methods, p50 and p90, 100 samples | one run a side | three |\n|---|---|---|")
+    for kind in KINDS:
+        say(f"| {kind} | {100 * family(kind, 1, seeds):.1f} | {100 * family(kind, 3, seeds):.1f} |")
+
+
+def family(kind: str, runs: int, seeds: int) -> float:
+    """Share of whole comparisons of four methods, p50 and p90 of each, that call anything faster or slower where nothing is."""
+    wrong = 0
+    for seed in range(seeds):
+        rng = np.random.default_rng([seed, runs, 4])
+        sides = [[report_of({m: np.exp(KINDS[kind](rng, 100)).tolist() for m in "abcd"}) for _ in range(runs)] for _ in range(2)]
+        wrong += any(r.verdict in ("slower", "faster") for r in compare(*sides, tolerance=0.0).rows)
+    return wrong / seeds
 
 
 def line(kind: str, size: int, found: list[Interval]) -> str:
