@@ -33,20 +33,21 @@ BOOT_S = 300.0
 GONE_S = 60.0
 LOOK = 'cat "$1" && echo && echo "---" && cat "$2"'
 READ = 'dd if="$1" bs=512 skip="$2" count="$3" 2>/dev/null'
-WRITE = 'dd of="$1" bs="$3" seek="$2" conv=notrunc 2>/dev/null && sync'
-ZERO = 'dd if=/dev/zero of="$1" bs="$3" seek="$2" count=1 conv=notrunc 2>/dev/null && sync'
+WRITE = 'dd of="$1" bs="$3" seek="$2" conv=notrunc,fsync 2>/dev/null'
+ZERO = 'dd if=/dev/zero of="$1" bs="$3" seek="$2" count=1 conv=notrunc,fsync 2>/dev/null'
 SIZE = 'if [ -b "$1" ]; then n=$(cat "/sys/class/block/${1##*/}/size") && echo $((n * 512)); else wc -c < "$1"; fi; grep -c "^$1 " /proc/mounts; exit 0'
 HASH = """
-import hashlib, sys
+import hashlib, os, sys
 device, first, last, chunk, size = sys.argv[1], *map(int, sys.argv[2:])
 with open(device, 'rb') as file:
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     for i in range(first, last):
         file.seek(i * chunk)
         print(hashlib.sha256(file.read(min(chunk, size - i * chunk))).hexdigest())
 """
 """Device, first chunk, the one behind the last, bytes of a chunk, bytes in all → a sha256 a line."""
-DROP = 'sync; echo 3 > /proc/sys/vm/drop_caches 2>/dev/null; blockdev --flushbufs "$1" 2>/dev/null; exit 0'
-"""What is read next comes from the disk itself."""
+FORGET = "import os, sys; os.posix_fadvise(os.open(sys.argv[1], os.O_RDONLY), 0, 0, os.POSIX_FADV_DONTNEED)"
+"""What is read of a device next comes from it, not from memory."""
 REBOOT = "sync; (sleep 1; reboot; sleep 10; reboot -f) > /dev/null 2>&1 < /dev/null & exit 0"
 
 
@@ -119,7 +120,7 @@ class Slots:
         index, data = update(self.env, changes, len(self.places), self.places[0].size)
         place: Place = self.places[index]
         result = self.transport.run(script("write", WRITE, place.device, str(place.offset // 512), "512"), stdin=data)
-        self.transport.run(script("drop", DROP, place.device))
+        self.transport.run((self.transport.python, "-c", FORGET, place.device))
         self.env = self._read()
         if result.code or any(self.env.variables.get(n, "") != v for n, v in changes.items()):
             what = f"{self.transport.link}: U-Boot's environment on {place.device} could not be written: {result.complaint}"
@@ -142,7 +143,6 @@ class Slots:
                 self._put(device, i, content)
                 sent += len(content)
             watch(f"slot {slot}", min((i + 1) * CHUNK, size), size)
-        self.transport.run(script("drop", DROP, device), timeout=300.0)
         bad = [i for i, there in enumerate(self._hashes(device, size, watch)) if there != wanted[i]]
         if bad:
             what = f"{self.transport.link}: slot {slot} ({device}): {len(bad)} of {len(wanted)} chunks read back are not what was written"
