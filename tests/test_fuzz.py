@@ -12,6 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from edgesdk.agent import wire
+from edgesdk.agent.frames import decode
+from edgesdk.bundle import Manifest
+from edgesdk.errors import InputError, LinkError
+from tests.fuzz import made
 from tests.fuzz.guard import confined
 from tests.fuzz.targets import DICTIONARY, TARGETS, run
 
@@ -54,6 +59,36 @@ def test_spoiled_inputs(name, place):
             run(name, data, folder)
 
         spoiled()
+
+
+DAMAGED = [
+    b"",
+    b"x",
+    b"1 2",
+    made.framed(b"[1,2]"),
+    made.framed(b"[" * 5000),
+    made.framed(b"{"),
+    b"9" * 5000 + b" 00000000 {}",
+    b"-1 00000000 {}",
+]
+
+
+@pytest.mark.parametrize("line", DAMAGED, ids=lambda line: repr(line[:12]))
+def test_lines_that_are_no_message_are_refused_on_both_sides(line):
+    with pytest.raises(LinkError, match="damaged on the way"):
+        decode(line)
+    with pytest.raises(wire.Refused, match="damaged on the way"):
+        wire.decode(line + b"\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"[" * 100_000, b'{"kind":"bundle","schema_version":1e400}', b"9" * 5000, b"\xff\xfe{"],
+    ids=["deep", "endless", "long", "other"],
+)
+def test_json_that_no_parser_likes_is_refused(text):
+    with pytest.raises(InputError):
+        Manifest.from_json(text, "manifest.json")
 
 
 def test_the_guard_sees_what_is_written_elsewhere(tmp_path):

@@ -33,6 +33,8 @@ def main() -> None:
 def _fuzz(target: str, minutes: float, folder: Path, words: tuple[bytes, ...]) -> None:
     import atheris
 
+    from tests.fuzz import trees
+
     with atheris.instrument_imports(include=["edgesdk", "zipfile", "json", "tomllib"], enable_loader_override=False):
         from tests.fuzz.targets import TARGETS, run
 
@@ -50,6 +52,10 @@ def _fuzz(target: str, minutes: float, folder: Path, words: tuple[bytes, ...]) -
     def one(data: bytes) -> None:
         run(target, data, folder)
 
+    def mutate(data: bytes, most: int, seed: int) -> bytes:
+        made = trees.inside(data, seed) if seed & 1 else None
+        return atheris.Mutate(data, most) if made is None or len(made) > most else made
+
     options = {
         "max_total_time": int(minutes * 60),
         "timeout": 20,  # of one input
@@ -59,7 +65,7 @@ def _fuzz(target: str, minutes: float, folder: Path, words: tuple[bytes, ...]) -
         "artifact_prefix": f"{found}/{target}-",
         "print_final_stats": 1,
     }
-    atheris.Setup([sys.argv[0], *(f"-{k}={v}" for k, v in options.items()), str(corpus)], one)
+    atheris.Setup([sys.argv[0], *(f"-{k}={v}" for k, v in options.items()), str(corpus)], one, custom_mutator=mutate)
     atheris.Fuzz()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import posixpath
 import struct
@@ -78,9 +79,12 @@ def _good(folder: Path) -> bytes:
 
 def bundle_seeds(folder: Path) -> list[bytes]:
     good = _good(folder)
+    fields = json.loads(manifest_seeds(folder)[0])
+    del fields["members"]
     names = (b"a/b.bin", b"../../up", b"/etc/x", b"a\\b", b"a/../b", b".", b"manifest.json", b"store/\xc3\xa4")
     return [
         b"\0" + good,
+        b"\1" + json.dumps(fields).encode() + b"\xff\xff",
         b'\1{"model_name":"x"}\xff\xff' + b"\xff".join(n + b"\xffcontent" for n in names[:1]),
         *(b"\1\xff\xff" + n + b"\xffcontent" for n in names),
         b'\1{"golden":[{"method":"../x","inputs":["a"],"outputs":["b"],"max_relative_error":1}]}\xff{"kind":"signatures"}\xffa\xff\x80../../link',
