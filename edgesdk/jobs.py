@@ -38,6 +38,7 @@ class Line:
 
     def __init__(self, on: str | Transport) -> None:
         self.on, self.transport = on, parse_link(on) if isinstance(on, str) else on
+        self.heard = time.monotonic()  # when the device last answered
 
     def again(self) -> None:
         if isinstance(self.on, str):
@@ -54,24 +55,20 @@ class Line:
 
 
 def keep_trying(line: Line, act: Callable[[], dict[str, Any]], job: str, patience_s: float, tell: Tell | None) -> dict[str, Any]:
-    """`act`, again and again while only the link fails, for `patience_s` at a stretch. Raises `LinkError` that names the job."""
-    since: float | None = None
+    """`act`, again and again while only the link fails, until nothing was heard for `patience_s`. Raises `LinkError` that names the job."""
+    line.heard = time.monotonic()
     while True:
-        began = time.monotonic()
         try:
             return act()
         except DeviceError as error:
             if error.fields.get("answered") or "job" in error.fields:
                 raise
-            now = time.monotonic()
-            if since is None or began - since > 2 * patience_s:  # it had worked in between
-                since = now
-            if now - since >= patience_s:
+            if time.monotonic() - line.heard >= patience_s:
                 what = f"{line.transport.link}: the link is gone ({error.what}); the job {job} goes on there"
                 raise LinkError(what, f"edgesdk profile --attach {job} --on '{line.name}'", job=job) from None
             if tell:
                 tell(f"the link broke, trying again ({error.what})", 0.0)
-            time.sleep(AGAIN_S)
+            time.sleep(min(AGAIN_S, patience_s))
             line.again()
 
 
@@ -96,7 +93,7 @@ def _to_its_end(line: Line, job: str, python: str | None, tell: Tell | None) -> 
     with Agent(line.transport, python) as agent:
         while True:
             state = agent.ask("job", timeout_s=POLL_S + 50.0, root=line.transport.root, job=job, seen=seen, wait_s=POLL_S)
-            seen = state["step"]
+            seen, line.heard = state["step"], time.monotonic()
             if state["state"] in OVER:
                 return state
             if tell:

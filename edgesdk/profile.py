@@ -56,7 +56,7 @@ def profile(
     `started` hears the job's id, by which `attach` finds it later. Raises what `flash` raises, and `DeviceError` if the program fails there.
     """
     duration_s = SUSTAINED_S if mode == "sustained" and duration_s is None else duration_s
-    runs = RUNS[mode] if runs is None else runs
+    runs = RUNS.get(mode, 1) if runs is None else runs
     _check(mode, runs, warmup, duration_s, rate_hz)
     if runner is not None:
         from edgesdk.plain.profile import profile as plain

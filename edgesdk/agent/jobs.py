@@ -158,10 +158,11 @@ def cancel(root: str, job: str) -> dict[str, Any]:
 
 
 def clean(root: str) -> None:
-    """Remove what old jobs left."""
-    ended = [s for s in listed(root)["jobs"] if s["state"] in OVER and s.get("since")]
-    for state in ended[KEEP:]:
-        shutil.rmtree(place_of(root, state["job"]), ignore_errors=True)
+    """Remove what old jobs left; one without a state may be about to be born."""
+    ended = [s for s in listed(root)["jobs"] if s["state"] in OVER]
+    for place in [place_of(root, s["job"]) for s in ended[KEEP:]]:
+        if os.path.exists(os.path.join(place, "state.json")) or abs(time.time() - os.stat(place).st_mtime) > 2 * BORN_S:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 # ---- the job itself

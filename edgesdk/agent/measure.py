@@ -59,15 +59,16 @@ class Series:
         self.samples, self.starts, self.waits = array("q"), array("q"), array("q")  # nanoseconds
         self.chunks: list[tuple[int, int, int, int, int]] = []
 
-    def warm(self, calls: int, expected_s: float | None) -> None:
-        """Calls that do not count; from them it is known how many calls are to come in `expected_s`."""
+    def warm(self, calls: int, expected_s: float | None, rate_hz: float | None) -> None:
+        """Calls that do not count; from them it is known how many calls are to come in `expected_s`, where no rate says so."""
         took = []
         for _ in range(max(calls, 1 if expected_s else 0)):
             begun = time.monotonic_ns()
             self.call()
             took.append(time.monotonic_ns() - begun)
         if expected_s and took:
-            self.every = max(1, math.ceil(expected_s * 1e9 / max(1, min(took)) / MOST_SAMPLES))
+            rate = min(rate_hz or math.inf, 1e9 / max(1, min(took)))
+            self.every = max(1, math.ceil(expected_s * rate / MOST_SAMPLES))
 
     def chunk(self, most: int, until_ns: float, arrivals: Arrivals | None = None) -> None:
         """Calls without a pause, `most` of them or until a time; at least one, but where none arrives before."""
@@ -123,7 +124,7 @@ class Session:
         """One method behind the other, in chunks of a second or in bursts."""
         for position, s in enumerate(series):
             length = self.duration_s / len(series) if self.duration_s else None
-            s.warm(self.warmup, length)
+            s.warm(self.warmup, length, self.rate)
             self.moment()
             self.arrivals = Arrivals(self.rate) if self.rate else None
             begun = time.monotonic_ns()
@@ -142,7 +143,7 @@ class Session:
         """All methods in turn, chunk by chunk, so that each sees the whole time."""
         assert self.duration_s
         for s in series:
-            s.warm(self.warmup, self.duration_s / len(series))
+            s.warm(self.warmup, self.duration_s / len(series), self.rate)
         self.moment()
         self.arrivals = Arrivals(self.rate) if self.rate else None
         begun = time.monotonic_ns()
