@@ -195,7 +195,7 @@ def test_a_dry_run_needs_no_board(bundle, tmp_path):
     assert shown.exit_code == 0 and answer["action"] == "dry-run" and len(answer["steps"]) == 5 and "no /dev/ttyNONE9" in answer["notes"][0]
     other = tmp_path / "linux.edge"
     tiny_bundle(other)
-    with pytest.raises(InputError, match="built for host with litert, which is no microcontroller's"):
+    with pytest.raises(InputError, match="built for host with litert, which reads no program out of"):
         write_board("esp32:/dev/ttyUSB0", str(other), dry_run=True)
 
 

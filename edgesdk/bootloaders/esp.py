@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgesdk.bootloaders.partitions import TABLE_AT, TABLE_BYTES, Partition, parse_table, place_app, place_model
-from edgesdk.bootloaders.types import BoardWrite, Payload, Watch, Where, open_port, parse_where
+from edgesdk.bootloaders.types import BoardWrite, Payload, Watch, Where, note_on_board, open_port, parse_where
 from edgesdk.errors import CheckFailed, DeviceError, EdgeError, InputError, LinkError, MissingTool, UnknownName
 from edgesdk.units import show_bytes
 
@@ -187,10 +187,7 @@ def _protected(esp: Any, part: Partition | None, payload: Payload) -> tuple[str,
     if esp.get_flash_encryption_enabled() and (part is None or part.encrypted or part.kind == "app"):
         what = f"the board's flash is encrypted: {payload.name} would be written in plain and read as noise"
         raise DeviceError(what, "give the model a partition without the flag `encrypted`; flash firmware as the board's maker does")
-    built = payload.source.manifest.device if payload.source else ""
-    if built.startswith("esp32") and not built.startswith(esp.CHIP_NAME.lower()):
-        return (f"built for {built}, this is an {esp.CHIP_NAME}: times and memory of the plan are not this board's",)
-    return ()
+    return note_on_board(payload, esp.CHIP_NAME.lower())
 
 
 @contextlib.contextmanager

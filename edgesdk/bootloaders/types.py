@@ -20,7 +20,6 @@ FORMS = {
     "jetson": "jetson:/path/Linux_for_Tegra?board=jetson-orin-nano-devkit",
 }
 """Kind → how it is written."""
-MICRO_RUNTIMES = ("tflite-micro", "executorch-ethos-u")
 Watch = Callable[[str, float], None]
 """`watch("writing", 0.4)`: what is being done and the share of it done."""
 
@@ -130,6 +129,12 @@ class Payload:
         return sha256(self.content)
 
 
+def note_on_board(payload: Payload, board: str) -> tuple[str, ...]:
+    """A note if the program was planned for another board than `board`, a profile's name."""
+    built = payload.source.manifest.device if payload.source else board
+    return () if built == board else (f"built for {built}, this is {board}: the plan's times and memory are not of this board",)
+
+
 def read_payload(bundle: str | None, firmware: str | None, allow_unsigned: bool = False, micro: bool = True) -> Payload:
     """The program of a verified and signed bundle (`micro`: one for microcontrollers), or a firmware's file. Raises `InputError` or `CheckFailed`."""
     if (bundle is None) == (firmware is None):
@@ -142,9 +147,11 @@ def read_payload(bundle: str | None, firmware: str | None, allow_unsigned: bool 
         source = read_source(bundle)
         signer = None if allow_unsigned else signer_of(bundle)
         runtime, name = source.manifest.runtime, source.manifest.program
-        if micro and runtime not in MICRO_RUNTIMES:
-            what = f"{bundle}: built for {source.manifest.device} with {runtime}, which is no microcontroller's"
-            raise InputError(what, "build it for the board: edgesdk build --model … --device esp32-s3 (`edgesdk devices list`)")
+        if micro and runtime != "tflite-micro":
+            what = f"{bundle}: built for {source.manifest.device} with {runtime}, which reads no program out of a microcontroller's flash"
+            hint = "build it for the board: edgesdk build --model … --device esp32-s3 (`edgesdk devices list`)"
+            linked = "link its program into the firmware, then: --firmware FILE"
+            raise InputError(what, linked if runtime == "executorch-ethos-u" else hint)
         content = read_member(bundle, name)
         return Payload(f"{name} of {Path(bundle).name}", content, None, source, f"{signer.name} ({signer.id})" if signer else None)
     path = Path(str(firmware))

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgesdk.bootloaders.types import BoardWrite, Payload, Watch, Where, parse_where
+from edgesdk.bootloaders.types import BoardWrite, Payload, Watch, Where, note_on_board, parse_where
 from edgesdk.errors import CheckFailed, DeviceError, InputError, LinkError, select_by_name
 from edgesdk.units import parse_bytes, show_bytes
 
@@ -42,6 +42,7 @@ class Chip:
     name: str
     says: str  # a pattern of Board-ID
     families: tuple[str, ...]
+    profile: str = ""
     flash: int | None = None
     flash_bytes: int = 0
     most_bytes: int = 0
@@ -49,20 +50,16 @@ class Chip:
 
 CHIPS = (
     Chip(
-        "RP2350",
-        r"RP2350",
-        ("rp2350-absolute", "rp2350-data", "rp2350-arm", "rp2350-riscv", "rp2350-arm-ns"),
-        0x10000000,
-        4 << 20,
-        32 << 20,
+        "RP2350", r"RP2350", ("rp2350-absolute", "rp2350-data", "rp2350-arm", "rp2350-riscv", "rp2350-arm-ns"), "raspberry-pi-pico-2",
+        0x10000000, 4 << 20, 32 << 20,
     ),
-    Chip("RP2040", r"RPI-RP2$", ("rp2040",), 0x10000000, 2 << 20, 16 << 20),
+    Chip("RP2040", r"RPI-RP2$", ("rp2040",), "raspberry-pi-pico", 0x10000000, 2 << 20, 16 << 20),
     Chip("SAMD21", r"SAMD21", ("samd21",)),
     Chip("SAMD51", r"SAMD51", ("samd51",)),
     Chip("nRF52840", r"nRF52840", ("nrf52840",)),
     Chip("ESP32-S2", r"ESP32-?S2", ("esp32s2",)),
     Chip("ESP32-S3", r"ESP32-?S3", ("esp32s3",)),
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -219,6 +216,7 @@ def write_uf2(
     return BoardWrite(
         action="dry-run" if dry_run else "written", to=to, board=board, payload=payload.name, size_bytes=len(payload.content),
         sha256=payload.sha256, address=low if address is None else address, verified=verified, signer=payload.signer, steps=steps,
+        notes=note_on_board(payload, chip.profile) if chip and chip.profile else (),
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ To = Annotated[
     str | None,
     typer.Option(
         "--to",
-        help="A board's bootloader in place of a running system: esp32:/dev/ttyUSB0, uf2:/media/RPI-RP2; with --image a disk or a file; else as --on.",
+        help="A board's bootloader: esp32:/dev/ttyUSB0, uf2:/media/RPI-RP2, smp:/dev/ttyACM0, jetson:/path/Linux_for_Tegra?board=…; with --image a disk or a file; else as --on.",
     ),
 ]
 Wait = Annotated[

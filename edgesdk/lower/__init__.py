@@ -263,7 +263,7 @@ def _stored(runtime: str, program: bytes, spec: ModelSpec) -> tuple[str, bytes, 
     A compressed model's program holds its codes in place of the weights they stand for, and is expanded to the very bytes of `program` on load.
     """
     name = "model.native" if runtime.startswith("native") else "model.pte" if runtime.startswith("executorch") else "model.tflite"
-    if spec.codes and not runtime.startswith("native"):
+    if spec.codes and not runtime.startswith("native") and runtime != "tflite-micro":  # which reads it out of flash as it is
         from edgesdk.lower.pack import packed
 
         content, sizes = packed(program, spec)
