@@ -7,6 +7,8 @@ import os
 import tomllib
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from edgesdk import devices
@@ -14,6 +16,7 @@ from edgesdk.agent.facts import facts as own_facts
 from edgesdk.cli import app
 from edgesdk.errors import DeviceError, EdgeError, InputError, LinkError, UnknownName
 from edgesdk.probe import facts_of, probe, profiles_of
+from edgesdk.probe.compose import compose, recognise
 from edgesdk.probe.facts import read_facts
 from edgesdk.probe.gather import by_shell, split, texts_of
 from edgesdk.probe.toml import toml
@@ -194,6 +197,22 @@ def test_odd_texts_are_no_crash():
     texts |= {"/sys/devices/system/cpu/cpu0/cache/index0/size": "many", "/usr/local/cuda/version.json": "{", "/etc/nv_tegra_release": "?"}
     facts = read_facts(texts, "x", "shell")
     assert facts.identified_by == "/proc/cpuinfo: Serial" and facts.disk.size_bytes is None and facts.nvidia == {} and facts.rails == ()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_whatever_a_device_says_is_a_profile_or_two_lines(data):
+    texts = data.draw(st.sampled_from([boards.pi4(), boards.orin_nano(), boards.snapdragon()]))
+    for _ in range(data.draw(st.integers(1, 4))):
+        name = data.draw(st.sampled_from(sorted(texts)))
+        strange = st.one_of(st.text(max_size=60), st.from_regex(r"-?[0-9]{1,25}[KM%]?", fullmatch=True), st.just("9" * 5000))
+        texts[name] = data.draw(st.one_of(strange, strange.map(lambda s, name=name: texts[name].replace("0", s)[:10000])))
+    try:
+        facts = read_facts(texts, "x", "shell")
+        made = toml(compose(facts, "x", recognise(facts)))
+        assert devices.check_text(made, "x").board.model == facts.model
+    except EdgeError as error:
+        assert error.what and error.hint
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def probe(
 
 def _print_probed(found: Probed) -> None:
     out, profile = console(), found.profile
-    out.print(f"[bold]{profile.name}[/bold]: {profile.title}", highlight=False)
+    out.print(f"{profile.name}: {profile.title}", style="bold", markup=False)
     for label, text in _facts(found.facts):
         out.print(f"  {label:<10}{text}", markup=False)
     if found.facts.emulated:

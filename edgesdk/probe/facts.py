@@ -21,6 +21,9 @@ _CPU = "/sys/devices/system/cpu/"
 ARCHES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64", "armv7l": "armv7", "armv8l": "armv7"}
 
 
+BY_HAND = "write its profile by hand from the nearest one: docs/adding-a-device.md"
+
+
 class Cluster(Part):
     """Cores that are alike: of one part, with one highest clock."""
 
@@ -92,7 +95,13 @@ class Facts(Noun):
 
 def read_facts(texts: Mapping[str, str], link: str, via: str) -> Facts:
     """Facts of `texts` (see `edgesdk.agent.look`). Raises `DeviceError` where neither cores nor memory can be made out."""
+    try:
+        return _read({name: re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", " ", text).strip() for name, text in texts.items()}, link, via)
+    except ValueError as error:  # a number of a thousand digits
+        raise DeviceError(f"{link}: what it tells of itself makes no sense: {str(error).splitlines()[0]}", BY_HAND) from None
 
+
+def _read(texts: dict[str, str], link: str, via: str) -> Facts:
     def get(name: str) -> str:
         return texts.get(name, "")
 
@@ -101,17 +110,12 @@ def read_facts(texts: Mapping[str, str], link: str, via: str) -> Facts:
     arch = ARCHES.get(machine.lower())
     clusters = tuple(_clusters(texts, arch or ""))
     memory = _kilobytes(get("/proc/meminfo"), "MemTotal")
-    if arch is None or not clusters or memory is None:
-        lacking = (
-            f"'{machine}' is no machine edgesdk knows"
-            if arch is None
-            else "/proc/cpuinfo tells of no cores"
-            if not clusters
-            else "/proc/meminfo tells no size"
-        )
-        hint = "write its profile by hand from the nearest one: docs/adding-a-device.md"
-        raise DeviceError(f"{link}: what it is cannot be read: {lacking}", hint)
-    number, where = board_id(dict(texts))
+    if arch is None:
+        raise DeviceError(f"{link}: what it is cannot be read: '{machine}' is no machine edgesdk knows", BY_HAND)
+    if not clusters or memory is None:
+        lacking = "/proc/meminfo tells no size" if clusters else "/proc/cpuinfo tells of no cores"
+        raise DeviceError(f"{link}: what it is cannot be read: {lacking}", BY_HAND)
+    number, where = board_id(texts)
     return Facts(
         link=link, via=via, when=datetime.now(UTC).isoformat(timespec="seconds"), board_id=number, identified_by=where,
         model=_model(texts, props), chips=_chips(texts, props), arch=arch, android=bool(props.get("ro.build.version.release")),
@@ -213,7 +217,7 @@ def _count(numbers: str) -> int:
 
 def _model(texts: Mapping[str, str], props: Mapping[str, str]) -> str:
     phone = " ".join(p for p in (props.get("ro.product.manufacturer", ""), props.get("ro.product.model", "")) if p)
-    return texts.get("/proc/device-tree/model") or phone or texts.get("/sys/class/dmi/id/product_name") or "unknown board"
+    return texts.get("/proc/device-tree/model") or phone or texts.get("/sys/class/dmi/id/product_name") or "unknown model"
 
 
 def _chips(texts: Mapping[str, str], props: Mapping[str, str]) -> tuple[str, ...]:
