@@ -99,6 +99,18 @@ def test_firmware_goes_into_the_app_partition_or_over_all_of_flash(tmp_path):
         assert write_board(f"esp32:{rom.port}?offset=0x200000", firmware=str(tmp_path / "noise.bin")).address == 0x200000
 
 
+def test_nothing_is_written_in_plain_where_the_chip_decrypts(bundle):
+    for encrypted in ("", "model"):
+        with board(table=partition_table(*ROWS, encrypted=encrypted)) as rom:
+            rom.regs[rom.cls.EFUSE_SPI_BOOT_CRYPT_CNT_REG] = 1 << 20
+            if encrypted:
+                with pytest.raises(DeviceError, match="the board's flash is encrypted"):
+                    write_board(f"esp32:{rom.port}?stub=no", bundle)
+                assert not {0x02, 0x03} & set(rom.log)
+            else:
+                assert write_board(f"esp32:{rom.port}?stub=no", bundle).action == "written"
+
+
 def test_the_wrong_chip_a_taken_port_a_missing_one_and_no_answer_are_told(bundle):
     with board("esp32s3") as rom:
         with pytest.raises(InputError, match=r"the chip is an ESP32-S3, not an ESP32\n"):

@@ -60,8 +60,9 @@ def _chip(where: Where) -> str:
     except ImportError:
         raise MissingTool("esptool is not installed", "pip install -c constraints.txt 'edgesdk[boards]'") from None
     given = where.options.get("chip", "auto").lower().replace("-", "")
-    if given != "auto" and given not in CHIP_DEFS:
-        raise UnknownName("chip", given, ["auto", *CHIP_DEFS])
+    known = ["auto", *(c for c in CHIP_DEFS if c.startswith("esp32"))]
+    if given not in known:
+        raise UnknownName("chip", given, known)
     return given
 
 
@@ -98,6 +99,8 @@ def _write(where: Where, payload: Payload, baud: int, chip: str, watch: Watch | 
     try:
         esp = cmds.connect_esp(port, chip, ROM_BAUD, before=before, connect_attempts=ATTEMPTS)
         port.timeout = ANSWER_S  # else esptool waits forever for a flasher that does not start
+        if not esp.CHIP_NAME.startswith("ESP32"):
+            raise InputError(f"{where.path}: the chip is an {esp.CHIP_NAME}", "boards of the ESP32 family have partitions for a model")
         if esp.secure_download_mode:
             raise DeviceError(f"{where.path}: {esp.CHIP_NAME} is in secure download mode: it tells neither its partitions nor what it holds",
                               "update it over the air, as its firmware does")  # fmt: skip

@@ -197,9 +197,8 @@ class EspRom:
         self._send(hashlib.md5(content).digest())
 
 
-def partition_table(*rows: tuple[str, int, int, int, int]) -> bytes:
-    """Label, type, subtype, offset, size → a table as it lies at 0x8000, closed by its MD5."""
-    body = b"".join(
-        struct.pack("<HBBII16sI", 0x50AA, kind, sub, offset, size, label.encode(), 0) for label, kind, sub, offset, size in rows
-    )
+def partition_table(*rows: tuple[str, int, int, int, int], encrypted: str = "") -> bytes:
+    """Label, type, subtype, offset, size → a table as it lies at 0x8000, closed by its MD5. `encrypted`: the label of one with that flag."""
+    form = struct.Struct("<HBBII16sI")
+    body = b"".join(form.pack(0x50AA, kind, sub, offset, size, name.encode(), name == encrypted) for name, kind, sub, offset, size in rows)
     return (body + b"\xeb\xeb" + b"\xff" * 14 + hashlib.md5(body).digest()).ljust(0xC00, b"\xff")
