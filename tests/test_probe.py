@@ -134,6 +134,15 @@ def test_probing_again_says_what_changed_and_keeps_what_was_measured(folder):
     assert devices.load_device("kitchen").memory.one_thread_bytes_per_s == 11e9
 
 
+def test_a_board_without_an_id_has_a_profile_and_is_never_taken_for_itself():
+    nameless = {k: v for k, v in boards.pi5().items() if k != "/proc/device-tree/serial-number"}
+    nameless["/proc/cpuinfo"] = nameless["/proc/cpuinfo"].replace("Serial", "Other")
+    profile = probe(FakeTransport(texts=nameless)).profile
+    assert profile.name == "raspberry-pi-5-board" and profile.board.id == "unknown"
+    assert probe(FakeTransport(texts=nameless)).again
+    assert "cannot be told" in devices.bound_to(profile, facts_of(FakeTransport(texts=nameless)).model_dump())
+
+
 def test_a_name_that_is_taken_is_refused(folder):
     for name in ("pi5", "raspberry-pi-5-4gb", "host", "Jetson"):
         with pytest.raises(InputError, match="a shipped device is called so"):

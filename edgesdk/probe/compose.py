@@ -14,6 +14,8 @@ from edgesdk.probe.cores import Core, core_of
 from edgesdk.probe.facts import Cluster, Facts
 
 FALLBACK_HZ = 1e9
+NO_ID = "unknown"
+"""The id of a board that nothing tells from others of its kind."""
 MEASURED = "measured"
 """How the source of a figure begins that was measured on the board."""
 _PRECISIONS = {name: list(precisions) for name, _, precisions in RUNTIMES} | {
@@ -65,13 +67,13 @@ def _variant(profile: DeviceProfile, facts: Facts) -> DeviceProfile:
 
 
 def compose(facts: Facts, name: str, base: DeviceProfile | None, measured: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The profile's fields in the order of a TOML file. `measured`: what `edgesdk.probe.measure` found there."""
+    """The profile's fields in the order of a TOML file. `measured`: what the agent's `speed` found there."""
     draft = Draft(facts, base, facts.when[:10])
     measured = measured or {}
     units = _units(draft, measured)
     memory = _memory(draft, units, measured)
     raw: dict[str, Any] = {
-        "name": name, "title": f"{base.title if base else facts.model}, board {facts.board_id or 'unknown'}", "family": _family(facts, base),
+        "name": name, "title": f"{base.title if base else facts.model}, board {facts.board_id or NO_ID}", "family": _family(facts, base),
         "arch": facts.arch, "os": "android" if facts.android else "linux", "memory": memory, "storage": _storage(draft, measured),
         "units": units, "runtimes": _runtimes(draft, units),
     }  # fmt: skip
@@ -101,7 +103,7 @@ def _power_mode(facts: Facts, base: DeviceProfile) -> str | None:
 def _board(facts: Facts, base: DeviceProfile | None) -> Board:
     rails = tuple(f"{r.name} ({r.kind}{'' if r.answers else ', silent'})" for r in facts.rails)
     return Board(
-        id=facts.board_id or "unknown", identified_by=facts.identified_by or "nothing", model=facts.model, probed=facts.when[:10],
+        id=facts.board_id or NO_ID, identified_by=facts.identified_by or "nothing", model=facts.model, probed=facts.when[:10],
         based_on=base.name if base else None, emulated=bool(facts.emulated), system=facts.system, kernel=facts.kernel, governor=facts.governor,
         runtimes=facts.runtimes, programs=facts.programs, nvidia=facts.nvidia, thermal_zones=tuple(z.name for z in facts.zones), power_rails=rails,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 from edgesdk.device import DeviceProfile
 from edgesdk.devices import HOSTS, LISTS_BY, devices_dir, shipped_names, source_of, user_devices, user_files
 from edgesdk.errors import EdgeError, InputError
-from edgesdk.probe.compose import MEASURED
+from edgesdk.probe.compose import MEASURED, NO_ID
 from edgesdk.probe.facts import Facts
 
 KEPT = ("memory.one_thread_bytes_per_s", "memory.bandwidth_bytes_per_s", "storage.read_bytes_per_s")
@@ -48,7 +48,7 @@ def name_for(facts: Facts, base: DeviceProfile | None, asked: str | None) -> str
 def _refuse_another(path: Path, facts: Facts) -> None:
     raw = read_raw(path)
     board = raw.get("board", {}).get("id")
-    if board is not None and board != facts.board_id:
+    if board is not None and board != (facts.board_id or NO_ID):
         what = f"{path}: bound to another board ({board}, {raw['board'].get('model')}); this one is {facts.board_id}"
         raise InputError(what, "give this board another --name, or remove that file")
     if board is None:
