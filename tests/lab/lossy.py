@@ -35,8 +35,8 @@ class LossyBoard(Board):
 
     def __enter__(self) -> Self:
         folder = Path(self._folder.name)
-        argv = ["unshare", "-n", sys.executable, str(Path(__file__)), str(folder), str(self._loss)]
-        self._relay = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        argv = ["unshare", "-n", sys.executable, "-m", "tests.lab.lossy", str(folder), str(self._loss)]
+        self._relay = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
         assert self._relay.stdout is not None
         if self._relay.stdout.readline() != b"up\n":
             raise LabError("no TAP device in a network namespace: this needs root and /dev/net/tun")

@@ -32,7 +32,7 @@ class Disk:
         image = folder / "data.img"
         with image.open("wb") as file:
             file.truncate(int(size[:-1]) << {"K": 10, "M": 20, "G": 30}[size[-1]])
-        subprocess.run(["/sbin/mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", str(image)], check=True)
+        subprocess.run(["/sbin/mkfs.ext4", "-q", "-F", "-m", "0", "-E", "lazy_itable_init=0,lazy_journal_init=0", str(image)], check=True)
         self._kept = bytearray(image.read_bytes())
         image.unlink()
         self._now, self._cached = bytearray(self._kept), set[int]()  # what is read, and the sectors of it that are in the cache alone
