@@ -79,10 +79,14 @@ def test_run_model():
     assert [told.first_s, told.min_s, told.max_s, told.mean_s] == pytest.approx([0.0019, 0.00099, 0.0019, 0.00104]) and told.calls == 40
 
 
+NONSENSE = [
+    "", "count= first=x", "count=0", "count=1 curr=1e", "count=1 curr=22..00", "count=2 curr=1(all", "\t[node type]\t[avg ms]\n\tx\ty",
+    "Iteration 2 of 1: 1.0 ms", "Iteration 1 of 999999999999: 1.0 ms", "Iteration 1 of " + "9" * 5000 + ": 1.0 ms", "\0" * 50,
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("read", [output.executor_runner, output.benchmark_model, output.run_model])
-@pytest.mark.parametrize(
-    "text", ["", "count= first=x", "count=0", "\t[node type]\t[avg ms]\n\tx\ty", "Iteration 2 of 1: 1.0 ms", "count=1 curr=1e", "\0" * 50]
-)
+@pytest.mark.parametrize("text", NONSENSE, ids=lambda text: repr(text[:24]))
 def test_nonsense_gives_nothing(read, text):
     told = read(text)
     assert told.samples_s == () and told.operators == () and told.mean_s is None
@@ -176,7 +180,7 @@ def test_facts_of_a_phone():
     assert (facts["board"], facts["system"], facts["cpu"]) == ("Google Pixel 6", "Android 14, Linux 5.10.101-android12", "0xd44")
     assert (facts["clock_hz"], facts["temperature_c"], facts["governor"], facts["emulated"]) == (2.802e9, 41.3, "sched_pixel", [])
     assert read_facts("machine x86_64\nro.boot.qemu 1\n")["emulated"] == ["ro.boot.qemu = 1"]
-    assert read_facts("")["machine"] == "unknown"
+    assert read_facts("")["machine"] == "unknown" and read_facts("khz \u00b2\nmillicelsius " + "9" * 5000)["clock_hz"] is None
 
 
 def two_by_two() -> bytes:

@@ -18,7 +18,8 @@ def cpuinfo(text: str | None = None) -> tuple[str, dict[str, str]]:
     for line in (read("/proc/cpuinfo") if text is None else text).splitlines():
         name, _, value = line.partition(":")
         keys.setdefault(name.strip(), value.strip())
-    name = keys.get("model name") or keys.get("Hardware") or keys.get("CPU part") or platform.processor() or "unknown"
+    here = platform.processor() if text is None else ""  # a text may be of another machine
+    name = keys.get("model name") or keys.get("Hardware") or keys.get("CPU part") or here or "unknown"
     return name, keys
 
 

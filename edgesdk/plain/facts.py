@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 Pairs = list[tuple[str, str]]
@@ -36,7 +37,7 @@ def read_facts(text: str) -> dict[str, Any]:
 
 
 def _numbers(pairs: Pairs, name: str) -> list[str]:
-    return [word for n, rest in pairs if n == name and (word := rest.split()[0]).lstrip("-").isdigit()]
+    return [word for n, rest in pairs if n == name and re.fullmatch("-?[0-9]{1,12}", word := rest.split()[0])]
 
 
 def _emulated(one: dict[str, str], cpu: dict[str, str]) -> list[str]:

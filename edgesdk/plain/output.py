@@ -54,15 +54,15 @@ def _scaled(value: float | None, scale: float) -> float | None:
     return None if value is None else value * scale
 
 
-_FLOAT = r"([0-9][0-9.]*(?:e[+-]?\d+)?)"
-_ITERATION = re.compile(r"Iteration (\d+) of (\d+): " + _FLOAT + " ms")
-_EXECUTED = re.compile(r"Model executed successfully (\d+) time\(s\) in " + _FLOAT + " ms")
+_FLOAT = r"(\d{1,18}(?:\.\d+)?(?:e[+-]?\d{1,2})?)"
+_ITERATION = re.compile(r"Iteration (\d{1,18}) of (\d{1,18}): " + _FLOAT + " ms")
+_EXECUTED = re.compile(r"Model executed successfully (\d{1,18}) time\(s\) in " + _FLOAT + " ms")
 
 
 def executor_runner(text: str) -> Told:
     """Its log, from stderr or logcat. Older ones print no time of a single call, the oldest no time at all."""
     found = [(int(m[1]), int(m[2]), float(m[3]) / 1e3) for m in _ITERATION.finditer(text)]
-    whole = bool(found) and [n for n, _, _ in found] == list(range(1, found[0][1] + 1))  # logcat may drop lines
+    whole = bool(found) and len(found) == found[0][1] and all(n == i for i, (n, _, _) in enumerate(found, 1))  # logcat may drop lines
     samples = tuple(s for _, _, s in found) if whole else ()
     total = _EXECUTED.search(text)
     calls = int(total[1]) if total else None
@@ -75,7 +75,7 @@ def executor_runner(text: str) -> Told:
     )
 
 
-_STATISTICS = re.compile(r"(?:^|\s)count=(\d+)((?: \w+=\S+)*)(\(all same\))?")
+_STATISTICS = re.compile(r"(?:^|\s)count=(\d{1,18})((?: \w+=\S+)*)(\(all same\))?")
 _TIMINGS = re.compile(r"nference timings in us: (.*)")
 
 
@@ -92,7 +92,7 @@ def _statistics(line: str) -> dict[str, float] | None:
 
 
 def _is_number(text: str) -> bool:
-    return re.fullmatch(r"[0-9][0-9.]*(e[+-]?\d+)?(\(all)?", text) is not None
+    return re.fullmatch(_FLOAT + r"(\(all)?", text, re.ASCII) is not None
 
 
 def benchmark_model(text: str) -> Told:
@@ -163,12 +163,12 @@ def run_model(text: str) -> Told:
     """First, slowest, fastest and mean."""
 
     def of(what: str) -> float | None:
-        return _scaled(_number(what + r" took (?:average )?(\d+) microseconds", text), 1e-6)
+        return _scaled(_number(what + r" took (?:average )?(\d{1,18}) microseconds", text), 1e-6)
 
     return Told(
         first_s=of("First run"),
         max_s=of("Slowest run"),
         min_s=of("Fastest run"),
         mean_s=of("All runs"),
-        calls=int(n) if (n := _number(r"Run model for (\d+) times", text)) is not None else None,
+        calls=int(n) if (n := _number(r"Run model for (\d{1,18}) times", text)) is not None else None,
     )

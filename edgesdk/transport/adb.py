@@ -55,8 +55,7 @@ class AdbTransport(PipeTransport):
         self.root = query.get("root", ROOT)
         self.python = query.get("python", "python3")
         self._adb = ("adb", "-s", self.serial) if self.serial else ("adb",)
-        if ":" in self.serial:
-            self._connect()
+        self._to_connect = ":" in self.serial  # not before it is used: a link may only be looked at
 
     def _client(self, *argv: str) -> Result:
         """What adb itself answers, without the device."""
@@ -79,6 +78,9 @@ class AdbTransport(PipeTransport):
             time.sleep(0.5)
 
     def _argv(self, argv: tuple[str, ...]) -> tuple[str, ...]:
+        if self._to_connect:
+            self._connect()
+            self._to_connect = False
         return (*self._adb, "shell", "-T", f'{shlex.join(argv)}; c=$?; echo "edgesdk-ended $c" >&2; exit $c')
 
     def _own(self, result: Result) -> Result:

@@ -7,6 +7,7 @@ import json
 import os
 import posixpath
 import struct
+import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from tests.fuzz import made
 FORMS = Path(__file__).parents[1] / "plain_outputs"
 PROFILES = Path(__file__).parents[2] / "profiles"
 DICTIONARY = (
+    b"\xc2\xb2",  # a digit to `isdigit`, none to `int`
+    b"9" * 5000,
     b"..",
     b"../",
     b"/etc/",
@@ -125,6 +128,7 @@ def profile_seeds(folder: Path) -> list[bytes]:
 def inventory(data: bytes, folder: Path) -> None:
     from edgesdk.inventory import load_inventory
 
+    tempfile.tempdir = str(folder)  # links to boards make folders for what they share
     _written(folder, "inventory.toml", data)
     load_inventory(folder / "inventory.toml")
 
@@ -361,6 +365,70 @@ def tools_seeds(folder: Path) -> list[bytes]:
     return [p.read_bytes() for p in sorted(FORMS.glob("*.txt"))]
 
 
+def order(data: bytes, folder: Path) -> None:
+    """What a device takes from a broker: an order in an envelope, a bundle's signatures and manifest; every signature holds here."""
+    from edgesdk.fleet import store
+    from edgesdk.fleet.wire import Refused, bundle_signer, opened, pack
+
+    keys = {"k": b"public"}
+    envelopes = [data]
+    with contextlib.suppress(UnicodeDecodeError):
+        envelopes.append(pack({"order": data.decode(), "key": "k", "signature": "AA=="}))
+    for payload in envelopes:
+        with contextlib.suppress(Refused):
+            found = opened(payload, "fleet", "device", keys, lambda key, text, signature: True)
+            assert found["device"] == "device" and found["counter"] >= 1
+    with contextlib.suppress(Refused):
+        assert bundle_signer(b"", data, keys, lambda key, text, signature: True) == "k"
+    with contextlib.suppress(Refused):
+        for name, _, size in store.members_of(data):
+            assert ".." not in name.split("/") and not name.startswith("/") and size >= 0
+
+
+def order_seeds(folder: Path) -> list[bytes]:
+    from edgesdk.fleet.wire import pack
+
+    part = {"sha256": "0" * 64, "size": 10}
+    install = {
+        "fleet": "fleet",
+        "device": "device",
+        "counter": 3,
+        "bundle": "a" * 64,
+        "step": "install",
+        "rollout": "r",
+        "manifest": part,
+        "signature": part,
+    }
+    signatures = json.dumps({"signatures": [{"key": "k", "signature": "AA=="}]}).encode()
+    return [pack(install), signatures, manifest_seeds(folder)[0]]
+
+
+def facts(data: bytes, folder: Path) -> None:
+    """What a board told of itself: a JSON object of texts."""
+    from edgesdk.probe.facts import read_facts
+
+    try:
+        texts = json.loads(data)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(texts, dict):
+        read_facts({str(k): v for k, v in texts.items() if isinstance(v, str)}, "fuzz", "agent")
+
+
+def facts_seeds(folder: Path) -> list[bytes]:
+    cpu = "/sys/devices/system/cpu/cpu0/"
+    texts = {
+        "!uname": "Linux 6.6 aarch64", "/proc/cpuinfo": "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd0b\nFeatures\t: asimd asimddp\n",
+        "/proc/meminfo": "MemTotal:  8000000 kB\nMemAvailable:  7000000 kB\n", cpu + "cpufreq/cpuinfo_max_freq": "2400000",
+        cpu + "cache/index0/level": "1", cpu + "cache/index0/type": "Data", cpu + "cache/index0/size": "64K",
+        cpu + "cache/index0/shared_cpu_list": "0-3,6", "!df": "a b c d e f\n/dev/x 100 50 50 50% /", "!python": "3.11",
+        "/sys/class/thermal/thermal_zone0/type": "cpu", "/sys/class/thermal/thermal_zone0/temp": "41000", "/sys/class/hwmon/hwmon0/name": "ina3221",
+        "/sys/class/hwmon/hwmon0/in1_label": "VDD_IN", "/etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID",
+        "!pmic": " VDD_CORE_A current(7)=1.0A", "/proc/device-tree/model": "Raspberry Pi 5", "!getprop": "[ro.soc.model]: [x]",
+    }  # fmt: skip
+    return [json.dumps(texts).encode()]
+
+
 TARGETS = {
     "bundle": Target(bundle, bundle_seeds),
     "manifest": Target(manifest, manifest_seeds),
@@ -376,6 +444,8 @@ TARGETS = {
     "uboot": Target(uboot, uboot_seeds),
     "inventory": Target(inventory, inventory_seeds),
     "tools": Target(tools, tools_seeds),
+    "order": Target(order, order_seeds),
+    "facts": Target(facts, facts_seeds),
 }
 
 
