@@ -58,7 +58,8 @@ class Verdicts(Noun):
 
     @property
     def not_worse(self) -> bool:
-        return bool(self.rows) and all(r.not_worse for r in self.rows)
+        """Of times: no row can be slower. (Memory of one run a side has no interval.)"""
+        return not self.not_comparable and all(r.not_worse for r in self.rows if r.unit == "s")
 
 
 def compare(first: Report | Sequence[Report], second: Report | Sequence[Report], *, tolerance: float = 0.03) -> Verdicts:

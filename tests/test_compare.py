@@ -97,6 +97,7 @@ def test_energy_and_memory():
     assert rows["energy"].verdict == "more" and rows["energy"].ratio == pytest.approx(1.2) and rows["energy"].unit == "J"
     assert rows["memory peak"].verdict == "cannot tell" and "several runs" in rows["memory peak"].why
     assert "memory PSS" not in rows, "one side does not have it"
+    assert compare(a, a).not_worse, "though memory is one reading"
     runs = (
         [a.model_copy(update={"peak_rss_bytes": 10**7 + i}) for i in range(3)],
         [a.model_copy(update={"peak_rss_bytes": 10**8 + i}) for i in range(3)],

@@ -115,7 +115,7 @@ def test_several_reports_side_by_side():
     steady = [r.model_copy(update={"trust": r.trust.model_copy(update={"verdict": "good"})}) for r in (a, b)]
     content = page(steady)
     _parsed(content)
-    assert "slower, tolerance 3%" in content and "Ratios: 2: raspberry-pi-5 against 1: raspberry-pi-5" in content
+    assert '<span class="badge bad">slower</span>' in content and "Ratios: 2: raspberry-pi-5 against 1: raspberry-pi-5" in content
     other = b.model_copy(update={"conditions": b.conditions.model_copy(update={"device": "raspberry-pi-4"})})
     content = page([a, other])
     assert "device: raspberry-pi-5 against raspberry-pi-4" in content and label([a, other]) == ["raspberry-pi-5", "raspberry-pi-4"]

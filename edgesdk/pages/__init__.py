@@ -17,6 +17,7 @@ from edgesdk.report import Report
 from edgesdk.units import show_bytes, show_joules, show_seconds
 
 _BADGES = {"good": "good", "noisy": "warn", "throttled": "bad", "emulated": "odd"}
+_SAID = {"slower": "bad", "more": "bad", "faster": "good", "less": "good", "same": "good", "not comparable": "odd"}
 
 
 def page(reports: Sequence[Report], plans: Sequence[Plan] = ()) -> str:
@@ -35,7 +36,9 @@ def page(reports: Sequence[Report], plans: Sequence[Plan] = ()) -> str:
             drawn = "".join(f.render(f"g{g}f{i}") for i, f in enumerate(figures))
             parts.append(f"<section><h2>{heading}</h2><div class=grid>{drawn}</div></section>")
     parts += [_plan_words(p) for p in plans]
-    parts += [_conditions(r, n) for n, r in zip(names, reports, strict=True)]
+    if reports:
+        recorded = "".join(_recorded(r, n) for n, r in zip(names, reports, strict=True))
+        parts.append(f"<section><h2>Everything that was recorded</h2><div class=card>{recorded}</div></section>")
     parts.append(f"<footer>edgesdk {text(__version__)}. Predicted figures are named so; all others were measured.</footer>")
     head = '<meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">'
     return f"<!doctype html><html lang=en><head>{head}<title>{text(title)}</title><style>{STYLE}</style></head><body><main>{''.join(parts)}</main></body></html>\n"
@@ -79,7 +82,7 @@ def _head(r: Report, name: str) -> str:
         f"{c.threads} thread{'s' * (c.threads > 1)}",
         r.how.mode,
         c.machine,
-        c.when,
+        f"{c.when[:16].replace('T', ' ')} UTC",
     ]
     reasons = "".join(f"<li>{text(reason)}</li>" for reason in r.trust.reasons)
     warmth = [f"{v:.0f} °C" for v in (c.temperature_before_c, c.temperature_after_c) if v is not None]
@@ -117,12 +120,13 @@ def _tiles(r: Report) -> str:
 def _measured(reports: Sequence[Report], names: Sequence[str], plans: Sequence[Plan]) -> list[Figure]:
     found: list[Figure] = []
     methods = list(dict.fromkeys(m.method for r in reports for m in r.methods if m.samples_s))
+    spread: list[Figure] = []
     for method in methods:
         sides = [(n, r, m) for n, r in zip(names, reports, strict=True) for m in r.methods if m.method == method and m.samples_s]
         ends = times.span([m for _, _, m in sides])
-        many = len(reports) > 1
-        found += [times.over_time(r, m, f"{method}, {n}" if many else method, ends) for n, r, m in sides]
-        found.append(times.distribution(method, [(n, m) for n, _, m in sides]))
+        found += [times.over_time(r, m, f"{method}, {n}" if len(reports) > 1 else method, ends) for n, r, m in sides]
+        (spread if len(reports) > 1 else found).append(times.distribution(method, [(n, m) for n, _, m in sides]))
+    found += spread
     shown = names if len(reports) > 1 else [r.model_name for r in reports]
     found += [f for n, r in zip(shown, reports, strict=True) if (f := predicted(r, n))]
     memory = planned.memory(plans, list(zip(names, reports, strict=True))) if reports else None
@@ -156,9 +160,11 @@ def _compared(reports: Sequence[Report], names: Sequence[str]) -> str:
         except InputError as error:
             parts.append(f"<p>{text(name)}: {text(error.what)}</p>")
             continue
-        words = "; ".join(answer.not_comparable) if answer.not_comparable else f"{answer.verdict}, tolerance {answer.tolerance:.0%}"
-        notes = "".join(f"<li>{text(w)}</li>" for w in (*answer.differs, *answer.warnings))
-        parts.append(f"<p><b>{text(name)}</b> against <b>{text(names[0])}</b>: {text(words)}</p><ul>{notes}</ul>")
+        badge = f'<span class="badge {_SAID.get(answer.verdict, "warn")}">{answer.verdict}</span>'
+        notes = "".join(f"<li>{text(w)}</li>" for w in (*answer.not_comparable, *answer.differs, *answer.warnings))
+        parts.append(
+            f"<p>{badge} <b>{text(name)}</b> against <b>{text(names[0])}</b>, tolerance {answer.tolerance:.0%}</p><ul>{notes}</ul>"
+        )
         figures.append(_verdicts(answer, f"{name} against {names[0]}"))
     drawn = "".join(f.render(f"c{i}") for i, f in enumerate(figures))
     return (
@@ -217,17 +223,19 @@ def _plan_words(plan: Plan) -> str:
     return f"<section><h2>Plan</h2><div class=card><p>{fits}</p>{_pairs(rows)}<ul>{said}</ul></div></section>"
 
 
-def _conditions(r: Report, name: str) -> str:
+def _recorded(r: Report, name: str) -> str:
     """Everything that was recorded beside the samples."""
     rows = [(k.replace("_", " "), "unknown" if v is None else str(v)) for k, v in r.conditions.model_dump().items()]
     rows += [("bundle", r.bundle_digest), ("load, warm", show_seconds(r.load_warm_s)), ("runtime import", show_seconds(r.runtime_import_s))]
-    rows += [(k, "unknown" if v is None else str(v)) for k, v in r.how.model_dump().items()]
+    rows += [(k.replace("_", " "), "unknown" if v is None else str(v)) for k, v in r.how.model_dump().items()]
     rows += [("power", reason) for reason in r.power_reasons]
     for m in r.methods:
         if m.summary:
             rows.append((m.method, ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in m.summary.model_dump().items() if v is not None)))
     rows += [(f"memory, {k}", v) for k, v in r.memory.reasons.items()]
-    return f"<section><h2>Conditions: {text(name)}</h2><div class=card>{Table(['what', 'as recorded'], [list(row) for row in rows]).render()}</div></section>"
+    return (
+        f"<details><summary>{text(name)}</summary>{Table(['what', 'as recorded'], [list(row) for row in rows]).render('whole')}</details>"
+    )
 
 
 def _pairs(rows: Sequence[tuple[str, str]]) -> str:

@@ -24,8 +24,8 @@ class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
 
-    def render(self) -> str:
-        """A table in a box of its own that scrolls; cells that are numbers stand at the right."""
+    def render(self, kind: str = "scroll") -> str:
+        """A table in a box of its own that scrolls sideways, `scroll` downwards, too; cells that are numbers stand at the right."""
         right = [bool(self.rows) and all(_number(r[i]) for r in self.rows) for i in range(len(self.head))]
 
         def row(cells: Sequence[str], tag: str) -> str:
@@ -35,7 +35,7 @@ class Table:
             )
             return f"<tr>{''.join(made)}</tr>"
 
-        return f"<div class=scroll tabindex=0><table><thead>{row(self.head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in self.rows)}</tbody></table></div>"
+        return f"<div class={kind} tabindex=0><table><thead>{row(self.head, 'th')}</thead><tbody>{''.join(row(r, 'td') for r in self.rows)}</tbody></table></div>"
 
 
 def _number(cell: str) -> bool:

@@ -161,7 +161,7 @@ def front(plan: Plan) -> Figure | None:
             plot.dot(c.latency.value * factor, c.memory_bytes / size, "f0", 5, _told(c))
         plot.dot(plan.latency.value * factor, plan.memory.peak_bytes / size, "ring", 9, "chosen")
         named = [(c.latency.value * factor, c.memory_bytes / size, str(i + 1)) for i, c in enumerate(points)]
-        for spot, (_, _, words) in zip(label_spots(plot, named), named, strict=True):
+        for spot, (_, _, words) in zip(label_spots(plot, named, gap=13), named, strict=True):
             if spot:
                 plot.write(*spot, words, "start", "ink")
         return plot.whole

@@ -45,13 +45,14 @@ svg text.ink{fill:var(--ink)}svg text.strong{fill:var(--ink);font-weight:600}
 .legend{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:13px;margin:2px 0 0;padding:0;list-style:none}
 .legend li{display:flex;align-items:center;gap:6px;min-width:0;overflow-wrap:anywhere}.legend svg{width:22px;height:12px;flex:none;margin:0}
 details{margin-top:auto;font-size:14px}summary{cursor:pointer;color:var(--soft);font-size:13px;padding:4px 0}
-.scroll{overflow-x:auto;max-width:100%;max-height:420px;overflow-y:auto}
+.scroll,.whole{overflow-x:auto;max-width:100%}.scroll{max-height:420px;overflow-y:auto}
 table{border-collapse:collapse;font-size:13.5px;font-variant-numeric:tabular-nums;min-width:50%}
 th,td{padding:4px 14px 4px 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--rule)}th{color:var(--soft);font-weight:600}
 td.n,th.n{text-align:right;white-space:nowrap}
 footer{margin-top:32px;font-size:13px;color:var(--soft)}
 @media(max-width:599px){main{padding:16px 12px 32px}h1{font-size:21px}.card,figure{padding:12px}.tiles{grid-template-columns:repeat(2,minmax(0,1fr));gap:8px}
-.tiles b{font-size:18px}svg.wide{display:none}svg.narrow{display:block}dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:6px}}
+.tiles b{font-size:18px}
+.tiles div:last-child:nth-child(odd){grid-column:1/-1}svg.wide{display:none}svg.narrow{display:block}dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:6px}}
 @media print{:root{color-scheme:light}body{background:#fff}main{max-width:none;padding:0}.grid{grid-template-columns:1fr 1fr}
 figure,.card,.tiles div{break-inside:avoid}details:not([open]){display:none}.scroll{max-height:none;overflow:visible}}
 """

@@ -177,19 +177,19 @@ class Plot:
 
 
 def label_spots(
-    plot: Plot, named: Sequence[tuple[float, float, str]], others: Sequence[tuple[float, float]] = ()
+    plot: Plot, named: Sequence[tuple[float, float, str]], others: Sequence[tuple[float, float]] = (), gap: float = 9
 ) -> list[tuple[float, float] | None]:
     """Where labels of points go without overlapping each other, a point or the frame: their start and baseline in pixels, or None.
 
-    `named`: (x, y, label) and `others`: (x, y), all as values.
+    `named`: (x, y, label) and `others`: (x, y), all as values; `gap`: pixels between a point and its label.
     """
     at = [(plot.px(x), plot.py(y)) for x, y in (*((x, y) for x, y, _ in named), *others)]
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in at]
     found: list[tuple[float, float] | None] = []
     for (x, y), (_, _, words) in zip(at, named, strict=False):
         wide = width_of(words) * 1.08
-        beside, above = (x + 9, x - 9 - wide), (x - wide / 2, x + 9, x - 9 - wide)
-        spots = [*((a, y + 4) for a in beside), *((a, b) for b in (y - 10, y + 19) for a in above)]
+        beside, above = (x + gap, x - gap - wide), (x - wide / 2, x + gap, x - gap - wide)
+        spots = [*((a, y + 4) for a in beside), *((a, b) for b in (y - gap - 1, y + gap + 10) for a in above)]
         found.append(next((s for s in spots if _free(plot, _box(s, wide), taken)), None))
         taken += [_box(found[-1], wide)] if found[-1] else []
     return found
