@@ -103,7 +103,7 @@ class Fleet:
         self.wires: dict[str, Session] = {}
         self.kills = 0.0  # the chance that any word to the broker or act of a store ends its process
         self.crashes = 0
-        self.trusted = {k: _raw(v) for k, v in trusted().items()} or {own_key().id: _raw(own_key())}
+        self.trusted = {k: raw_key(v) for k, v in trusted().items()} or {own_key().id: raw_key(own_key())}
         self.spec = spec_of(bundle, names, **asked)
         self.rollout_folder = Folder.create(self.spec, bundle)
         self.controller: Controller | None = None
@@ -282,7 +282,7 @@ def spec_of(
     )  # fmt: skip
 
 
-def _raw(key):
+def raw_key(key):
     import base64
 
     return base64.b64decode(key.public)

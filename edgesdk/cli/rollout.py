@@ -14,7 +14,6 @@ from edgesdk.cli.common import Json, console, emit_json, say
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from edgesdk.fleet.controller import Presence
     from edgesdk.fleet.journal import Folder
     from edgesdk.fleet.rollout import Rollout
 
@@ -94,7 +93,7 @@ def status(
     if follow:
         with _shown() as changed:
             while not state.ended:
-                changed(state, None)
+                changed(state)
                 time.sleep(0.5)
                 state = folder.read()
     if as_json:
@@ -247,7 +246,7 @@ def _shown() -> Iterator[Any]:
     latest: list[Rollout] = []
     said, at = "", 0.0
 
-    def changed(rollout: Rollout, presence: Presence | None) -> None:
+    def changed(rollout: Rollout) -> None:
         nonlocal said, at
         latest[:] = [rollout]
         if screen.is_terminal or time.monotonic() - at < LINE_S:

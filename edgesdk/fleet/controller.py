@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from edgesdk.errors import DeviceError
 from edgesdk.fleet.broker import KEEPALIVE_S, Broker, refusal
 from edgesdk.fleet.journal import Folder
-from edgesdk.fleet.rollout import Event, Rollout
+from edgesdk.fleet.rollout import MOST_COUNTER, Event, Rollout
 from edgesdk.fleet.wire import CHUNK_BYTES, Refused, Topics, envelope, pack, unpack
 from edgesdk.signing import signature_of
 
@@ -52,9 +51,9 @@ class Presence:
 
 
 class Controller:
-    """`run` until the rollout has ended. `changed(rollout, presence)` hears of every change."""
+    """`run` until the rollout has ended. `changed(rollout)` hears of every change."""
 
-    def __init__(self, folder: Folder, broker: Broker, changed: Callable[[Rollout, Presence], None] = lambda r, p: None) -> None:
+    def __init__(self, folder: Folder, broker: Broker, changed: Callable[[Rollout], None] = lambda rollout: None) -> None:
         self.folder, self.broker, self.changed = folder, broker, changed
         self.spec = folder.spec
         self.topics = Topics(self.spec.fleet)
@@ -68,7 +67,7 @@ class Controller:
         self._order = self._fixed_part()
         self._asked_s = 0.0
         self._base = 0.0
-        self.stopped = threading.Event()
+        self.floor = 0  # the highest counter that any device has told: another's clock may be ahead
 
     # ---- the loop
 
@@ -78,7 +77,7 @@ class Controller:
             self.begin()
             try:
                 self._first()
-                while not self.rollout.ended and not self.stopped.is_set():
+                while not self.rollout.ended:
                     self.turn()
                 if self.rollout.ended:
                     self.clear()
@@ -134,8 +133,9 @@ class Controller:
             return
         if not self.repeated:
             self.repeated = True
-            for device in self.rollout.told:
-                self._send(device)
+            for device, told in self.rollout.told.items():
+                if told.state != "superseded":
+                    self._send(device)
         now = self.now()
         while events := self._decided(now):
             self._happen(events)
@@ -146,7 +146,7 @@ class Controller:
         self._happen([{"e": "command", "command": c} for c in self.folder.asked(self.rollout.commands)])
 
     def _decided(self, now: float) -> list[Event]:
-        return self.rollout.decide(now, self.presence.online, self.presence.gone(self.spec.devices, now), int(now * 1000))
+        return self.rollout.decide(now, self.presence.online, self.presence.gone(self.spec.devices, now), max(self.floor, int(now * 1000)))
 
     def _happen(self, events: list[Event]) -> None:
         """On the disk first, then in the state, then at the broker."""
@@ -158,7 +158,7 @@ class Controller:
         for event in events:
             if event["e"] == "tell":
                 self._send(event["device"])
-        self.changed(self.rollout, self.presence)
+        self.changed(self.rollout)
 
     # ---- what comes
 
@@ -205,8 +205,11 @@ class Controller:
             return  # nobody's
         if where[0] == "presence":
             self.presence.heard(where[1], message.get("online") is True, self.now())
-            self.changed(self.rollout, self.presence)
+            self.changed(self.rollout)
         elif where[0] == "report":
+            counter = message.get("counter")
+            if isinstance(counter, int) and counter < MOST_COUNTER:
+                self.floor = max(self.floor, counter)
             self._happen(self.rollout.heard(where[1], message, self.now()))
 
     # ---- what goes

@@ -106,12 +106,15 @@ class Device:
         except Refused as error:
             self._refuse(str(error), getattr(error, "counter", None))
             return
-        counter = order["counter"]
-        if counter == self.state["counter"]:  # once more: it was lost, or the controller is not sure
+        counter, last = order["counter"], self.state["order"] or {}
+        if counter == self.state["counter"] and (order["rollout"], order["step"]) == (
+            last.get("rollout"),
+            last.get("step"),
+        ):  # once more, to be sure
             if self.state["state"] in SETTLED:
                 self._report()
             return
-        if counter < self.state["counter"]:
+        if counter <= self.state["counter"]:
             self._refuse("older than the last order: replayed, or of a controller that was restored from a copy", counter)
             return
         self._end_fetch()

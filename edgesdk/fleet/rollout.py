@@ -17,11 +17,13 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from edgesdk.errors import InputError
-from edgesdk.fleet.wire import SETTLED
+from edgesdk.fleet.wire import SETTLED, WORKING
 from edgesdk.noun import Noun
 
 Event = dict[str, Any]
 Status = Literal["running", "paused", "halted", "aborted", "rolling-back", "finished"]
+MOST_COUNTER, MOST_WHY = 1 << 62, 300
+"""Of what a device says: anybody may write to a broker that lets them."""
 COMMANDS = ("pause", "resume", "abort", "rollback")
 
 
@@ -167,19 +169,21 @@ class Rollout:
     def heard(self, device: str, report: Event, now: float) -> list[Event]:
         """The events of a report; none for what is old, known or not about this rollout."""
         told = self.told.get(device)
-        counter, refused = report.get("counter"), report.get("refused")
-        if told is None or not isinstance(counter, int):
+        counter = report.get("counter")
+        if told is None or told.state == "superseded" or not isinstance(counter, int) or not 0 <= counter < MOST_COUNTER:
             return []
-        if isinstance(refused, dict) and refused.get("counter") == told.counter and counter != told.counter:
-            if counter > told.counter:  # this controller is behind: it was restored from a copy, or another's clock is ahead
+        ours, refused = report.get("rollout") == self.spec.id, report.get("refused")
+        if counter > told.counter or (counter == told.counter and not ours):
+            if ours:  # the journal is an old copy of what was once done
                 return [{"e": "behind", "counter": counter}, self._tell(device, told.step, max(self.counter, counter) + 1, now)]
-            if told.settled:
+            why = f"by rollout {report.get('rollout')}"[:MOST_WHY]
+            return [] if told.settled else [{"e": "report", "device": device, "state": "superseded", "why": why}]
+        if counter < told.counter:
+            if not isinstance(refused, dict) or refused.get("counter") != told.counter or told.settled:
                 return []
-            return [{"e": "report", "device": device, "state": "failed", "why": f"refused: {refused.get('why')}"}]
-        state, why = report.get("state"), str(report.get("why") or "")
-        if counter > told.counter and not told.settled:
-            return [{"e": "report", "device": device, "state": "superseded", "why": f"by rollout {report.get('rollout')}"}]
-        if counter != told.counter or report.get("rollout") != self.spec.id or not isinstance(state, str) or told.state in SETTLED:
+            return [{"e": "report", "device": device, "state": "failed", "why": f"refused: {refused.get('why')}"[:MOST_WHY]}]
+        state, why = report.get("state"), str(report.get("why") or "")[:MOST_WHY]
+        if told.state in SETTLED or state not in (*WORKING, *SETTLED):
             return []
         return [] if (state, why) == (told.state, told.why) else [{"e": "report", "device": device, "state": state, "why": why}]
 
@@ -200,7 +204,7 @@ class Rollout:
         base = max(self.counter, floor) + 1
         if self.status == "running":
             return self._go_on(now, gone, base)
-        installs = [d for d, t in self.told.items() if t.step == "install"]
+        installs = [d for d, t in self.told.items() if t.step == "install" and t.state != "superseded"]
         if self.status in ("halted", "rolling-back"):
             return self._all_to("rollback", installs, now, gone, base)
         if self.status == "aborted":

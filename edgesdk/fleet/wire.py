@@ -27,6 +27,7 @@ MOST_ORDER_BYTES = 1 << 16
 ABOUT_ORDER = b"edgesdk fleet order\n"
 ABOUT_BUNDLE = b"edgesdk bundle manifest\n"
 STEPS = ("install", "rollback", "hold")
+WORKING = ("fetching", "checking", "installing", "going-back")
 SETTLED = ("good", "failed", "rolled-back", "held", "superseded")
 """States after which nothing comes of an order any more."""
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
