@@ -80,7 +80,7 @@ def test_run_model():
 
 
 NONSENSE = [
-    "", "count= first=x", "count=0", "count=1 curr=1e", "count=1 curr=22..00", "count=2 curr=1(all", "\t[node type]\t[avg ms]\n\tx\ty",
+    "", "count= first=x", "count=0", "count=1 curr=1e", "count=1 curr=22..00", "\t[node type]\t[avg ms]\n\tx\ty",
     "Iteration 2 of 1: 1.0 ms", "Iteration 1 of 999999999999: 1.0 ms", "Iteration 1 of " + "9" * 5000 + ": 1.0 ms", "\0" * 50,
 ]  # fmt: skip
 
