@@ -160,7 +160,7 @@ def test_what_is_missing_is_told_before_anything_is_touched(l4t, bundle, sysfs, 
     for options, error, message in [
         ("", InputError, "which board"), ("board=jetson-orin-nan-devkit", UnknownName, "unknown board"), ("board=jetson-agx-orin-devkit", InputError, "is for another"),
         ("board=jetson-orin-nano-devkit&storage=/dev/sda", InputError, "not a partition"), ("board=jetson-orin-nano-devkit&usb=2-1", DeviceError, "at USB 2-1"),
-        ("board=jetson-orin-nano-devkit&disk=sda1", UnknownName, "disk"),
+        ("board=jetson-orin-nano-devkit&disk=sda1", UnknownName, "disk"), ("board=jetson-orin-nano-devkit&root=../x", InputError, "not a whole path"),
     ]:  # fmt: skip
         with pytest.raises(error, match=message):
             write(l4t, bundle, sysfs, options)

@@ -99,6 +99,17 @@ def test_a_firmware_file_is_copied_as_it_is(tmp_path):
     assert struct.unpack_from("<I", volume.taken, 28)[0] == 0xE48BFF59
 
 
+def test_an_rp2350s_extra_first_block_is_let_be(tmp_path):
+    spare = struct.pack("<8I", 0x0A324655, 0x9E5D5157, 0xA000, 0x10FFFF00, 256, 0, 2, 0xE48BFF57) + b"\xef" * 256
+    content = (
+        spare + bytes.fromhex("04e35799").ljust(220, b"\0") + struct.pack("<I", 0x0AB16F30) + uf2.make(bytes(900), 0x10000000, 0xE48BFF59)
+    )
+    (tmp_path / "app.uf2").write_bytes(content)
+    (tmp_path / "INFO_UF2.TXT").write_text(RP2350)
+    answer = write_board(f"uf2:{tmp_path}", firmware=str(tmp_path / "app.uf2"), dry_run=True)
+    assert answer.address == 0x10000000 and "0x10000000 to 0x10000400, families 0xe48bff59" in answer.steps[0]
+
+
 def test_a_dry_run_touches_nothing_and_the_command_line_says_so(tmp_path, bundle):
     folder = tmp_path / "V"
     folder.mkdir()

@@ -43,7 +43,7 @@ def write_esp32(to: str, payload: Payload, *, dry_run: bool = False, watch: Watc
     answer = BoardWrite(
         action="dry-run", to=to, board=f"{chip if chip != 'auto' else 'ESP32, which one is asked'} behind {where.path}", payload=payload.name,
         size_bytes=len(payload.content), sha256=payload.sha256, address=where.number("offset", 0, 0) if "offset" in where.options else None,
-        signer=payload.signer, steps=steps,
+        signer=payload.signed_by, steps=steps,
         notes=() if Path(where.path).exists() or not where.path.startswith("/") else (f"there is no {where.path} now",),
     )  # fmt: skip
     if dry_run:

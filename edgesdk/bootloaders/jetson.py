@@ -81,8 +81,12 @@ def write_jetson(to: str, payload: Payload, *, dry_run: bool = False, watch: Wat
     found = in_recovery(sysfs)
     problem = _fits(found, board, where.options.get("usb"))
     root = where.options.get("root", firstboot.ROOT)
+    if not root.startswith("/") or os.path.normpath(root) != root or root == "/":
+        raise InputError(f"{to}: root={root}: not a whole path", f"write it like {firstboot.ROOT}")
     tree = Tree(folder / "rootfs")
-    entries = firstboot.entries(source, tree, root, python=where.options.get("python", "python3"), signer=_signer_id(payload))
+    entries = firstboot.entries(
+        source, tree, root, python=where.options.get("python", "python3"), signer=payload.signer.id if payload.signer else None
+    )
     files = [e for e in entries if isinstance(e, File)]
     size = sum(e.blob.size_bytes for e in files)
     steps = (
@@ -96,7 +100,7 @@ def write_jetson(to: str, payload: Payload, *, dry_run: bool = False, watch: Wat
     )
     answer = BoardWrite(
         action="dry-run", to=to, board=f"{board}, Jetson Linux {release}" + (f"; {found[0]}" if len(found) == 1 else ""),
-        payload=f"bundle {source.path.name} ({source.manifest.model_name})", size_bytes=size, sha256=source.digest, signer=payload.signer,
+        payload=f"bundle {source.path.name} ({source.manifest.model_name})", size_bytes=size, sha256=source.digest, signer=payload.signed_by,
         steps=steps, notes=(f"now: {problem.what}",) if problem else (),
     )  # fmt: skip
     if dry_run:
@@ -118,11 +122,6 @@ def write_jetson(to: str, payload: Payload, *, dry_run: bool = False, watch: Wat
 
 def _is_root() -> bool:
     return os.geteuid() == 0
-
-
-def _signer_id(payload: Payload) -> str | None:
-    found = re.search(r"\((\w+)\)$", payload.signer or "")
-    return found[1] if found else None
 
 
 def _shown(argument: str) -> str:

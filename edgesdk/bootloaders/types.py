@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal
 from urllib.parse import parse_qsl
 
 from edgesdk.errors import DeviceError, InputError, MissingTool, UnknownName
-from edgesdk.install import Source
+from edgesdk.install import Source, read_source
 from edgesdk.noun import Noun
+from edgesdk.signing import Signer, signer_of
 
 FORMS = {
     "esp32": "esp32:/dev/ttyUSB0",
@@ -120,7 +121,12 @@ class Payload:
     content: bytes
     firmware: Path | None
     source: Source | None
-    signer: str | None = None
+    signer: Signer | None = None
+
+    @property
+    def signed_by(self) -> str | None:
+        """Name and id of the trusted key, None where none was asked for."""
+        return f"{self.signer.name} ({self.signer.id})" if self.signer else None
 
     @property
     def sha256(self) -> str:
@@ -141,8 +147,6 @@ def read_payload(bundle: str | None, firmware: str | None, allow_unsigned: bool 
         raise InputError("--to a board wants one of: a bundle, --firmware FILE", "edgesdk flash model.edge --to esp32:/dev/ttyUSB0")
     if bundle is not None:
         from edgesdk.bundles import read_member
-        from edgesdk.install import read_source
-        from edgesdk.signing import signer_of
 
         source = read_source(bundle)
         signer = None if allow_unsigned else signer_of(bundle)
@@ -153,7 +157,7 @@ def read_payload(bundle: str | None, firmware: str | None, allow_unsigned: bool 
             linked = "link its program into the firmware, then: --firmware FILE"
             raise InputError(what, linked if runtime == "executorch-ethos-u" else hint)
         content = read_member(bundle, name)
-        return Payload(f"{name} of {Path(bundle).name}", content, None, source, f"{signer.name} ({signer.id})" if signer else None)
+        return Payload(f"{name} of {Path(bundle).name}", content, None, source, signer)
     path = Path(str(firmware))
     try:
         content = path.read_bytes()

@@ -96,7 +96,7 @@ def read(content: bytes, name: str) -> Image:
         start, second, flags, address, size, number, count, family = _HEAD.unpack_from(content, at)
         if (start, second, struct.unpack_from("<I", content, at + BLOCK - 4)[0]) != (_START, _SECOND, _END):
             raise InputError(f"{name}: block {i} is not UF2 (its magic numbers are wrong)", "build or copy the .uf2 file again")
-        if flags & (_NOT_FLASH | _CONTAINER):
+        if flags & (_NOT_FLASH | _CONTAINER) or _is_spare(content, at):
             continue
         family = family if flags & _FAMILY else 0
         if not 1 <= size <= 476 or address % 4:
@@ -118,6 +118,13 @@ def read(content: bytes, name: str) -> Image:
     if not spans:
         raise InputError(f"{name}: writes nothing into flash", "give the .uf2 file of a firmware")
     return Image(len(content) // BLOCK, spans)
+
+
+def _is_spare(content: bytes, at: int) -> bool:
+    """The block that picotool puts before an RP2350's firmware for erratum E10: of no data, and not counted with the others."""
+    _, _, _, _, size, number, count, family = _HEAD.unpack_from(content, at)
+    plain = content[at + 32 : at + 32 + DATA] == b"\xef" * DATA
+    return family == FAMILIES["rp2350-absolute"] and (size, number, count) == (DATA, 0, 2) and plain
 
 
 def board_of(volume: Path) -> tuple[str, Chip | None]:
@@ -215,7 +222,7 @@ def write_uf2(
         verified = "every block was taken and the board has started anew; UF2 has no way to read flash back"
     return BoardWrite(
         action="dry-run" if dry_run else "written", to=to, board=board, payload=payload.name, size_bytes=len(payload.content),
-        sha256=payload.sha256, address=low if address is None else address, verified=verified, signer=payload.signer, steps=steps,
+        sha256=payload.sha256, address=low if address is None else address, verified=verified, signer=payload.signed_by, steps=steps,
         notes=note_on_board(payload, chip.profile) if chip and chip.profile else (),
     )  # fmt: skip
 
