@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 from edgesdk.agent.client import Agent
 from edgesdk.cache import cache_dir
 from edgesdk.calibrate import RUNTIMES, Step, every_runtime
-from edgesdk.calibrate_places import There, require_numpy
+from edgesdk.calibrate_places import There
 from edgesdk.devices import bound_to, load_device
 from edgesdk.efficiency import Efficiency
 from edgesdk.errors import DeviceError, InputError, MissingTool
 from edgesdk.lease import lease
-from edgesdk.probe import Facts, profiles_of
-from edgesdk.probe.facts import read_facts
-from edgesdk.probe.gather import texts_of
+from edgesdk.probe import Facts, facts_of, profiles_of
 from edgesdk.transport import Transport, parse_link
 
 if TYPE_CHECKING:
@@ -40,15 +38,10 @@ def calibrate_on(
     transport = parse_link(on) if isinstance(on, str) else on
     try:
         step("reading what it is", 0.0)
-        texts, via = texts_of(transport, python)
-        facts = read_facts(texts, transport.link, via)
+        facts = facts_of(transport, python)
         profile = profile_for(facts, device)
         refuse_emulated(facts, allow_emulated)
-        if via != "agent":
-            raise DeviceError(
-                f"{transport.link}: calibration needs Python there", "install python3 and numpy on the device, or --python PATH"
-            )
-        require_numpy(transport.link, facts.runtimes)
+        require_numpy(facts)
         wanted = runtimes_there(facts, profile, runtime)
         marks = {
             "board": facts.board_id, "emulated": bool(facts.emulated),
@@ -102,6 +95,15 @@ def refuse_emulated(facts: Facts, allow: bool) -> None:
     if facts.emulated and not allow:
         hint = "its times say nothing of silicon; --allow-emulated measures it all the same and marks what it gives"
         raise InputError(f"{facts.link}: an emulator ({facts.emulated[0]})", hint)
+
+
+def require_numpy(facts: Facts) -> None:
+    """Raises `DeviceError` where programs could be sent and not run."""
+    if facts.via != "agent" or "numpy" not in facts.runtimes:
+        lacking = "Python" if facts.via != "agent" else "numpy for its Python"
+        raise DeviceError(
+            f"{facts.link}: calibration needs {lacking} there", "install it on the device, or name an interpreter with --python PATH"
+        )
 
 
 def runtimes_there(facts: Facts, profile: DeviceProfile, asked: str | None) -> dict[str, str]:

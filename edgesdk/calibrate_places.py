@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from edgesdk.errors import DeviceError, EdgeError, LinkError
+from edgesdk.errors import EdgeError, LinkError
 
 if TYPE_CHECKING:
     from edgesdk.agent.client import Agent
@@ -173,9 +173,3 @@ def _npz(inputs: Inputs) -> bytes:
     named: dict[str, Any] = {f"{name}/{i}": np.ascontiguousarray(a) for name, arrays in inputs.items() for i, a in enumerate(arrays)}
     np.savez(buffer, **named)
     return buffer.getvalue()
-
-
-def require_numpy(link: str, runtimes: Mapping[str, str]) -> None:
-    """Raises `DeviceError` where programs could be sent and not run."""
-    if "numpy" not in runtimes:
-        raise DeviceError(f"{link}: its Python has no numpy", "install it there, or name another interpreter with --python PATH")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -14,6 +15,7 @@ from edgesdk.plan import plan
 from edgesdk.probe import facts_of, probe
 from edgesdk.probe.gather import by_shell, texts_of
 from edgesdk.transport import parse_link
+from tests.consoles import Console
 
 pytestmark = pytest.mark.board
 
@@ -71,3 +73,10 @@ def test_the_two_are_two_boards(board, phone):
     assert "behind" in bound_to(mine, facts_of(board.url).model_dump(), board.url)
     with pytest.raises(InputError, match="is the profile of board"):
         calibrate("one", on=board.url, allow_emulated=True)
+
+
+def test_over_a_serial_console_that_spoils_bytes(tmp_path):
+    with Console(tmp_path, noise=0.001, seed=3) as console:
+        far = facts_of(f"serial:{console.path}?root={tmp_path}/root&python={sys.executable}")
+    here = facts_of(f"local:{tmp_path}/root")
+    assert far.board_id == here.board_id and far.clusters == here.clusters and far.runtimes == here.runtimes and far.via == "agent"

@@ -175,6 +175,8 @@ def _facts(f: Facts) -> list[tuple[str, str]]:
     for c in f.clusters:
         clock = f" at {c.max_hz / 1e9:.4g} GHz" if c.max_hz else ""
         least = f" (from {c.min_hz / 1e9:.4g})" if c.min_hz else ""
+        if c.allowed_hz and c.max_hz and c.allowed_hz < c.max_hz:
+            least += f", held to {c.allowed_hz / 1e9:.4g} GHz"
         lines.append(
             ("cores", f"{c.cores} x {c.core}{clock}{least}; {', '.join(c.isa) or 'no vector instructions'}; {c.governor or 'no governor'}")
         )

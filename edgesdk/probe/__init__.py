@@ -49,15 +49,11 @@ def facts_of(on: str | Transport, python: str | None = None) -> Facts:
     """What the device behind a link is. Raises `LinkError`, `DeviceError`."""
     transport = parse_link(on) if isinstance(on, str) else on
     try:
-        return read_facts(*_asked(transport, python))
+        texts, via = texts_of(transport, python)
+        return read_facts(texts, transport.link, via)
     finally:
         if isinstance(on, str):
             transport.close()
-
-
-def _asked(transport: Transport, python: str | None) -> tuple[dict[str, str], str, str]:
-    texts, via = texts_of(transport, python)
-    return texts, transport.link, via
 
 
 def probe(
@@ -80,7 +76,7 @@ def probe(
     transport = parse_link(on) if isinstance(on, str) else on
     try:
         tell("reading what it is", 0.0)
-        facts = read_facts(*_asked(transport, python))
+        facts = facts_of(transport, python)
         measured = None
         if measure:
             if facts.via != "agent":
