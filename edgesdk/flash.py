@@ -278,6 +278,6 @@ def _deployment(
         interrupted=unfinished(state.history) is not None,
         trusted_keys=state.trusted_keys,
         history=state.history,
-        removed=tuple(removed) if done and not done.dry else (),
+        removed=tuple(dict.fromkeys(removed)) if done and not done.dry else (),
         steps=tuple(str(s) for s in done.steps) if done else (),
     )

@@ -112,27 +112,34 @@ def install(
         yield Run(script("good", GOOD, store, digest), "mark it good: its outputs are right here")
     old = before.current if before.current != digest else before.previous
     old = old if old in before.good and old != digest else None
+    yield from _switch(source, before, old, root, python, recorder)
+    with _unless_full():
+        yield recorder.step("installed", digest, *(() if checked else ("its outputs were not checked",)))
+    after = replace(before, current=digest, previous=old, good={digest: checked, **{d: g for d, g in before.good.items() if d != digest}})
+    yield from remove(spare(after, root, keep=keep, resumed=digest), f"keep {keep}")
+
+
+def _switch(source: Source, before: Survey, old: str | None, root: str, python: str, recorder: Recorder) -> Steps:
+    """Make what was checked current and `old` previous. Raises `CheckFailed` where it is not whole then; `old` is current again."""
+    digest, store = source.digest, f"{root}/store/{source.digest}"
     if before.current != digest:
         yield recorder.switching(digest, before.current, before.previous)
         if old:
             yield Link(f"{root}/previous", f"store/{old}", python)
         yield Link(f"{root}/current", f"store/{digest}", python)
     state = yield Ask("health", (("folder", f"{root}/current"),), "what is current is whole")
-    if state["digest"] != digest or state["bad"]:
-        if old:
-            yield Link(f"{root}/current", f"store/{old}", python)
-        else:
-            yield Run(script("unlink", UNLINK, f"{root}/current"), "nothing was installed before")
-        yield Run(script("unlink", UNLINK, f"{store}/.good"), "it is good no more")
-        bad = ", ".join(state["bad"]) or "manifest.json"
-        with _unless_full():
-            yield recorder.step("undone", digest, f"{bad} changed on the disk")
-        hint = "check the storage of the device, then flash again"
-        raise CheckFailed(f"the installed {bad} changed on the device's disk; rolled back to {_name(old)}", hint)
+    if state["digest"] == digest and not state["bad"]:
+        return
+    if old:
+        yield Link(f"{root}/current", f"store/{old}", python)
+    else:
+        yield Run(script("unlink", UNLINK, f"{root}/current"), "nothing was installed before")
+    yield Run(script("unlink", UNLINK, f"{store}/.good"), "it is good no more")
+    bad = ", ".join(state["bad"]) or "manifest.json"
     with _unless_full():
-        yield recorder.step("installed", digest, *(() if checked else ("its outputs were not checked",)))
-    after = replace(before, current=digest, previous=old, good={digest: checked, **{d: g for d, g in before.good.items() if d != digest}})
-    yield from remove(spare(after, root, keep=keep, resumed=digest), f"keep {keep}")
+        yield recorder.step("undone", digest, f"{bad} changed on the disk")
+    hint = "check the storage of the device, then flash again"
+    raise CheckFailed(f"the installed {bad} changed on the device's disk; rolled back to {_name(old)}", hint)
 
 
 @contextlib.contextmanager
@@ -189,13 +196,9 @@ def _make_room(source: Source, before: Survey, root: str, sent: Mapping[str, Blo
     needed, free = sum(b.size_bytes for b in sent.values()) + agent + SLACK_BYTES, before.free_bytes
     if free is None or needed <= free:
         return
-    blobs = {m.name: m.sha256 for m in source.manifest.members}
-    givers = {PurePosixPath(before.members[blobs[n]][0]).parts for n in shared if n in blobs}
-    folders = [
-        f
-        for f in spare(before, root, keep=2, resumed=source.digest)
-        if not any(PurePosixPath(f).parts == g[: len(PurePosixPath(f).parts)] for g in givers)
-    ]
+    wanted = {m.name: m.sha256 for m in source.manifest.members}
+    givers = [before.members[wanted[name]][0] for name in shared if name in wanted]
+    folders = [f for f in spare(before, root, keep=2, resumed=source.digest) if not any(g.startswith(f"{f}/") for g in givers)]
     yield from remove(folders, "the disk is full: what is no more needed goes first")
     for name in sent:
         text = yield Run(script("size", SIZE, f"{place(root, source.digest, before.good)}/{name}.part"), "what arrived of it")

@@ -143,16 +143,13 @@ def test_power_cut_while_a_file_arrives_and_between_the_links(board, bundles, mo
 
 @pytest.mark.wide
 @pytest.mark.parametrize("delay_s", [0.0, 0.08])
-def test_power_cut_at_every_step(board, bundles, delay_s, record_property):
-    rows = []
+def test_power_cut_at_every_step(board, bundles, delay_s):
     for number in itertools.count():
         seen = power_cut_at(board, bundles, number, delay_s)
+        print(number, seen, f"{board.disk.lost} sectors lost", flush=True)  # noqa: T201
         if seen is None:
             break
-        rows.append(seen)
-        record_property(f"cut {number}", seen)
-    print("\n".join(rows), f"\n{board.disk.lost} sectors lost, {board.disk.flushes} flushes")  # noqa: T201
-    assert len(rows) > 12
+    assert number > 12 and board.disk.lost
 
 
 # ---- the link

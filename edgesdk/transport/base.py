@@ -26,6 +26,7 @@ CHUNK_BYTES = 1 << 16
 NO_PYTHON = (
     "install python3 there, or give its path: --python PATH; without any, flash and profile take a runtime's own tool: --runner PATH"
 )
+SLOWEST_BYTES_PER_S = 1000.0
 RESUME_FROM_BYTES = 1 << 16
 """Smaller files are sent again from the start: one command instead of two."""
 
@@ -312,7 +313,7 @@ class PipeTransport(ShellTransport):
                 process.wait()
                 raise
             try:
-                code = process.wait(300)
+                code = process.wait(300 + blob.size_bytes / SLOWEST_BYTES_PER_S)  # much may wait in buffers on the way
             except subprocess.TimeoutExpired:
                 process.kill()
                 code = process.wait()
