@@ -47,7 +47,7 @@ def plan_of(units: int = 24, **fields) -> Plan:
     plan = Plan(
         model="example:normalizer", model_name="normalizer", layout="decoder-only", device="raspberry-pi-5", runtime="executorch", unit="cpu",
         threads=4, power_mode=None, workload=Workload(), budget=Budget(latency_s=0.03), fits=True,
-        checks=(BudgetCheck(name="latency", limit=0.03, reached=0.012, fits=True),), units=made, latency=front[0].latency,
+        checks=tuple(BudgetCheck(name=n, limit=v, reached=0.0, fits=True) for n, v in (("latency", 0.03), ("harm", 0.005))), units=made, latency=front[0].latency,
         method_latency={"prefill": _estimate(0.0118)}, storage_bytes=10**6, quality=0.99, quality_drop=0.0, front=front,
         memory=MemoryAnswer(
             weights_bytes=2 * 10**7, activations_bytes=10**6, cache_bytes=10**6, cross_cache_bytes=0, io_bytes=4096,
@@ -125,10 +125,11 @@ def test_several_reports_side_by_side():
 def test_a_plan_alone():
     content = page([], [plan_of()])
     _parsed(content)
-    assert "Roofline" in content and "planned for raspberry-pi-5" in content and "measured:" not in content
+    assert "Roofline" in content and "planned: normalizer on raspberry-pi-5" in content and "measured:" not in content
     before = page([], [plan_of(units=0, front=())])
     _parsed(before)
     assert "Roofline" not in before and "Pareto" not in before
+    assert "loses more than 0.50% of quality" in content
     off = plan_of(latency=_estimate(0.05))
     assert "off the front" in page([], [off])
     assert "Roofline" not in page([], [plan_of(device="a-board-of-mine")])

@@ -30,7 +30,7 @@ def page(reports: Sequence[Report], plans: Sequence[Plan] = ()) -> str:
     parts += [_head(r, n if len(reports) > 1 else "") for n, r in zip(names, reports, strict=True)]
     if len(reports) > 1:
         parts.append(_compared(reports, names))
-    groups = [("Measured", _measured(reports, names, plans)), ("Planned", _planned(reports, names, plans))]
+    groups = [("Measured", _measured(reports, names, plans)), ("Planned", _planned(reports, plans))]
     for g, (heading, figures) in enumerate(groups):
         if figures:
             drawn = "".join(f.render(f"g{g}f{i}") for i, f in enumerate(figures))
@@ -137,7 +137,7 @@ def _measured(reports: Sequence[Report], names: Sequence[str], plans: Sequence[P
     ]
 
 
-def _planned(reports: Sequence[Report], names: Sequence[str], plans: Sequence[Plan]) -> list[Figure]:
+def _planned(reports: Sequence[Report], plans: Sequence[Plan]) -> list[Figure]:
     from edgesdk.devices import load_device
 
     found: list[Figure | None] = []

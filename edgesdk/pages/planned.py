@@ -134,38 +134,10 @@ def _labels(
 def front(plan: Plan) -> Figure | None:
     """What could have been chosen: no other choice is both faster and smaller. None where there was one choice only."""
     points = list(plan.front)
-    chosen = next((i for i, c in enumerate(points) if _is(c, plan)), None)
     if len(points) < 2:
         return None
-    factor, unit = unit_of(max(c.latency.value for c in points))
-    megabytes = max(c.memory_bytes for c in points) >= 10**6
-    size = 1e6 if megabytes else 1e3
-    limits = plan.budget
-
-    def draw(width: int) -> str:
-        xs = (
-            [c.latency.value * factor for c in points]
-            + ([limits.latency_s * factor] if limits.latency_s else [])
-            + [plan.latency.value * factor]
-        )
-        ys = [c.memory_bytes / size for c in points] + [plan.memory.peak_bytes / size]
-        tick = 4 if width < 400 else 6
-        plot = Plot(width, 280, _roomy(xs, tick), _roomy(ys, 5), left=50).axes(
-            f"{unit} for one answer, predicted", "MB of memory" if megabytes else "kB of memory"
-        )
-        ordered = sorted((c.latency.value * factor, c.memory_bytes / size) for c in points)
-        plot.line(ordered, "ks thin", steps=True)
-        if limits.latency_s:
-            plot.upright(limits.latency_s * factor)
-        for c in points:
-            plot.dot(c.latency.value * factor, c.memory_bytes / size, "f0", 5, _told(c))
-        plot.dot(plan.latency.value * factor, plan.memory.peak_bytes / size, "ring", 9, "chosen")
-        named = [(c.latency.value * factor, c.memory_bytes / size, str(i + 1)) for i, c in enumerate(points)]
-        for spot, (_, _, words) in zip(label_spots(plot, named, gap=13), named, strict=True):
-            if spot:
-                plot.write(*spot, words, "start", "ink")
-        return plot.whole
-
+    chosen = next((i for i, c in enumerate(points) if _is(c, plan)), None)
+    allowed = next((c.limit for c in plan.checks if c.name == "harm"), 1.0)
     rows = [
         [
             f"{i + 1}{' (chosen)' if i == chosen else ''}", c.layout, c.runtime, show_seconds(c.latency.value), show_bytes(c.memory_bytes),
@@ -177,18 +149,38 @@ def front(plan: Plan) -> Figure | None:
     table = Table(["", "layout", "runtime", "one answer", "memory", "stored", "quality lost", "units"], rows)
     ends = f"from {rows[0][3]} and {rows[0][4]} to {rows[-1][3]} and {rows[-1][4]}"
     said = f"{len(points)} choices {ends}; chosen: {show_seconds(plan.latency.value)}, {show_bytes(plan.memory.peak_bytes)}."
-    note = "Predicted. No other choice is both faster and smaller." + (
-        "" if chosen is not None else " The chosen one is off the front: see why below."
-    )
-    legend = [("a choice", "f0"), ("chosen", "ring"), *([("latency budget", "ref")] if limits.latency_s else [])]
+    note = "Predicted. No other choice is both faster and smaller."
+    note += "" if chosen is not None else " The chosen one is off the front: the plan's reasons say why."
+    legend = [("a choice", "f0"), ("chosen", "ring")]
+    if any((c.quality_drop or 0) > allowed for c in points):
+        legend.insert(1, (f"loses more than {allowed:.2%} of quality", "f1"))
+    legend += [("latency budget", "ref")] if plan.budget.latency_s else []
     return Figure(
-        f"Pareto front: {plan.model_name} on {plan.device}",
-        said,
-        draw,
-        table,
-        legend,
-        note,
+        f"Pareto front: {plan.model_name} on {plan.device}", said, lambda width: _front_drawn(plan, width, allowed), table, legend, note
     )
+
+
+def _front_drawn(plan: Plan, width: int, allowed: float) -> str:
+    """Memory over latency: the choices with their numbers, the chosen one in a ring."""
+    limit = plan.budget.latency_s
+    factor, unit = unit_of(max(c.latency.value for c in plan.front))
+    size, bytes_ = (1e6, "MB") if max(c.memory_bytes for c in plan.front) >= 10**6 else (1e3, "kB")
+    points = [(c.latency.value * factor, c.memory_bytes / size) for c in plan.front]
+    own = plan.latency.value * factor, plan.memory.peak_bytes / size
+    xs = [x for x, _ in (*points, own)] + ([limit * factor] if limit else [])
+    plot = Plot(width, 280, _roomy(xs, 4 if width < 400 else 6), _roomy([y for _, y in (*points, own)], 5), left=50)
+    plot.axes(f"{unit} for one answer, predicted", f"{bytes_} of memory")
+    plot.line(sorted(points), "ks thin", steps=True)
+    if limit:
+        plot.upright(limit * factor)
+    for c, (x, y) in zip(plan.front, points, strict=True):
+        plot.dot(x, y, "f1" if (c.quality_drop or 0) > allowed else "f0", 5, _told(c))
+    plot.dot(*own, "ring", 9, "chosen")
+    named = [(x, y, str(i + 1)) for i, (x, y) in enumerate(points)]
+    for spot, (_, _, words) in zip(label_spots(plot, named, gap=13), named, strict=True):
+        if spot:
+            plot.write(*spot, words, "start", "ink")
+    return plot.whole
 
 
 def _roomy(values: Sequence[float], ticks: int) -> Scale:
@@ -224,7 +216,7 @@ def memory(plans: Sequence[Plan], reports: Sequence[tuple[str, Report]]) -> Figu
             ("caches", m.cache_bytes + m.cross_cache_bytes, "f2"), ("inputs and outputs", m.io_bytes, "f3"),
             ("inside delegates", m.delegate_bytes or 0, "f4"), ("runtime", m.runtime_bytes or 0, "f5"),
         ]  # fmt: skip
-        stacked.append((f"planned for {plan.device}", [(n, float(b), k) for n, b, k in parts if b]))
+        stacked.append((f"planned: {plan.model_name} on {plan.device}", [(n, float(b), k) for n, b, k in parts if b]))
     for name, r in reports:
         if not r.peak_rss_bytes:
             continue

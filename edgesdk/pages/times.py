@@ -66,15 +66,19 @@ def over_time(report: Report, m: MethodSamples, name: str, ends: tuple[float, fl
             _strip(plot, tall, x, words, moments, clocks)
         return plot.whole
 
-    legend = [("a call", "f0")] if len(xs) <= MANY else [("median", "k0"), ("p5 to p95", "f0 faint")]
-    legend += [(f"temperature ({warm})", "k1 dash")] if warm else []
-    legend += [(f"clock ({name})", f"k{2 + i} thin") for i, name in enumerate(clocks)]
-    legend += [("held back by the device", "zone")] if any(_held_back(moments)) else []
-    legend += [("where it changed most", "ref")] if changed is not None else []
+    legend = _time_legend(len(xs), warm, clocks, any(_held_back(moments)), changed is not None)
     note = " ".join(filter(None, (_steady(m), f"{beyond} of {len(xs)} calls took longer and are drawn at the top." if beyond else "")))
     temperature = "" if warm else " The device told no temperature over time." if timed else ""
     said = f"{len(m.samples_s)} calls of {m.method}: median {show_seconds(m.p50_s)}, 90% below {show_seconds(m.p90_s)}.{temperature}"
     return Figure(f"Latency over time: {name}", said, draw, _by_tenths(xs, m, moments, warm, clocks, words), legend, note)
+
+
+def _time_legend(count: int, warm: str | None, clocks: Sequence[str], held: bool, changed: bool) -> list[tuple[str, str]]:
+    found = [("a call", "f0")] if count <= MANY else [("median", "k0"), ("p5 to p95", "f0 faint")]
+    found += [(f"temperature ({warm})", "k1 dash")] if warm else []
+    found += [(f"clock ({name})", f"k{2 + i} thin") for i, name in enumerate(clocks)]
+    found += [("held back by the device", "zone")] if held else []
+    return found + ([("where it changed most", "ref")] if changed else [])
 
 
 def span(methods: Sequence[MethodSamples]) -> tuple[float, float]:
