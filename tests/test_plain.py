@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -206,3 +207,18 @@ def test_a_real_program_and_the_operators_of_an_event_tracer(device, tmp_path, m
         ("forward", "native_call_mm.out", pytest.approx(3e-6), False)
     ]
     assert status(device).good
+
+
+def test_outputs_of_a_case_before_are_not_taken_for_this_ones(device, other, tmp_path):
+    """A tool that ends well and writes nothing, after one that wrote."""
+    lazy = tmp_path / "executor_runner"
+    good = install(tmp_path / "good", "executor_runner", lacks=("etdump_path",))
+    lazy.write_text(f'#!/bin/sh\ncase "$*" in *--help*) exec {good} --help;; esac\nexit 0\n')
+    lazy.chmod(0o755)
+    scratch = Path(device.root, "scratch")
+    scratch.mkdir(parents=True)
+    with zipfile.ZipFile(other) as archive:
+        (scratch / "out-0.bin").write_bytes(archive.read("golden/forward/0/out0.npy")[128:])
+    with pytest.raises(CheckFailed, match=r"out-0\.bin"):
+        flash(other, device, runner=str(lazy))
+    assert status(device).current is None

@@ -1,4 +1,4 @@
-"""What the agent does, on a device without Python: `PlainDevice.ask` has the agent's verbs `check`, `health` and `facts`, and `profile`."""
+"""What the agent does, on a device without Python: `PlainDevice.ask` has the agent's verbs `check`, `health` and `facts`."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ import re
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgesdk.agent.client import agent_files
 from edgesdk.bundle import Manifest
 from edgesdk.errors import DeviceError, InputError
 from edgesdk.plain.explain import explain, wrong_machine
 from edgesdk.plain.output import Told
-from edgesdk.plain.scripts import DIAGNOSE, EXECUTABLE, FACTS, RUN, THERE, WHERE
+from edgesdk.plain.scripts import DIAGNOSE, EXECUTABLE, FACTS, RUN, WHERE
 from edgesdk.plain.tools import Call, Tool, feeds_of, identify
 from edgesdk.survey import Survey, hashes
 from edgesdk.transport.base import Blob, Result, Transport
-from edgesdk.transport.scripts import REMOVE, script
+from edgesdk.transport.scripts import REMOVE, UNLINK, script
 from edgesdk.transport.steps import Ask, Put, Run, Step
+
+if TYPE_CHECKING:
+    from edgesdk.plain.tflite import Signature
 
 Read = Callable[[str], bytes]
 """A member's bytes."""
@@ -33,12 +36,14 @@ class Runner:
 
     path: str
     blob: Blob | None
-    digest: str | None  # sha256 of one that came from here
+    digest: str
+    own: bool  # it came from here
 
     def send(self) -> Generator[Step, Any, None]:
         """The steps that bring it there."""
         if self.blob is not None:
             yield Put(self.path, self.blob, self.blob.sha256, self.blob.size_bytes)
+        if self.own:
             yield Run(script("executable", EXECUTABLE, self.path), "it is a program")
 
 
@@ -56,9 +61,10 @@ def find_runner(transport: Transport, given: str) -> Runner:
         blob = Blob.of(here)
         folder = f"{root}/runners/{blob.sha256[:16]}"
         there = hashes(transport, folder, [here.name]).get(here.name) == blob.sha256
-        return Runner(f"{folder}/{here.name}", None if there else blob, blob.sha256)
-    if given.startswith("/") and transport.run(script("there", THERE, given)).code == 0:
-        return Runner(given, None, None)
+        return Runner(f"{folder}/{here.name}", None if there else blob, blob.sha256, True)
+    folder, _, name = given.rpartition("/")
+    if given.startswith("/") and (digest := hashes(transport, folder or "/", [name]).get(name)):
+        return Runner(given, None, digest, False)
     raise InputError(
         f"--runner {given}: no such file here, and none on {transport.link}", "give a file here, or its whole path on the device"
     )
@@ -85,6 +91,7 @@ class PlainDevice:
         self.root = top(transport)[0]
         self.scratch = f"{self.root}/scratch"
         self._tool: Tool | None = None
+        self._signatures: dict[tuple[str, str], Signature] = {}
 
     @property
     def runner(self) -> Runner:
@@ -145,8 +152,8 @@ class PlainDevice:
     def member(self, folder: str, name: str) -> bytes:
         return self._read(name) if self._read is not None else self.transport.get(f"{folder}/{name}")
 
-    def call(self, folder: str, manifest: Manifest, method: str, inputs: Sequence[str] = ()) -> tuple[Call, Any]:
-        """How `method` is run, its inputs put into the scratch folder, and what reads its outputs (a `tflite.Signature`, or None for raw ones).
+    def call(self, folder: str, manifest: Manifest, method: str, inputs: Sequence[str] = ()) -> tuple[Call, Signature | None]:
+        """How `method` is run, its inputs put into the scratch folder, and what reads its outputs (None: they are raw).
 
         Raises `DeviceError` where the tool cannot run it.
         """
@@ -154,13 +161,11 @@ class PlainDevice:
 
         self.fits(manifest)
         arrays = [read_array(self.member(folder, name)) for name in inputs] if self.tool.feeds else []
-        reader: Any = None
+        reader: Signature | None = None
         name, methods = method, len(manifest.methods)
         raw = [(a.tobytes(), tuple(a.shape)) for a in arrays]
         if self.tool.runtime == "litert" and self.tool.feeds:
-            from edgesdk.plain.tflite import signature
-
-            reader = signature(self.member(folder, manifest.program), method)
+            reader = self._signature(folder, manifest.program, method)
             name, methods = reader.name, reader.methods
             raw = reader.raw_inputs(arrays) if arrays else []
         files = [f"in{i}.bin" for i in range(len(raw))]
@@ -171,6 +176,13 @@ class PlainDevice:
         if why := self.tool.refusal(call):
             raise DeviceError(f"{self.transport.link}: {why}", "take a newer runner, or a device with Python")
         return call, reader
+
+    def _signature(self, folder: str, program: str, method: str) -> Signature:
+        from edgesdk.plain.tflite import signature
+
+        if (folder, method) not in self._signatures:
+            self._signatures[folder, method] = signature(self.member(folder, program), method)
+        return self._signatures[folder, method]
 
     def fits(self, manifest: Manifest) -> None:
         """Raises `DeviceError` if the tool is not for the bundle's program."""
@@ -216,20 +228,22 @@ class PlainDevice:
                 )
         return {"cases": cases, "seconds": seconds, **({"unchecked": why} if why else {})}
 
-    def _error(self, folder: str, call: Call, reader: Any, names: Sequence[str]) -> float | None:
+    def _error(self, folder: str, call: Call, reader: Signature | None, names: Sequence[str]) -> float | None:
         """The relative error of one call's outputs against the members `names`; None where they are no numbers or not of that size."""
         import numpy as np
 
         from edgesdk.agent.installed import relative_error
         from edgesdk.bundles import read_array
 
-        self.run(self.tool.outputs(call))
         wanted = [read_array(self.member(folder, name)) for name in names]
+        files = [f"{self.scratch}/out"] if reader is not None else [f"{self.scratch}/out-{i}.bin" for i in range(len(wanted))]
+        self.transport.must(script("unlink", UNLINK, *files), "making way for its outputs")  # a case before may have left some
+        self.run(self.tool.outputs(call))
         if reader is not None:
-            return relative_error(reader.arrays(self.transport.get(f"{self.scratch}/out")), wanted)
+            return relative_error(reader.arrays(self.transport.get(files[0])), wanted)
         got = []
-        for i, array in enumerate(wanted):
-            content = self.transport.get(f"{self.scratch}/out-{i}.bin")
+        for file, array in zip(files, wanted, strict=True):
+            content = self.transport.get(file)
             if len(content) != array.nbytes:
                 return None
             got.append(np.frombuffer(content, array.dtype))
@@ -266,4 +280,4 @@ def silent(link: str, kind: str) -> DeviceError:
 
 def name_of(runner: Runner, tool: Tool) -> str:
     """The tool with what is known of its version: the digest of its file."""
-    return f"{tool.kind} {runner.digest[:12]}" if runner.digest else f"{tool.kind} at {runner.path}"
+    return f"{tool.kind} {runner.digest[:12]}"

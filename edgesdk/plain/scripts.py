@@ -29,7 +29,6 @@ descriptors above 2 to no command that is not told to take them."""
 WHERE = 'case "$1" in /*) echo "$1";; *) echo "$(pwd)/$1";; esac; uname -m'
 """$1 root → the root from the top, and the machine."""
 
-THERE = '[ -f "$1" ]'
 EXECUTABLE = 'chmod 755 "$1"'
 
 RUN = """
