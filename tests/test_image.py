@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import hashlib
 import lzma
@@ -13,6 +14,8 @@ import zipfile
 import zlib
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edgesdk.errors import CheckFailed, DeviceError, InputError, MissingTool
 from edgesdk.image import blockmap, disk, files, source, write
@@ -92,6 +95,30 @@ def test_what_is_no_whole_image_is_refused(tmp_path, make, error, said):
         partitions(path)
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 16 * 512 - 1), st.binary(min_size=1, max_size=8)), max_size=6), st.booleans(), st.integers(0, 4 * MIB)
+)
+def test_spoiled_tables_end_in_an_error_or_in_partitions_inside(tmp_path_factory, changes, is_gpt, size):
+    path = tmp_path_factory.getbasetemp() / "spoiled.img"
+    image(path, table=gpt([(2048, 4095), (4096, 8191)]) if is_gpt else None)
+    with path.open("r+b") as file:
+        for at, data in changes:
+            file.seek(at)
+            file.write(data)
+        if is_gpt and size % 2:  # a table whose checksums are right all the same
+            file.seek(1024)
+            table = file.read(128 * 128)
+            file.seek(512)
+            head = file.read(92)
+            head = head[:88] + struct.pack("<I", zlib.crc32(table))
+            file.seek(512)
+            file.write(head[:16] + struct.pack("<I", zlib.crc32(head[:16] + bytes(4) + head[20:])) + head[20:])
+        file.truncate(size)
+    with contextlib.suppress(CheckFailed, InputError):
+        assert all(p.size_bytes > 0 and p.start_bytes + p.size_bytes <= size for p in partitions(path))
+
+
 @pytest.mark.parametrize("kind", ["img", "img.xz", "img.gz", "img.bz2", "zip"])
 def test_a_copy_is_sparse_and_the_source_is_left_alone(tmp_path, kind):
     data = os.urandom(70_000) + bytes(4 * MIB) + os.urandom(5000)
@@ -143,8 +170,8 @@ def test_only_mapped_blocks_are_taken(tmp_path):
     wanted = data[: 2 * 4096] + bytes(38 * 4096) + data[40 * 4096 :]
     packed = tmp_path / "os.img.gz"
     packed.write_bytes(gzip.compress(data))
-    for given in (path, packed):
-        source.copy(given, tmp_path / "copy", blocks)
+    for origin in (path, packed):
+        source.copy(origin, tmp_path / "copy", blocks)
         assert (tmp_path / "copy").read_bytes() == bytes(wanted)
     assert list(disk.extents(tmp_path / "copy", everything=False)) == [(0, 8192), (8 * 4096, 12 * 4096), (40 * 4096, len(data))]
     data[5] ^= 1

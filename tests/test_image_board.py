@@ -46,7 +46,7 @@ def test_the_first_boot_of_an_image_checks_its_bundle(tmp_path):
         state = status(board.url)
         assert state.good and state.current == bundle_digest(bundle) and not state.damaged, board.console.decode(errors="replace")[-2000:]
         assert state.history[-1].action == "first-boot" and state.history[-1].result.startswith("ok, 1 golden cases, the worst off by")
-        assert board.ssh("ls /var/lib/edgesdk").stdout.split() == ["agent", "current", "first_boot.py", "history", "store"]
+        assert board.ssh("ls /var/lib/edgesdk").stdout.split() == ["agent", "current", "first_boot.py", "history", "lease", "store"]
 
 
 def test_slots(tmp_path):

@@ -42,7 +42,7 @@ class Disk:
 def is_disk(path: Path, machine: Machine = Machine()) -> bool:
     """Whether a target is a device rather than a file."""
     real = path.resolve()
-    return real.is_relative_to(machine.dev.resolve()) or (path.exists() and stat.S_ISBLK(path.stat().st_mode))
+    return real.parent == machine.dev.resolve() or (path.exists() and stat.S_ISBLK(path.stat().st_mode))
 
 
 def safe_disk(path: Path, needed_bytes: int, machine: Machine = Machine()) -> Disk:

@@ -6,12 +6,15 @@ device's history (see `edgesdk.history`), where `edgesdk flash --status` finds i
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import importlib
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -80,6 +83,14 @@ def link(path: str, target: str) -> None:
     os.replace(path + ".new", path)
 
 
+def switch(root: str, target: str) -> None:
+    """What was current becomes previous."""
+    current = os.path.join(root, "current")
+    if os.path.islink(current) and os.readlink(current) != target:
+        link(os.path.join(root, "previous"), os.readlink(current))
+    link(current, target)
+
+
 def record(root: str, digest: str, signer: str, result: str) -> None:
     """One line more of the history: CHECK NUMBER TIME ACTION DIGEST SIGNER RESULT."""
     path, lines = os.path.join(root, "history"), [""]
@@ -93,22 +104,34 @@ def record(root: str, digest: str, signer: str, result: str) -> None:
     write(path, "\n".join([*filter(None, lines), f"{check} {line}"]) + "\n")
 
 
+@contextlib.contextmanager
+def alone(root: str) -> Iterator[None]:
+    """Hold what installers hold (see `edgesdk.lease`)."""
+    path = os.path.join(root, "lease")
+    with open(path, "a+") as file:
+        give(path)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        file.truncate()
+        file.write("the first boot, to check the bundle that came with the image")
+        file.flush()
+        yield
+
+
 def main(root: str, agent: str) -> int:
     sys.path.insert(0, agent)
     pending = os.path.join(root, "first-boot.pending")
-    with open(pending) as file:
-        digest, signer = file.read().split()
-    store = os.path.join(root, "store", digest)
-    what, hint, cases = judge(agent, store, digest)
-    current = os.path.join(root, "current")
-    if not what:
-        write(os.path.join(store, ".good"), digest + "\n")
-        if os.path.islink(current) and os.readlink(current) != "store/" + digest:
-            link(os.path.join(root, "previous"), os.readlink(current))
-        link(current, "store/" + digest)
-    record(root, digest, signer, f"{what}; {hint}" if what else measured(cases))
-    os.unlink(pending)
-    os.sync()
+    with alone(root):
+        with open(pending) as file:
+            digest, signer = file.read().split()
+        store = os.path.join(root, "store", digest)
+        what, hint, cases = judge(agent, store, digest)
+        if not what:
+            write(os.path.join(store, ".good"), digest + "\n")
+            switch(root, "store/" + digest)
+        record(root, digest, signer, f"{what}; {hint}" if what else measured(cases))
+        os.unlink(pending)
+        os.sync()
     sys.stdout.write("edgesdk: the bundle {} is {}\n".format(digest[:12], "bad: " + what if what else "good and current"))
     return 1 if what else 0
 

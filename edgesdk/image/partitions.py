@@ -6,7 +6,6 @@ Layouts: UEFI specification 2.10 §5 (MBR, GPT); ext4's superblock from the kern
 from __future__ import annotations
 
 import struct
-import uuid
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +63,7 @@ def partitions(path: Path, shown: Path | None = None) -> list[Partition]:
             found = [Partition(0, 0, size, *bare)]
         else:
             spans = _spans(image, size, path)
-            found = [Partition(n, start, length, *_kind(image, start, length)) for n, start, length in spans]
+            found = [Partition(n, start, length, *_kind(image, start, length if start < size else 0)) for n, start, length in spans]
         for part in found:
             _whole(image, part, size, shown)
     return found
@@ -101,7 +100,11 @@ def _spans(image: BinaryIO, size: int, path: Path) -> list[tuple[int, int, int]]
     if any(kind == 0xEE for kind, _, _ in entries):
         found = _gpt(image, path)
     else:
-        found = [(i, start * SECTOR, count * SECTOR) for i, (kind, start, count) in enumerate(entries, 1) if kind not in (0, *_EXTENDED)]
+        found = [
+            (i, start * SECTOR, count * SECTOR)
+            for i, (kind, start, count) in enumerate(entries, 1)
+            if count and kind not in (0, *_EXTENDED)
+        ]
         for kind, start, _ in entries:
             if kind in _EXTENDED:
                 found += _logical(image, start, path)
@@ -125,7 +128,7 @@ def _logical(image: BinaryIO, base: int, path: Path) -> list[tuple[int, int, int
         if sector[510:] != b"\x55\xaa":
             raise CheckFailed(f"{path}: its extended partition is damaged at sector {at}", "fetch the image again")
         (kind, start, count), (following, link, _) = _entries(sector)[:2]
-        if kind:
+        if kind and count:
             found.append((5 + len(found), (at + start) * SECTOR, count * SECTOR))
         if following not in _EXTENDED:
             break
@@ -141,15 +144,15 @@ def _gpt(image: BinaryIO, path: Path) -> list[tuple[int, int, int]]:
     )  # fmt: skip
     if header[:8] != b"EFI PART" or size != 92 or zlib.crc32(header[:16] + b"\0\0\0\0" + header[20:92]) != crc:
         raise CheckFailed(f"{path}: its GPT header is damaged", "fetch the image again, or repair it with `sgdisk -v`")
-    if not 128 <= entry <= 4096 or count > 4 * MOST_PARTITIONS:
-        raise CheckFailed(f"{path}: its GPT has {count} entries of {entry} bytes", "fetch the image again")
+    if not 128 <= entry <= 4096 or count > 4 * MOST_PARTITIONS or table_at > 1 << 40:
+        raise CheckFailed(f"{path}: its GPT has {count} entries of {entry} bytes at sector {table_at}", "fetch the image again")
     table = _read(image, table_at * SECTOR, count * entry)
     if zlib.crc32(table) != table_crc:
         raise CheckFailed(f"{path}: its GPT is damaged", "fetch the image again, or repair it with `sgdisk -v`")
     found = []
     for i in range(count):
         kind, first, last = table[i * entry : i * entry + 16], *struct.unpack_from("<QQ", table, i * entry + 32)
-        if uuid.UUID(bytes_le=kind).int:
+        if any(kind) and first <= last:
             found.append((i + 1, first * SECTOR, (last - first + 1) * SECTOR))
     return found
 

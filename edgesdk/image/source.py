@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import hashlib
 import lzma
@@ -33,22 +34,30 @@ def is_packed(path: Path) -> bool:
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
     """The image's bytes from the start. Raises `InputError`; `CheckFailed` for what is cut off or damaged, while reading too."""
-    try:
-        if path.suffix.lower() == ".zip":
-            with zipfile.ZipFile(path) as archive, archive.open(_member(archive, path)) as file:
-                yield file
-        elif path.suffix.lower() in _PACKED:
-            with _PACKED[path.suffix.lower()](path) as file:
-                yield file
-        else:
-            with path.open("rb") as file:
-                yield file
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file", "give a disk image: .img, .img.xz, .img.gz or .zip") from None
-    except IsADirectoryError:
-        raise InputError(f"{path}: a folder", "give a disk image: .img, .img.xz, .img.gz or .zip") from None
-    except _DAMAGE as error:
-        raise CheckFailed(f"{path}: cut off or damaged ({error})", "fetch the image again and compare its checksum") from None
+    with contextlib.ExitStack() as stack:
+        try:
+            file = _open(path, stack)
+        except OSError as error:
+            why = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+            raise InputError(f"{path}: {why}", "give a disk image: .img, .img.xz, .img.gz or .zip") from None
+        except _DAMAGE as error:
+            raise _damaged(path, error) from None
+        try:
+            yield file
+        except _DAMAGE as error:
+            raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: BaseException) -> CheckFailed:
+    return CheckFailed(f"{path}: cut off or damaged ({error})", "fetch the image again and compare its checksum")
+
+
+def _open(path: Path, stack: contextlib.ExitStack) -> IO[bytes]:
+    if path.suffix.lower() == ".zip":
+        archive = stack.enter_context(zipfile.ZipFile(path))
+        return stack.enter_context(archive.open(_member(archive, path)))
+    file: IO[bytes] = stack.enter_context(_PACKED.get(path.suffix.lower(), open)(path, "rb"))
+    return file
 
 
 def _member(archive: zipfile.ZipFile, path: Path) -> str:
