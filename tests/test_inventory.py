@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 from tiny import tiny_bundle
 
@@ -139,26 +140,29 @@ def edgesdk(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "edgesdk", *args], capture_output=True, text=True, timeout=120)
 
 
-def test_flash_profile_and_roll_back_a_group(inventory, tmp_path):
-    for seed, name in enumerate("ab"):
-        tiny_bundle(tmp_path / f"{name}.edge", seed=seed)
-    done = edgesdk("flash", str(tmp_path / "a.edge"), "--on", "group:all-but-field", "--json", "--inventory", str(inventory))
+def test_flash_run_profile_and_roll_back_several(inventory, tmp_path):
+    bundle = tmp_path / "a.edge"
+    tiny_bundle(bundle)
+    done = edgesdk("flash", str(bundle), "--on", "group:all-but-field", "--json", "--inventory", str(inventory))
     answer = json.loads(done.stdout)
     assert done.returncode == answer["code"] == 3 and answer["kind"] == "devices-side-by-side" and answer["schema_version"] == 1
     by_name = {row["name"]: row for row in answer["devices"]}
-    assert by_name["pi-1"]["answer"]["current"] == bundle_digest(tmp_path / "a.edge") == by_name["pi-2"]["answer"]["current"]
+    assert by_name["pi-1"]["answer"]["current"] == bundle_digest(bundle) == by_name["pi-2"]["answer"]["current"]
     assert by_name["away"]["code"] == 3 and "nothing listens" in by_name["away"]["error"]["what"] and by_name["away"]["answer"] is None
-    done = edgesdk("flash", str(tmp_path / "b.edge"), "--on", "group:pis")
-    assert done.returncode == 0 and done.stdout.count("installed and good") == 2 and "flash pi-1: begun" in done.stderr
-    done = edgesdk("flash", "--rollback", "--on", "tag:lab", "--json")
-    assert done.returncode == 0 and {r["answer"]["action"] for r in json.loads(done.stdout)["devices"]} == {"rolled-back"}
-    folder = tmp_path / "reports"
-    done = edgesdk("profile", "--on", "group:pis", "--runs", "20", "-o", str(folder), "--jobs", "1")
+    done = edgesdk("flash", "--status", "--on", "group:pis")
+    assert done.returncode == 0 and done.stdout.count(bundle_digest(bundle)[:12]) == 2 and "flash --status pi-1: begun" in done.stderr
+    np.save(tmp_path / "x.npy", np.ones((1, 256), np.float32))
+    done = edgesdk("run", "--input", str(tmp_path / "x.npy"), "--on", "tag:lab", "--json", "--out", str(tmp_path / "y"))
+    rows = json.loads(done.stdout)["devices"]
+    assert done.returncode == 0 and [r["answer"]["outputs"][0]["shape"] for r in rows] == [[1, 4]] * 2
+    assert np.load(tmp_path / "pi-1-y0.npy").shape == (1, 4)
+    done = edgesdk("profile", "--on", "tag:cooled", "--runs", "20", "-o", str(tmp_path / "reports"))
     assert done.returncode == 0, done.stderr
-    saved = {p.name: json.loads(p.read_text()) for p in folder.iterdir()}
-    assert set(saved) == {"pi-1.json", "pi-2.json"} and {r["kind"] for r in saved.values()} == {"report"}
-    assert saved["pi-1.json"]["conditions"]["device"] == "raspberry-pi-5"  # the inventory's profile
-    assert ("forward" in done.stdout and "µs" in done.stdout) or "ms" in done.stdout
+    report = json.loads((tmp_path / "reports/pi-1.json").read_text())
+    assert report["kind"] == "report" and report["conditions"]["device"] == "raspberry-pi-5"  # the inventory's profile
+    assert "forward p50" in done.stdout
+    done = edgesdk("flash", "--rollback", "--on", "group:pis", "--jobs", "1")
+    assert done.returncode == 3 and done.stderr.count("nothing to roll back to") == 2
 
 
 def test_ctrl_c_ends_and_says_what_was_not_begun(monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,8 +14,11 @@ import typer
 
 from edgesdk.cli.common import Json, console, emit_json, read_address, say
 from edgesdk.cli.flash import On, PythonPath
+from edgesdk.cli.many import Jobs, on_each
 
 if TYPE_CHECKING:
+    from edgesdk.cli.common import Step
+    from edgesdk.inventory import Entry
     from edgesdk.run import Answer, Encoder
     from edgesdk.sequence.generate import Event
 
@@ -31,6 +34,7 @@ def run(
     method: Annotated[str | None, typer.Option("--method", help="Which method.", show_default="forward, or the first")] = None,
     on: On = "local",
     python: PythonPath = None,
+    jobs: Jobs = 8,
     out: Annotated[
         Path | None, typer.Option("--out", help="Save the outputs (of answers the tokens): OUT0.npy, OUT1.npy … beside this name.")
     ] = None,
@@ -64,29 +68,46 @@ def run(
         repetition_penalty=repetition_penalty, length_penalty=length_penalty, stop=tuple(stop or ()), draft=draft,
     )  # fmt: skip
     show = _Shown(len(asked or inputs or ()), live=stream and beams == 1)
-    arrays = [_load(p) for p in inputs or ()]
+    arrays, helper = [_load(p) for p in inputs or ()], _encoder(encoder, encoder_bits)
+
+    def one(link: str, hear: Callable[[Event], None] | None = None, cancelled: Callable[[], bool] | None = None) -> Answer:
+        return verb.run(
+            bundle, link, inputs=arrays, prompt=asked, method=method, settings=settings, hear=hear, cancelled=cancelled, encoder=helper, python=python
+        )  # fmt: skip
+
+    def of_many(link: str, entry: Entry, step: Step) -> dict[str, Any]:
+        answer = one(link, hear=lambda event: step(event["event"], 0.0))
+        if out:
+            _save(answer, out.with_name(f"{entry.name}-{out.name}"))
+        return _as_json(answer, asked)
+
+    if on_each("run", on, of_many, _brief, jobs=jobs, as_json=as_json):
+        return
     with _ctrl_c() as cancelled:
-        answer = verb.run(
-            bundle,
-            on,
-            inputs=arrays,
-            prompt=asked,
-            method=method,
-            settings=settings,
-            hear=None if as_json else show.hear,
-            cancelled=cancelled,
-            encoder=_encoder(encoder, encoder_bits),
-            python=python,
-        )
+        answer = one(on, None if as_json else show.hear, cancelled)
     if out:
         _save(answer, out)
     if answer.results:
         _answered(answer, asked, as_json)
     elif as_json:
-        outputs = [{"shape": list(o.shape), "dtype": str(o.dtype), "values": o.tolist()} for o in answer.outputs]
-        emit_json({"kind": "answer", "schema_version": 1, "method": answer.method, "text": answer.text, "outputs": outputs})
+        emit_json(_as_json(answer, asked))
     else:
         _show(answer)
+
+
+def _as_json(answer: Answer, prompts: list[str] | None) -> dict[str, Any]:
+    if answer.results:
+        rows = [{"prompt": prompts[i] if prompts else None, **r.to_dict()} for i, r in enumerate(answer.results)]
+        return {"kind": "answers", "schema_version": 1, "answers": rows, "link": answer.link}
+    outputs = [{"shape": list(o.shape), "dtype": str(o.dtype), "values": o.tolist()} for o in answer.outputs]
+    return {"kind": "answer", "schema_version": 1, "method": answer.method, "text": answer.text, "outputs": outputs}
+
+
+def _brief(answer: dict[str, Any]) -> str:
+    """One device's answer in a line."""
+    if answer["kind"] == "answers":
+        return " | ".join(a["text"] for a in answer["answers"])
+    return answer["text"] or ", ".join(f"{o['dtype']}{o['shape']}" for o in answer["outputs"])
 
 
 def _save(answer: Answer, out: Path) -> None:
@@ -184,8 +205,7 @@ class _Shown:
 def _answered(answer: Answer, prompts: list[str] | None, as_json: bool) -> None:
     """How it went; Ctrl-C makes the exit code."""
     if as_json:
-        rows = [{"prompt": prompts[i] if prompts else None, **r.to_dict()} for i, r in enumerate(answer.results)]
-        emit_json({"kind": "answers", "schema_version": 1, "answers": rows, "link": answer.link})
+        emit_json(_as_json(answer, prompts))
     else:
         say(_told(answer))
     if any(r.stopped == "cancelled" for r in answer.results):
