@@ -309,3 +309,17 @@ def test_a_plan_with_narrow_caches_runs_natively(bits: int, tmp_path: Path, caps
         main(["run", str(bundle), "--prompt", "abc", "--json"])
     assert ended.value.code == 0
     assert json.loads(capsys.readouterr().out)["answers"]
+
+
+def test_every_step_tells_its_time_and_what_it_is_of(tmp_path: Path) -> None:
+    spec = spec_of("encoder-decoder")
+    path = tmp_path / "model.native"
+    path.write_bytes(lower_native(spec, f"native-{host_targets()[0]}", choice_of(spec, "int8-dynamic")))
+    runner, arrays = open_program(str(path), "native"), inputs_of(spec.methods["decode"], "decode")
+    before = runner.run("decode", arrays)
+    steps = runner.steps("decode", arrays, 3)
+    assert all(len(seconds) == 3 and min(seconds) > 0 for _, _, seconds in steps)
+    places = {place for place, _, _ in steps}
+    assert {"embed", "head", "decoder.layers.1.ffn.down", "decoder.layers.0.self_attn", "decoder.layers.1.cross_attn.q"} <= places
+    assert "" not in places and any(kernel.startswith("attend") for _, kernel, _ in steps)
+    assert all(np.array_equal(a, b) for a, b in zip(before, runner.run("decode", arrays), strict=True)), "timing changes no answer"
