@@ -161,7 +161,7 @@ def _figures(a: Sequence[Report], b: Sequence[Report]) -> list[_Figure]:
     found = []
     for name in names:
         found += _times(name, _of(name, a), _of(name, b))
-        spent = [[e for r in side for e in r.energy if e.method == name] for side in (a, b)]
+        spent = [[e for r in side for e in r.energy if e.method == name and e.gross_j > 0] for side in (a, b)]
         if len(spent[0]) == len(a) and len(spent[1]) == len(b):
             found.append(_energy(name, spent[0], spent[1]))
     bytes_: tuple[tuple[Literal["memory peak", "memory PSS"], Callable[[Report], int | None]], ...] = (
@@ -188,6 +188,8 @@ def _times(name: str, a: Sequence[MethodSamples], b: Sequence[MethodSamples]) ->
         means = [[m.summary.mean_s for m in side if m.summary and m.summary.mean_s] for side in (a, b)]
         known = len(means[0]) == len(a) and len(means[1]) == len(b)
         return [_single(name, "mean", "s", means[0], means[1])] if known else []
+    if any(s <= 0 for m in (*a, *b) for s in m.samples_s):
+        raise InputError(f"{name}: a call of 0 s", "the clock is too coarse for this method: nothing can be compared")
     found = []
     runs = [[m.samples_s for m in side] for side in (a, b)]
     fewest = min(len(run) for side in runs for run in side)

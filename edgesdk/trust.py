@@ -41,7 +41,8 @@ def method_samples(method: str, cold_s: float | None, samples: Sequence[float], 
 def drift(samples: Sequence[float]) -> float:
     """Median of the last third over that of the first third, less one."""
     third = max(1, len(samples) // 3)
-    return percentile(samples[-third:], 0.5) / percentile(samples[:third], 0.5) - 1.0
+    first = percentile(samples[:third], 0.5)
+    return percentile(samples[-third:], 0.5) / first - 1.0 if first else 0.0  # a clock too coarse for the calls
 
 
 def steady(m: MethodSamples) -> Steady | None:

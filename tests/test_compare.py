@@ -138,6 +138,8 @@ def test_what_else_differs_is_said():
     assert any("different bundles" in s for s in compare(mixed, base).not_comparable)
     with pytest.raises(InputError, match="share no method"):
         compare(base, report_of({"decode": _times()}))
+    with pytest.raises(InputError, match="a call of 0 s"):
+        compare(base, report_of([0.0] * 20))
     with pytest.raises(InputError, match="tolerance"):
         compare(base, base, tolerance=1.5)
 
@@ -209,7 +211,7 @@ def test_command_line(tmp_path):
     assert json.loads(run(base, base, "--json")[1])["kind"] == "comparison"
     assert Verdicts.from_json(run(base, slow, "--json")[1]).verdict == "slower"
     code, out, error = run(base, slow, "--tolerance", "5%")
-    assert code == 1 and "slower than allowed: forward p50" in error
+    assert code == 1 and "worse than allowed: forward p50" in error
     assert run(base, pi)[0] == 2
     noisy = report_of(_times(2, 12, spread=0.1)).save(tmp_path / "n.json")
     code, out, _ = run(base, noisy)

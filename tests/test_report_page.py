@@ -139,8 +139,8 @@ def test_a_plan_alone():
 
 @pytest.mark.parametrize(
     "samples",
-    [[1e-3], [1e-3] * 2, [1e-3] * 40, [1e-9, 5.0], [i * 1e-6 + 1e-6 for i in range(3000)], [1e-3] * 29 + [10.0]],
-    ids=["one", "two", "all alike", "far apart", "many", "an outlier"],
+    [[1e-3], [0.0] * 12, [1e-3] * 2, [1e-3] * 40, [1e-9, 5.0], [i * 1e-6 + 1e-6 for i in range(3000)], [1e-3] * 29 + [10.0]],
+    ids=["one", "zero", "two", "all alike", "far apart", "many", "an outlier"],
 )
 def test_odd_samples(samples):
     _parsed(page([report_of(samples)]))

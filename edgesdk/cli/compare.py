@@ -39,7 +39,7 @@ def compare(
         hint = "measure both on the same device under the same conditions"
         raise InputError("the two may not be compared: " + "; ".join(answer.not_comparable), hint)
     if answer.regressions:
-        raise CheckFailed(f"slower than allowed: {', '.join(answer.regressions)}", f"--tolerance was {tolerance}")
+        raise CheckFailed(f"worse than allowed: {', '.join(answer.regressions)}", f"--tolerance was {tolerance}")
     if strict and not answer.not_worse:
         open_rows = ", ".join(r.name for r in answer.rows if r.unit == "s" and not r.not_worse)
         raise CheckFailed(f"not shown to be as fast: {open_rows}", "measure longer or more runs; without --strict this passes")
