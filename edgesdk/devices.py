@@ -139,7 +139,7 @@ def check_text(text: str, where: str) -> DeviceProfile:
     """The profile in a TOML text that `where` names. Raises `InputError`."""
     try:
         raw = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # tomllib's own error, numbers of thousands of digits, lists in lists without end
         raise InputError(f"{where}: not TOML ({error})", "see docs/adding-a-device.md for a profile's form") from None
     return _build(raw, where)
 

@@ -100,7 +100,7 @@ def load_inventory(path: str | Path | None = None) -> Inventory:
     except (OSError, UnicodeDecodeError) as error:
         hint = f"give a file that can be read: --inventory FILE, or {VARIABLE}"
         raise InputError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})", hint) from None
-    except tomllib.TOMLDecodeError as error:  # a name that is there twice is among these
+    except (ValueError, RecursionError) as error:  # a name that is there twice is among these
         raise InputError(f"{file}: not TOML: {error}", "correct that line and run the command again") from None
     try:
         parsed = _File.model_validate(raw)

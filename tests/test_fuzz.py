@@ -91,6 +91,14 @@ def test_json_that_no_parser_likes_is_refused(text):
         Manifest.from_json(text, "manifest.json")
 
 
+@pytest.mark.parametrize(
+    "text", [b"a = " + b"[" * 20_000, b"a = " + b"{a=" * 20_000, b"a = " + b"9" * 5000], ids=["lists", "tables", "digits"]
+)
+@pytest.mark.parametrize("name", ["profile", "inventory"])
+def test_toml_that_no_parser_likes_is_refused(name, text, tmp_path):
+    assert not run(name, text, tmp_path)
+
+
 def test_the_guard_sees_what_is_written_elsewhere(tmp_path):
     inside, outside = tmp_path / "in", tmp_path / "out"
     inside.mkdir()

@@ -250,7 +250,7 @@ def _nvidia(texts: Mapping[str, str]) -> dict[str, str]:
     if match := re.search(r"release [\d.]+, V([\d.]+)", texts.get("!nvcc", "")):
         found["cuda"] = match[1]
     elif text := texts.get("/usr/local/cuda/version.json"):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
             found["cuda"] = str(json.loads(text)["cuda"]["version"])
     if match := re.search(r"NV Power Mode:\s*(?:MODE_)?(\S+)", texts.get("!nvpmodel", "")):
         found["power_mode"] = match[1]

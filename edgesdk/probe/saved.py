@@ -57,7 +57,7 @@ def _refuse_another(path: Path, facts: Facts) -> None:
 
 def read_raw(path: Path) -> dict[str, Any]:
     """The file's fields as they are; none where it is not there or not TOML."""
-    with contextlib.suppress(OSError, tomllib.TOMLDecodeError, UnicodeDecodeError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         return tomllib.loads(path.read_text(encoding="utf-8"))
     return {}
 
