@@ -107,7 +107,10 @@ def require_numpy(facts: Facts) -> None:
 
 
 def runtimes_there(facts: Facts, profile: DeviceProfile, asked: str | None) -> dict[str, str]:
-    """Runtime → version of those that can be measured there: all, or the one asked for. Our own kernels need nothing but numpy on arm64."""
+    """Runtime → version of those that can be measured there: all, or the one asked for. Our own kernels need nothing but numpy on arm64.
+
+    Raises `MissingTool`, and `InputError` for a version that the profile does not know: plans would not take what is measured.
+    """
     from edgesdk import __version__
 
     here = {name: version for name, version in facts.runtimes.items() if name in RUNTIMES}
@@ -120,4 +123,8 @@ def runtimes_there(facts: Facts, profile: DeviceProfile, asked: str | None) -> d
         raise MissingTool(
             f"{facts.link}: {what} is not installed for its Python", "install it there (pip install ai-edge-litert numpy), then probe again"
         )
+    for name, version in wanted.items():
+        if profile.board and profile.board.runtimes.get(name, version) != version:
+            what = f"{facts.link}: {name} is {version} now, {profile.name} was read with {profile.board.runtimes[name]}"
+            raise InputError(what, f"read it again first: edgesdk devices probe {facts.link}")
     return wanted

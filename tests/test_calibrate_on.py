@@ -163,6 +163,9 @@ def test_our_own_kernels_need_nothing_but_numpy_on_arm():
     facts = facts_of(FakeTransport(texts=boards.pi4()))
     profile = probe(FakeTransport(texts=boards.pi4()), name="p").profile
     assert list(runtimes_there(facts, profile, None)) == ["litert", "native"]
+    newer = facts_of(FakeTransport(texts=boards.pi4() | {"!package litert": "9.9"}))
+    with pytest.raises(InputError, match=r"litert is 9\.9 now, p was read with 2\.1\.0"):
+        runtimes_there(newer, profile, None)
 
 
 def test_long_calls_are_made_fewer_times():
