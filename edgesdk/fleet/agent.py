@@ -99,7 +99,7 @@ class Agent:
             self.device.message(topic, what)
         if self.heard.empty():
             before = self.device.state["state"]
-            while self.device.step():
+            while self.heard.empty() and self.device.step():
                 pass
             if self.device.state["state"] != before:
                 log(f"{self.device.state['state']} {self.device.state['why']}".strip())

@@ -82,10 +82,10 @@ class Device:
         if self.clock() < self.again_s:
             return False
         if self.fetch and not self.fetch.done:
-            self._guarded(lambda fetch: fetch.step())
+            more = self._guarded(Fetch.step)
             if self.fetch and not self.fetch.done and self.clock() - self._told_s >= TELL_S:
                 self._report(self.fetch.share)
-            return False
+            return more
         if self.fetch:
             self.fetch = None
             self._to("checking")
@@ -151,15 +151,15 @@ class Device:
     def _signer(self, manifest: bytes, signatures: bytes) -> str:
         return bundle_signer(manifest, signatures, self.trusted, self.verify)
 
-    def _guarded(self, act: Callable[[Fetch], None]) -> None:
-        """Go on fetching; what cannot be had ends the order."""
+    def _guarded(self, act: Callable[[Fetch], Any]) -> bool:
+        """Go on fetching; what cannot be had ends the order. Whether `act` says so."""
         try:
-            if self.fetch:
-                act(self.fetch)
+            return bool(self.fetch and act(self.fetch))
         except Refused as error:
             self._failed(str(error))
         except Full as error:
             self._failed(f"the disk cannot be written: {error.strerror}")
+        return False
 
     def _end_fetch(self) -> None:
         if self.fetch:

@@ -119,13 +119,17 @@ class Fetch:
         if not self._asked or len(self._asked) <= WINDOW // 2:
             self._ask()
 
-    def step(self) -> None:
-        """What time brings: chunks that did not come, the next piece from a URL."""
-        if self.url and self.wanted and self.clock() >= self._next_url_s:
-            self._piece()
-        elif self._asked and self.clock() - self._asked_s >= ASK_AGAIN_S:
+    def step(self) -> bool:
+        """What time brings: chunks that did not come, the next piece from a URL; whether there may be more at once."""
+        if self.url:
+            if self.wanted and self.clock() >= self._next_url_s:
+                self._piece()
+                return self._fails == 0
+            return False
+        if self._asked and self.clock() - self._asked_s >= ASK_AGAIN_S:
             self._drop(sorted(self._asked))
             self.connected()
+        return False
 
     def _drop(self, indices: list[int]) -> None:
         if indices and self.wanted:
