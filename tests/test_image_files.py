@@ -15,11 +15,12 @@ from edgesdk.bundles import bundle_digest
 from edgesdk.cli import app
 from edgesdk.errors import CheckFailed, DeviceError, InputError
 from edgesdk.flash import status
+from edgesdk.image.disk import extents
 from edgesdk.image.files import ExtFiles, FatFiles, File, Folder, Owner, Symlink
 from edgesdk.image.partitions import partitions, pick
 from edgesdk.image.write import read_content, write_image
 from edgesdk.transport.base import Blob
-from tests.image_small import MIB, needs_tools, os_image, program
+from tests.image_small import MIB, block_map, machine, needs_tools, os_image, program
 from tests.tiny import tiny_bundle
 
 pytestmark = needs_tools
@@ -71,6 +72,24 @@ def test_a_bundle_gets_into_a_systemd_image(images, bundle, tmp_path):
     assert report.bundle == digest and report.signer and [s.split()[0] for s in report.steps][:3] == ["copy", "boot", "check"]
     dry = write_image(packed, tmp_path / "none.img", content, dry_run=True)
     assert dry.steps[1:] == report.steps[1:] and not (tmp_path / "none.img").exists()
+
+
+def test_a_block_map_and_a_bundle_on_a_used_card(images, bundle, tmp_path):
+    """What neither the map nor the bundle names stays as it was on the card, and the file system is whole all the same."""
+    image = tmp_path / "os.img"
+    image.write_bytes(images["systemd"].read_bytes())
+    data = image.read_bytes()
+    root = [(a // 4096 + 1280, -(-b // 4096) + 1279) for a, b in extents(images["systemd"].with_name("root"), everything=False)]
+    (tmp_path / "os.bmap").write_text(block_map(image, [(0, 0), (256, 1279), *root]))
+    mapped = 4096 * sum(b - a + 1 for a, b in [(0, 0), (256, 1279), *root])
+    assert mapped < 7 * MIB
+    made = machine(tmp_path / "machine")
+    (made.dev / "sdb").write_bytes(b"\xff" * (32 * MIB))
+    report = write_image(image, made.dev / "sdb", read_content(bundle), yes=True, machine=made)
+    assert mapped < report.written_bytes < mapped + 2 * MIB and image.read_bytes() == data
+    there = system(made.dev / "sdb")
+    there.check()
+    assert there.read(f"/var/lib/edgesdk/store/{bundle_digest(bundle)}/manifest.json")
 
 
 def test_a_bundle_again_over_itself_replaces_it(images, bundle, tmp_path):
@@ -146,9 +165,9 @@ def test_what_cannot_hold_a_bundle_is_refused(images, bundle, tmp_path):
     damaged.write_bytes(data)
     refused(damaged, CheckFailed, r"partition 2 .* is damaged: ")
     data = bytearray(images["rcS"].read_bytes())
-    data[5 * MIB + 1024 + 58] = 2  # errors were noted
+    data[5 * MIB + 1024 + 96] |= 4  # there is a journal to replay
     damaged.write_bytes(data)
-    refused(damaged, CheckFailed, r"partition 2 .* is damaged: ")
+    refused(damaged, CheckFailed, r"partition 2 .* was not unmounted cleanly")
     fat_only = tmp_path / "fat.img"
     fat_only.write_bytes(images["rcS"].read_bytes()[MIB : 5 * MIB])
     refused(fat_only, InputError, r"no ext4 partition found, there is: the file system \(fat")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from edgesdk.errors import DeviceError, InputError
+from edgesdk.errors import CheckFailed, DeviceError, InputError
 from edgesdk.image import blockmap, disk, firstboot, source
 from edgesdk.image.files import ROOT_USER, Entry, ExtFiles, FatFiles, Owner, require_room
 from edgesdk.image.partitions import Partition, ext4, partitions, pick
@@ -213,6 +213,9 @@ def _fill(work: Path, image: Path, parts: list[Partition], content: Content, dry
     part = pick(parts, "ext4", content.partition, image)
     system, fs = ExtFiles(work, part, image), ext4(work, part)
     watch("check", 0, 0)
+    if not fs.clean:  # a journal that is replayed later would undo a part of what is put in now
+        what = f"{image}: {part} was not unmounted cleanly, or errors were noted in it"
+        raise CheckFailed(what, "take the image of a system that is shut down; `e2fsck -f` on the partition may repair it")
     system.check()
     entries: list[Entry] = firstboot.entries(
         content.bundle, system, content.root, content.owner, content.python, content.signer.id if content.signer else None
