@@ -13,6 +13,7 @@ from edgesdk.units import show_bytes, show_seconds
 
 EMPTY = Scale(0, 1, ())
 BARS = 10
+COLOURED = ("linear", "conv2d", "depthwise_conv2d", "attention", "matmul", "norm")  # the same colour in every figure
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,8 @@ def operators(rows: Sequence[OperatorTime], route: str, title: str) -> Figure:
         name = f"{o.method}: {o.unit}" if several else o.unit
         sums.setdefault((pattern(name) if len(rows) > BARS else name, o.op), []).append(o)
     ordered = sorted(((sum(o.median_s for o in group), *key, group) for key, group in sums.items()), key=lambda g: -g[0])
-    kinds = list(dict.fromkeys(op for _, _, op, _ in ordered))
-    colour = {op: f"f{i}" if i < 6 else "fs" for i, op in enumerate(kinds)}
+    kinds = {op for _, _, op, _ in ordered}
+    colour = {op: f"f{COLOURED.index(op)}" if op in COLOURED else "fs" for op in kinds}
     shown = []
     for seconds, name, op, group in ordered[:BARS]:
         count = f" ({len(group)})" if len(group) > 1 else ""
@@ -117,7 +118,7 @@ def operators(rows: Sequence[OperatorTime], route: str, title: str) -> Figure:
         shown.append(
             (name + count, seconds, f"{show_seconds(seconds)}  {share:.0%}", f"{name}{count}, {op}: {show_seconds(seconds)}, {share:.1%}")
         )
-    legend = [(op, colour[op]) for op in kinds[:6]] + ([("others", "fs")] if len(kinds) > 6 else [])
+    legend = [(op, colour[op]) for op in COLOURED if op in kinds] + ([("other operators", "fs")] if kinds - set(COLOURED) else [])
     said = "; ".join(title for _, _, _, title in shown[:5])
     note = route + (f"; the {BARS} slowest groups of {len(rows)}, * stands for a number" if len(rows) > BARS else "")
     cells = [[o.method, o.unit, o.op, show_seconds(o.median_s), f"{o.share:.1%}"] for o in sorted(rows, key=lambda o: -o.median_s)]
