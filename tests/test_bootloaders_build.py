@@ -56,3 +56,15 @@ def test_operators_that_its_runtime_lacks_are_named():
     spec = ModelSpec(name="net", digest="0" * 64, methods={"forward": Method(torch.nn.GELU(), (torch.randn(1, 8),))})
     with pytest.raises(InputError, match="TensorFlow Lite Micro has no GELU"):
         refuse(convert_float(spec), "net")
+
+
+def test_weights_stay_in_flash_and_take_no_memory(tmp_path):
+    (tmp_path / "wide.py").write_text(MODEL.replace("32, 24", "512, 600").replace("24, 4", "600, 4").replace("1, 32", "1, 512"))
+    asked = ["plan", "--model", f"{tmp_path}/wide.py:model", "--device", "pico", "--json"]
+    plan = json.loads(CliRunner().invoke(app, asked).stdout)
+    assert plan["memory"]["weights_bytes"] > 1_200_000 and plan["memory"]["peak_bytes"] < 20_000 and plan["fits"]
+    assert [c["limit"] for c in plan["checks"] if c["name"] == "storage"] == [
+        2 << 20
+    ]  # all of the board's flash, if nothing less is asked for
+    small = CliRunner().invoke(app, [*asked, "--storage", "100kB"])
+    assert small.exit_code == 1 and not json.loads(small.stdout)["fits"]

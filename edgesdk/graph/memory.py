@@ -133,6 +133,11 @@ def _kinds(method: MethodGraph, precisions: Mapping[tuple[str, str], str]) -> fr
     return frozenset(precisions.get((method.name, u.name), "fp32") for u in method.units if u.weight_elements)
 
 
+def in_flash(runtime: str) -> bool:
+    """Whether weights are read where they lie in flash, and take no memory."""
+    return runtime == "tflite-micro"
+
+
 def memory_answer(
     graph: ModelGraph, precisions: Mapping[tuple[str, str], str], runtime: str, device: DeviceProfile, ahead: RuntimePlan | None = None
 ) -> MemoryAnswer:
@@ -159,7 +164,8 @@ def memory_answer(
     }
     fields = {**_split(graph, planned, runtime), "packed_bytes": sum(n * held[w] for w, n in copies.items())}
     return MemoryAnswer(
-        weights_bytes=weights, **fields, runtime_bytes=own, delegate_bytes=inside, peak_bytes=weights + sum(fields.values()) + inside + (own or 0),
+        weights_bytes=weights, **fields, runtime_bytes=own, delegate_bytes=inside,
+        peak_bytes=weights * (not in_flash(runtime)) + sum(fields.values()) + inside + (own or 0),
         from_runtime=ahead is not None, not_counted=graph.not_counted + missing,
     )  # fmt: skip
 

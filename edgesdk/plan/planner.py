@@ -9,7 +9,7 @@ from statistics import median
 from edgesdk import __version__
 from edgesdk.devices import load_device
 from edgesdk.errors import EdgeError, InputError, UnknownName
-from edgesdk.graph.memory import weight_bytes
+from edgesdk.graph.memory import in_flash, weight_bytes
 from edgesdk.graph.memory_plan import dry_plan
 from edgesdk.graph.types import ModelGraph
 from edgesdk.model import SEPARATOR
@@ -221,8 +221,8 @@ def _limits(s: Setting, budget: Budget) -> dict[str, float]:
         if method not in [m.name for m in s.graph.methods]:
             raise UnknownName(f"method of {s.subject.facts.name}", method, [m.name for m in s.graph.methods])
         limits[f"latency:{method}"] = seconds
-    if budget.storage_bytes:
-        limits["storage"] = float(budget.storage_bytes)
+    if stored := budget.storage_bytes or (s.device.storage.size_bytes if in_flash(s.runtime) else None):
+        limits["storage"] = float(stored)
     if budget.energy_j:
         need_power(s.device)
         limits["energy"] = budget.energy_j
@@ -344,11 +344,12 @@ def _front(s: Setting, limits: dict[str, float]) -> list[Candidate]:
     """All-float, the smallest and the fastest choice within the quality budget, and the fastest at memory limits between these two."""
     table, fixed, _ = table_of(s, slower=True)
     kept = {k: v for k, v in limits.items() if k == "harm"}
-    floats = solve([o for o in table if o.precision in ("fp32", "as-is")], fixed, {})
+    plain = [o for o in table if o.precision in ("fp32", "as-is")]
+    floats = [solve(plain, fixed, {})] if {o.group for o in plain} == {o.group for o in table} else []  # not every device has floats
     ends = [solve(table, fixed, kept, objective) for objective in ("latency", "memory")]
     fast, small = (_reached(e, fixed, "memory") for e in ends)
     between = [small + (fast - small) * i / (STEPS_OF_FRONT + 1) for i in range(1, STEPS_OF_FRONT + 1)] if fast > small * 1.01 else []
-    solutions = [floats, *ends, *(solve(table, fixed, {**kept, "memory": limit}) for limit in between)]
+    solutions = [*floats, *ends, *(solve(table, fixed, {**kept, "memory": limit}) for limit in between)]
     return [_point(s, fixed, solution) for solution in solutions]
 
 

@@ -8,7 +8,7 @@ from typing import cast
 from edgesdk.device import ComputeUnit, DeviceProfile
 from edgesdk.efficiency import Efficiency
 from edgesdk.errors import InputError, UnknownName
-from edgesdk.graph.memory import memory_answer, packed_again, weight_bytes
+from edgesdk.graph.memory import in_flash, memory_answer, packed_again, weight_bytes
 from edgesdk.graph.memory_plan import known
 from edgesdk.graph.types import MethodGraph, ModelGraph, Unit
 from edgesdk.native.formats import ROUNDED, is_native
@@ -141,7 +141,7 @@ def need_power(device: DeviceProfile) -> float:
 def table_of(s: Setting, slower: bool) -> tuple[list[Option], dict[str, float], int]:
     """Options by group, the fixed part of every metric, and how many options were refused for being slower than float."""
     uses: dict[tuple[str, str], dict[str, float]] = {}
-    copies = packed_again(s.graph, s.runtime)
+    copies, counted = packed_again(s.graph, s.runtime), not in_flash(s.runtime)
     choices: dict[str, list[Precision]] = {}
     fixed: dict[str, float] = {"latency": 0.0}
     for method in s.graph.methods:
@@ -160,7 +160,7 @@ def table_of(s: Setting, slower: bool) -> tuple[list[Option], dict[str, float], 
             choices[group] = [p for p in offered if p in choices.get(group, offered)]
             for precision in offered:
                 held = weight_bytes(unit, precision, s.runtime) * (1 + (0 if is_native(precision) else copies.get(unit.weight or "", 0)))
-                use = uses.setdefault((group, precision), {"memory": held, "latency": 0.0, "harm": 0.0})
+                use = uses.setdefault((group, precision), {"memory": held * counted, "latency": 0.0, "harm": 0.0})
                 value = cost_of(s, unit, precision, touched).seconds + (more.get(unit.name, 0.0) if is_native(precision) else 0.0)
                 use["latency"] += value * method.unroll
                 use[f"latency:{method.name}"] = use.get(f"latency:{method.name}", 0.0) + value
@@ -170,7 +170,7 @@ def table_of(s: Setting, slower: bool) -> tuple[list[Option], dict[str, float], 
     fast = [o for o in kept if slower or o.use["latency"] <= uses[(o.group, choices[o.group][0])]["latency"] * 1.0001]
     stored = {g: float(weight_bytes(u, "fp32", s.runtime)) for g, u in s.graph.weights().items() if g in choices}
     answer = memory_of(s, {})
-    fixed["memory"] = answer.peak_bytes - sum(n * (1 + copies.get(g, 0)) for g, n in stored.items())
+    fixed["memory"] = answer.peak_bytes - counted * sum(n * (1 + copies.get(g, 0)) for g, n in stored.items())
     fixed["storage"] = answer.weights_bytes - sum(stored.values())
     power = power_of(s.device) or 0.0
     fixed["energy"] = fixed["latency"] * power
@@ -211,10 +211,10 @@ def native_in(method: MethodGraph, solution: Solution) -> set[str]:
 
 
 def stored_bytes(s: Setting, unit: Unit, precision: str) -> float:
-    """Bytes of a weight in the program's file: its code, where the model is compressed, with what the precision adds to it."""
+    """Bytes of a weight in the program's file: its code, where the model is compressed and expanded on load, with what the precision adds to it."""
     held = float(weight_bytes(unit, precision, s.runtime))
     code = s.subject.facts.coded.get(unit.weight or "")
-    if code is None or is_native(precision) or (precision == "int4-g32" and unit.weight not in s.subject.facts.int4):
+    if code is None or is_native(precision) or in_flash(s.runtime) or (precision == "int4-g32" and unit.weight not in s.subject.facts.int4):
         return held
     return min(held, code + (4.0 * unit.rows if precision.startswith("int8") else 0.0))
 

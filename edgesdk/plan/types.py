@@ -97,7 +97,7 @@ class UnitPlan(Part):
 
 
 class MemoryAnswer(Part):
-    """Bytes. `peak_bytes` is their sum: what must fit beside the system."""
+    """Bytes. `peak_bytes` is their sum, without weights that are read out of flash: what must fit beside the system."""
 
     weights_bytes: int
     activations_bytes: int
