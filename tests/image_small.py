@@ -32,6 +32,16 @@ def mbr(parts: list[tuple[int, int, int]]) -> bytes:
     return bytes(446) + entries.ljust(64, b"\0") + b"\x55\xaa"
 
 
+def superblock(blocks: int) -> bytes:
+    """Of an ext4 of `blocks` of 1 kB."""
+    data = bytearray(1024)
+    struct.pack_into("<IIIIII", data, 0, 128, blocks, 100, 1000, 50, 1)
+    struct.pack_into("<I", data, 24, 0)
+    struct.pack_into("<HH", data, 56, 0xEF53, 1)
+    data[120:126] = b"rootfs"
+    return bytes(data)
+
+
 def tree(folder: Path, init: str) -> Path:
     """A root folder with a python3 behind a link, and what `init` wants: systemd, rcS, sysv or nothing."""
     for name in ("usr/bin", "etc/init.d", "var/lib", "usr/lib"):

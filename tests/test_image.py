@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from edgesdk.errors import CheckFailed, DeviceError, InputError, MissingTool
 from edgesdk.image import blockmap, disk, files, source, write
 from edgesdk.image.partitions import partitions, pick
-from tests.image_small import MIB, block_map, machine, mbr
+from tests.image_small import MIB, block_map, machine, mbr, superblock
 
 
 def image(path, parts=((0x0C, 2048, 2048), (0x83, 4096, 4096)), size=4 * MIB, table=None):
@@ -32,16 +32,6 @@ def image(path, parts=((0x0C, 2048, 2048), (0x83, 4096, 4096)), size=4 * MIB, ta
         file.write(superblock(2048))
         file.truncate(size)
     return path
-
-
-def superblock(blocks, free=1000, reserved=100):
-    """ext4 of blocks of 1 kB."""
-    data = bytearray(1024)
-    struct.pack_into("<IIIIII", data, 0, 128, blocks, reserved, free, 50, 1)
-    struct.pack_into("<I", data, 24, 0)
-    struct.pack_into("<HH", data, 56, 0xEF53, 1)
-    data[120:126] = b"rootfs"
-    return bytes(data)
 
 
 def gpt(parts, damage=False):

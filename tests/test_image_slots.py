@@ -17,6 +17,7 @@ from edgesdk.image.slots import CHUNK, Files, flash_slot, slot_status
 from edgesdk.image.uboot import Env, Place, decode, encode, places, update
 from edgesdk.transport.base import Result
 from edgesdk.transport.local import LocalTransport
+from tests.image_small import MIB, mbr, superblock
 
 SIZE = 0x2000
 
@@ -140,7 +141,7 @@ class Board(LocalTransport):
 @pytest.fixture
 def image(tmp_path):
     path = tmp_path / "new.ext4"
-    path.write_bytes(os.urandom(CHUNK) + bytes(CHUNK) + os.urandom(4096))
+    path.write_bytes(bytes(1024) + superblock(2048) + os.urandom(CHUNK - 2048) + bytes(CHUNK) + os.urandom(4096))
     return path
 
 
@@ -198,16 +199,22 @@ def test_a_trial_that_never_comes_back(tmp_path, image):
 
 def test_what_is_refused(tmp_path, image):
     board = Board(tmp_path)
-    before = (tmp_path / "env").read_bytes()
     plan = flash_slot(image, board, dry_run=True, files=board.files)
     assert plan.action == "dry-run" and plan.steps[0].startswith(f"write {tmp_path}/disk3") and "boot_slot=B" in plan.steps[2]
-    image.write_bytes(bytes(3 * CHUNK))
+    image.write_bytes(image.read_bytes()[:2048] + bytes(3 * CHUNK - 2048))
     with pytest.raises(InputError, match=r"12.6 MB, slot B .* has 8.4 MB"):
+        flash_slot(image, board, files=board.files)
+    image.write_bytes(mbr([(0x83, 2048, 2048)]) + bytes(2 * MIB))
+    with pytest.raises(InputError, match=r"a whole disk \(partition 1"):
+        flash_slot(image, board, files=board.files)
+    image.write_bytes(bytes(1024) + superblock(1024) + bytes(MIB - 2048))
+    board.set(slot_B="2")
+    with pytest.raises(DeviceError, match=r"slot B \(.*disk2\) is in use"):
         flash_slot(image, board, files=board.files)
     board.set(slot_B="9")
     with pytest.raises(DeviceError, match=r"no disk .*disk9"):
         flash_slot(image, board, files=board.files)
-    assert board.boots == ["A"] and (tmp_path / "env").read_bytes()[:SIZE] == before[:SIZE]
+    assert board.boots == ["A"] and board.env.variables["boot_slot"] == "A"
     for text, said in (("root=/dev/sda\n", "does not say which slot runs"), ("rauc.slot=system0\n", "does not say which slot")):
         (tmp_path / "cmdline").write_text(text)
         with pytest.raises(DeviceError, match=said):
@@ -222,7 +229,9 @@ def test_a_disk_that_forgets_is_noticed(tmp_path, image, monkeypatch):
     monkeypatch.setattr(slots, "WRITE", "cat > /dev/null")
     with pytest.raises(CheckFailed, match="2 of 3 chunks read back are not what was written"):
         flash_slot(image, board, files=board.files)
-    image.write_bytes(bytes(CHUNK))
+    image.write_bytes(image.read_bytes()[:2048] + bytes(CHUNK - 2048))
+    flash_slot(image, board, dry_run=True, files=board.files)
+    (tmp_path / "disk3").write_bytes(image.read_bytes())
     with pytest.raises(CheckFailed, match=r"environment on .* could not be written"):
         flash_slot(image, board, files=board.files)
     assert board.boots == ["A"]

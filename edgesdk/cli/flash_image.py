@@ -61,8 +61,13 @@ def flash_image(
             what = "--bundle, --bmap, --root, --owner, --partition, --boot-file and --yes are of a disk image"
             raise InputError(what, "edgesdk flash --image os.img --bundle model.edge --to /dev/sdX")
         return False
-    if others or (bundle and inside) or (image is None and (bundle or inside)) or (rollback and (image or not slots)):
-        what = "--image goes with a bundle, --bmap, --root, --owner, --partition, --boot-file, --slots; --slots alone with --rollback"
+    of_bundle = any((root, owner, python, partition is not None, allow_unsigned))
+    of_image = any((bundle, inside, bmap, boot_files, yes))
+    if others or (bundle and inside) or (rollback and (image or not slots)) or (image is None and of_image) or (slots and yes):
+        what = "--image goes with a bundle, --bmap, --boot-file, --to and --yes, or with --slots; --slots alone with --rollback"
+        raise InputError(what, "edgesdk flash --image os.img --bundle model.edge --to /dev/sdX")
+    if of_bundle and not (bundle or inside):
+        what = "--root, --owner, --python, --partition and --allow-unsigned are of a bundle in an image"
         raise InputError(what, "edgesdk flash --image os.img --bundle model.edge --to /dev/sdX")
     from edgesdk.image.write import read_content
 

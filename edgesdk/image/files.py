@@ -145,8 +145,8 @@ class ExtFiles:
             ]
             shown = re.split(r"^debugfs: (?:stat|dump) .*\n", self._script(looks).stdout, flags=re.MULTILINE)[1:]
             said = [line for line in complaints.splitlines() if line.strip() and not line.startswith("debugfs ")]
-            for i, (entry, text) in enumerate(zip(entries, shown, strict=False)):
-                if not _is(entry, text, Path(folder, f"{i}.back")):
+            for i, entry in enumerate(entries):
+                if i >= len(shown) or not _is(entry, shown[i], Path(folder, f"{i}.back")):
                     why = f" ({'; '.join(said[:2])})" if said else ""
                     raise CheckFailed(
                         f"{self.image}: {entry.path} did not get into {self.part}{why}", "the copy is not kept; try another image"

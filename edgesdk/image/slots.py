@@ -18,6 +18,7 @@ from typing import ClassVar, Literal
 
 from edgesdk.agent.client import Agent, failed_cases, require_python
 from edgesdk.errors import CheckFailed, DeviceError, InputError, LinkError
+from edgesdk.image.partitions import partitions
 from edgesdk.image.source import Watch
 from edgesdk.image.uboot import SLOTS, Env, Place, decode, places, update
 from edgesdk.lease import lease
@@ -90,6 +91,7 @@ class Slots:
             hint = "boot it with edgesdk's boot script (docs/images.md), which names the slot"
             raise DeviceError(f"{transport.link}: its kernel's command line does not say which slot runs (edgesdk.slot=A or B)", hint)
         self.running = running[1]
+        self._root = re.search(r"\broot=(\S+)", cmdline)
         self.places = places(config, f"{transport.link}: {files.config}")
         self.env = self._read()
         missing = [n for n in ("slot_disk", "slot_A", "slot_B") if n not in self.env.variables]
@@ -126,15 +128,25 @@ class Slots:
             what = f"{self.transport.link}: U-Boot's environment on {place.device} could not be written: {result.complaint}"
             raise CheckFailed(what, "the slots are as they were; log in as root, or look at the disk")
 
-    def write(self, image: Path, slot: str, watch: Watch) -> tuple[int, int]:
-        """Write an image into a slot that does not run: only what differs is sent, all is read back. Returns bytes sent and bytes there already."""
+    def require(self, image: Path, slot: str) -> None:
+        """Raises `InputError` and `DeviceError` where the image cannot be written into a slot."""
         device, size = self.device(slot), image.stat().st_size
+        if (found := partitions(image))[0].number:
+            raise InputError(
+                f"{image}: a whole disk ({'; '.join(map(str, found))})", "a slot takes one file system: give that partition's image"
+            )
         room, mounts = self._size(device)
-        if mounts:
-            raise DeviceError(f"{self.transport.link}: slot {slot} ({device}) is mounted", "unmount it, then run it again")
+        if mounts or device == self.device(self.running) or (self._root and self._root[1] == device):
+            raise DeviceError(
+                f"{self.transport.link}: slot {slot} ({device}) is in use", "unmount it, or correct slot_A and slot_B, then run it again"
+            )
         if size > room:
             what = f"{image}: {show_bytes(size)}, slot {slot} ({device}) has {show_bytes(room)}"
             raise InputError(what, "make the file system smaller: resize2fs -M")
+
+    def write(self, image: Path, slot: str, watch: Watch) -> tuple[int, int]:
+        """Write an image into a slot that does not run: only what differs is sent, all is read back. Returns bytes sent and bytes there already."""
+        device, size = self.device(slot), image.stat().st_size
         wanted = list(_chunks(image))
         sent = 0
         for i, there in enumerate(self._hashes(device, size, watch)):
@@ -214,6 +226,8 @@ def flash_slot(
         before = Slots(transport, files)
         _refuse(before, image)
         new, old = before.other, before.running
+        if image:
+            before.require(Path(image), new)
         steps = _steps(before, Path(image) if image else None)
         if dry_run:
             return _report("dry-run", before, steps=steps)
