@@ -82,7 +82,6 @@ def test_latency_gate_and_dry_run(device, bundles, tool):
     assert any("runners" in s for s in dry.steps) and not any("agent" in s for s in dry.steps) and not Path(device.root).exists()
     with pytest.raises(CheckFailed, match=r"too slow on the device: forward takes"):
         flash(bundles["a"], device, runner=str(tool), latency_gate=1e-9)
-    assert flash(bundles["a"], device, runner=str(tool), latency_gate=5.0).gate_s["forward"] < 5.0
 
 
 def test_runners_that_do_not_suit(device, bundles, tmp_path):
@@ -122,7 +121,6 @@ def test_profile_of_a_summary(device, bundles, tool):
     assert report.trust.verdict == "noisy" and any("no single times" in r for r in report.trust.reasons)
     assert report.conditions.runtime_version.startswith("benchmark_model ") and report.conditions.device == "host"
     assert Report.from_json(report.to_json()) == report
-    assert profile(None, device, str(tool), runs=3, warmup=0).bundle_digest == bundle_digest(bundles["a"])
 
 
 def test_a_profile_of_what_no_tool_tells_is_refused(device, bundles, tool, tmp_path):

@@ -140,7 +140,6 @@ def _measure(board: PlainDevice, here: Here, method: str, runs: int, warmup: int
     if samples:
         made = method_samples(method, told.first_s, samples)
     elif told.mean_s is not None:
-        notes.append(f"this {tool.kind} prints a summary and no single times: drift and outliers cannot be judged")
         made = _summarized(method, tool.kind, told, runs)
     else:
         raise silent(board.transport.link, tool.kind)

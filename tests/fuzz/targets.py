@@ -122,7 +122,8 @@ def profile(data: bytes, folder: Path) -> None:
 
 
 def profile_seeds(folder: Path) -> list[bytes]:
-    return [p.read_bytes() for p in sorted(PROFILES.glob("*.toml"))[:6]]
+    deep = [b"a = " + b"[" * 2000, b"a = " + b"{a=" * 2000, b"a = " + b"9" * 5000]
+    return deep + [p.read_bytes() for p in sorted(PROFILES.glob("*.toml"))[:6]]
 
 
 def inventory(data: bytes, folder: Path) -> None:
