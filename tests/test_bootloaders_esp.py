@@ -39,7 +39,7 @@ def fewer_attempts(monkeypatch):
     import esptool.cmds
     import esptool.loader
 
-    monkeypatch.setattr(esp, "ATTEMPTS", 1)
+    monkeypatch.setattr(esp, "ATTEMPTS", 2)
     monkeypatch.setattr(esp, "ANSWER_S", 0.3)
     monkeypatch.setattr(esptool.cmds, "DEFAULT_CONNECT_ATTEMPTS", 1)
     monkeypatch.setattr(esptool.cmds, "DEFAULT_TIMEOUT", 0.3)
@@ -97,6 +97,8 @@ def test_firmware_goes_into_the_app_partition_or_over_all_of_flash(tmp_path):
         with pytest.raises(InputError, match="not a program for an ESP32"):
             write_board(f"esp32:{rom.port}", firmware=str(tmp_path / "noise.bin"))
         assert write_board(f"esp32:{rom.port}?offset=0x200000", firmware=str(tmp_path / "noise.bin")).address == 0x200000
+        with pytest.raises(InputError, match="ends at 0x4003a0, the board's flash at 0x400000"):
+            write_board(f"esp32:{rom.port}?offset=0x3ff000", firmware=str(file))
 
 
 def test_nothing_is_written_in_plain_where_the_chip_decrypts(bundle):

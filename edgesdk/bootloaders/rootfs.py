@@ -74,7 +74,8 @@ class Tree:
     def forget(self, root: str, digest: str) -> list[str]:
         """Remove other bundles that lie in the store and were never on a board; their digests."""
         store = self.here(self.resolve(f"{root}/store"))
-        found = [p for p in sorted(store.iterdir()) if re.fullmatch(r"[0-9a-f]{64}", p.name) and p.name != digest] if store.is_dir() else []
+        held = sorted(store.iterdir()) if store.is_dir() else []
+        found = [p for p in held if re.fullmatch(r"[0-9a-f]{64}", p.name) and p.name != digest and p.is_dir() and not p.is_symlink()]
         for folder in found:
             shutil.rmtree(folder)
         return [p.name for p in found]
