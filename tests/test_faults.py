@@ -346,10 +346,6 @@ def test_the_agent_is_killed_in_the_middle_of_the_check(board, bundles, which):
     kill = f"for p in /proc/[0-9]*; do grep -q '{which}' $p/cmdline 2>/dev/null && kill -9 ${{p#/proc/}} && echo killed; done"
     killed: list[str] = []
 
-    def watch(step: Step, done: int, total: int) -> None:
-        if str(step).startswith("ask   check"):
-            threading.Thread(target=later).start()
-
     def later() -> None:
         for _ in range(40):
             time.sleep(0.3)
@@ -357,8 +353,15 @@ def test_the_agent_is_killed_in_the_middle_of_the_check(board, bundles, which):
                 killed.append(said)
                 return
 
+    killer = threading.Thread(target=later)
+
+    def watch(step: Step, done: int, total: int) -> None:
+        if str(step).startswith("ask   check"):
+            killer.start()
+
     with pytest.raises(CheckFailed if which == "[-]-one" else (CheckFailed, LinkError)):  # ssh tells no killed program from a broken link
         flash(path, board.url, watch=watch)
+    killer.join()
     assert killed
     assert bundles.runs(board).current == before.current
     if which == "agent[.]zip":
