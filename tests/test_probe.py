@@ -290,3 +290,10 @@ def test_the_command_line(folder, tmp_path):
     assert here.board.id in done.stdout
     done = CliRunner().invoke(app, ["devices", "check", str(folder / "here.toml")])
     assert done.exit_code == 0
+
+
+def test_peaks_on_a_clock_that_nobody_tells_are_not_confirmed():
+    texts = {k: v for k, v in boards.pi5().items() if "cpufreq" not in k} | {"/proc/device-tree/model": "linux,dummy-virt"}
+    profile = probe(FakeTransport(texts=texts)).profile
+    assert profile.unit("cpu").clock_hz == 1e9 and "units.cpu.clock_hz" in devices.not_confirmed(profile)
+    assert profile.sources["units.cpu.peak_ops_per_s"].startswith("not confirmed: 4 cores x 1 GHz")

@@ -178,9 +178,9 @@ def _peaks(draft: Draft, at: str, cluster: Cluster, clock: float, measured: Mapp
         )
         return {"fp32": cluster.cores * rate, "int8": cluster.cores * rate * times}
     formula = f"{cluster.cores} cores x {clock / 1e9:.4g} GHz x {fp32} fp32 or {int8} int8 operations a cycle"
-    honest = why if why.startswith(NOT_CONFIRMED) else "derived"
+    open_ones = any(source.startswith(NOT_CONFIRMED) for source in (why, draft.sources[f"{at}.clock_hz"]))
     more = "" if why.startswith(NOT_CONFIRMED) else f"; {why}"
-    draft.sources[key] = f"{honest}: {formula}{more}"
+    draft.sources[key] = f"{NOT_CONFIRMED if open_ones else 'derived'}: {formula}{more}"
     return {"fp32": cluster.cores * clock * fp32, "int8": cluster.cores * clock * int8}
 
 
@@ -191,11 +191,9 @@ def _a_cycle(cluster: Cluster, base: DeviceProfile | None) -> tuple[int, int, st
             if unit.kind == "cpu" and unit.core == cluster.core and ("dotprod" in unit.isa) == ("dotprod" in cluster.isa):
                 fp32, int8 = (round(unit.peak_ops_per_s.get(d, 0) / (unit.cores * unit.clock_hz)) for d in ("fp32", "int8"))
                 source = source_of(profile.sources, f"units.{unit.name}.peak_ops_per_s") or ""
-                return (
-                    fp32,
-                    int8,
-                    NOT_CONFIRMED if source.startswith(NOT_CONFIRMED) else f"a {cluster.core} as in the profile {profile.name}",
-                )
+                why = NOT_CONFIRMED if source.startswith(NOT_CONFIRMED) else f"a {cluster.core} as in the profile {profile.name}"
+                if fp32 and int8:
+                    return fp32, int8, why
     if cluster.part is None:
         if any(i.startswith("avx") for i in cluster.isa):
             fp32, int8 = operations_per_cycle(list(cluster.isa))
