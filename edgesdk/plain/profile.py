@@ -136,6 +136,8 @@ def _measure(board: PlainDevice, here: Here, method: str, runs: int, warmup: int
     call, _ = board.call(here.folder, here.manifest, method, inputs)
     told = tool.read(board.run(tool.times(call, runs, warmup))[0])
     notes = [] if call.feeds else [f"{tool.kind} made up the inputs: its times may differ where they depend on values"]
+    if "etdump_path" in tool.flags:
+        notes.append(f"this {tool.kind} is built with the event tracer, which takes part of its times")
     samples = told.samples_s[1 + warmup :]
     if samples:
         made = method_samples(method, told.first_s, samples)
