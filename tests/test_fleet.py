@@ -11,7 +11,9 @@ from tiny import tiny_bundle
 
 from edgesdk.agent.ed25519 import holds
 from edgesdk.bundles import bundle_digest
+from edgesdk.cli import main
 from edgesdk.errors import DeviceError, InputError, UnknownName
+from edgesdk.fleet.agent import serve
 from edgesdk.fleet.broker import Broker
 from edgesdk.fleet.device import Device
 from edgesdk.fleet.files import files_of
@@ -461,3 +463,62 @@ def test_a_password_without_a_user(monkeypatch):
     with pytest.raises(InputError, match="without a user"):
         Broker("mqtt://h")
     assert Broker("mqtt://u@h").password == "x" and Broker("mqtts://u@h").port == 8883
+
+
+# ---- on the command line
+
+
+@pytest.fixture
+def edgesdk(capsys):
+    """The command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*args):
+        with pytest.raises(SystemExit) as ended:
+            main(list(args))
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_verb_rollout(edgesdk, bundles, tmp_path, monkeypatch):
+    (tmp_path / "mine.toml").write_text("".join(f"[devices.d{i}]\ntags = ['t']\n" for i in range(20)))
+    monkeypatch.setenv("EDGESDK_INVENTORY", str(tmp_path / "mine.toml"))
+    start = ("rollout", "start", str(bundles["a"]), "--broker", "mqtt://127.0.0.1:1")
+    code, out, _ = edgesdk(*start, "--canary", "d7", "--stages", "1,25%,100%", "--dry-run")
+    lines = out.splitlines()
+    assert code == 0 and lines[0] == "stage 1: 1 devices: d7" and [line.split()[2] for line in lines] == ["1", "4", "15"]
+    assert not (tmp_path / "rollouts").exists()
+    for more, words in (
+        (("--canary", "d70"), "did you mean 'd7'"),
+        (("--stages", "1,5"), "ends at 5 of 20"),
+        (("--on", "tag:u"), "unknown device, group or tag 'tag:u'"),
+        (("--on", "ssh://u@h"), "cannot be a name"),
+        (("--fleet", "a/b"), "--fleet a/b"),
+        (("--url", "ftp://x"), "not http"),
+    ):
+        code, _, err = edgesdk(*start, *more)
+        assert code == 2 and words in err
+    code, _, err = edgesdk("rollout", "status")
+    assert code == 2 and "there is no rollout" in err
+    monkeypatch.setattr("edgesdk.fleet.controller.FIRST_S", 0.2)
+    code, _, err = edgesdk(*start, "--id", "r9")
+    assert code == 3 and "no broker answers" in err and "rollout resume" in err
+    code, out, _ = edgesdk("rollout", "list")
+    assert code == 0 and "r9  running, not ended" in out
+
+
+def test_an_agent_without_keys_says_so(tmp_path):
+    asked = [("--broker", "mqtt://127.0.0.1:1", "--root", str(tmp_path)), ("--broker", "mqtt://127.0.0.1:1", "--name", "a/b")]
+    for arguments, words in zip(asked, ("trusted: no keys", "--name a/b"), strict=True):
+        with pytest.raises(InputError, match=words):
+            serve(list(arguments))
+
+
+def test_the_state_of_a_rollout_from_its_journal(made, bundles, edgesdk):
+    made(bundles["a"]).settle()
+    code, out, _ = edgesdk("rollout", "status", "--json")
+    answer = json.loads(out)
+    assert code == 0 and answer["kind"] == "rollout-status" and answer["counts"] == {"good": 8} and answer["ended"]
+    assert {d["name"] for d in answer["devices"]} == set(NAMES) and answer["devices"][0]["order"]["state"] == "good"
+    _, out, _ = edgesdk("rollout", "status", "--devices")
+    assert "r1: finished" in out and "d3: install good" in out
