@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 
 from edgesdk.errors import DeviceError, LinkError
+from edgesdk.flash import status
 from edgesdk.intake import load_model
+from edgesdk.lease import lease
 from edgesdk.lower import build
 from edgesdk.plan import plan
 from edgesdk.profile import attach, profile
+from edgesdk.transport import parse_link
 from tests.lab.board import Board
 from tests.tiny import tiny_bundle
 
-pytestmark = pytest.mark.board
 
-
+@pytest.mark.board
 def test_a_cut_measurement_is_found_again_by_its_id(board, tmp_path):
     tiny_bundle(tmp_path / "a.edge", seed=11)
     argv = ["profile", str(tmp_path / "a.edge"), "--on", board.cuttable_url, "--mode", "sustained", "--duration", "4s", "--rate", "20"]
@@ -45,6 +47,7 @@ def test_a_cut_measurement_is_found_again_by_its_id(board, tmp_path):
     assert report.power is None and report.power_reasons
 
 
+@pytest.mark.board
 def test_a_native_program_tells_the_time_of_its_steps(board, tmp_path):
     ref = f"{Path(__file__).parent / 'sequence_small.py'}:encoder_decoder"
     bundle = build(plan(ref, "raspberry-pi-5", runtime="native"), load_model(ref), tmp_path / "model.edge")
@@ -55,6 +58,7 @@ def test_a_native_program_tells_the_time_of_its_steps(board, tmp_path):
     assert any(o.op.startswith("gemv") and o.unit == "head" for o in report.operators)
 
 
+@pytest.mark.wide  # two boots and an install: a minute of processor time
 def test_a_machine_that_lost_its_power_says_so(tmp_path):
     tiny_bundle(tmp_path / "a.edge", seed=12)
     with Board(keeps=True) as own:
@@ -71,4 +75,5 @@ def test_a_machine_that_lost_its_power_says_so(tmp_path):
         own.power_on()
         with pytest.raises(DeviceError, match=r"started anew while the job|left no state"):
             attach(job[0], own.url)
-        assert profile(None, own.url, runs=3).how.mode == "warm", "the bundle is still there, and the device free"
+        with lease(parse_link(own.url), "see that it is free"):
+            assert status(own.url).good

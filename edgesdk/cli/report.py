@@ -168,6 +168,7 @@ def show(r: Report) -> None:
     out.print(f"  clock     {_hz(c.clock_before_hz)} before, {_hz(c.clock_after_hz)} after")
     if c.temperature_before_c is not None or c.temperature_after_c is not None:
         out.print(f"  warmth    {_c(c.temperature_before_c)} before, {_c(c.temperature_after_c)} after")
+    _over_time(r)
     if r.comparisons:
         table = Table("", "predicted", "interval", "measured", "off by", box=None, header_style="dim")
         for row in r.comparisons:
@@ -183,6 +184,29 @@ def show(r: Report) -> None:
             out.print(f"    {o.method:10} {o.unit:40} {o.op:16} {show_seconds(o.median_s):>9} {o.share:6.1%}", markup=False)
     colour = {"good": "green", "noisy": "yellow"}.get(r.trust.verdict, "red")
     out.print(f"  trust     [{colour}]{r.trust.verdict}[/{colour}]" + (": " + "; ".join(r.trust.reasons) if r.trust.reasons else ""))
+
+
+def _over_time(r: Report) -> None:
+    """What depends on how it was measured: waits, a sustained run, energy, what was dropped before cold runs."""
+    from edgesdk.units import show_joules, show_seconds
+
+    out = console()
+    for m in r.methods:
+        if m.wait_p50_s is not None:
+            out.print(f"  queue     {m.method} waited {show_seconds(m.wait_p50_s)} (p50), {show_seconds(m.wait_p99_s)} (p99)", markup=False)
+        if m.steady:
+            times = f"{show_seconds(m.steady.burst_p50_s)} at first, {show_seconds(m.steady.sustained_p50_s)} later (×{m.steady.ratio:.2f})"
+            out.print(f"  sustained {m.method} {times}", markup=False)
+    for e in r.energy:
+        net = "" if e.net_j is None else f", {show_joules(e.net_j)} above rest"
+        out.print(f"  energy    {e.method} {show_joules(e.gross_j)}{net}, ± {show_joules(e.uncertainty_j)} a call", markup=False)
+    if r.power:
+        rest = "" if r.power.idle_w is None else f"; {r.power.idle_w:.3g} W at rest"
+        out.print(f"            {r.power.sensor}: {r.power.covers}{rest}", markup=False)
+    if r.how.page_cache:
+        out.print(f"  cache     {r.how.page_cache}", markup=False)
+    if r.operators_route and not r.operators:
+        out.print(f"  operators {r.operators_route}", markup=False)
 
 
 def _hz(value: float | None) -> str:
