@@ -89,12 +89,13 @@ def judge(
     moments: Sequence[Moment] = (),
 ) -> Trust:
     """The verdict with its reasons: emulated before throttled before noisy before good. `notes` and an unsteady governor change no verdict."""
-    noise = [line for m in methods for line in _scatter(m)] + _company(moments)
+    company = _company(moments)
+    noise = [line for m in methods for line in _scatter(m)] + company
     heat = _heat(conditions, moments)
     for m in methods:
         if m.steady and m.steady.ratio > SLOWED:
             when = "" if m.steady.changed_at_s is None else f", from {m.steady.changed_at_s:.0f} s on"
-            heat.append(f"{m.method}: sustained calls take {m.steady.ratio:.2f} times the first ones{when}")
+            (noise if company else heat).append(f"{m.method}: sustained calls take {m.steady.ratio:.2f} times the first ones{when}")
     unknown = [] if conditions.clock_after_hz else ["the clock cannot be read here"]
     if conditions.governor and conditions.governor.split()[-1] != "performance":
         unknown.append(f"the governor is {conditions.governor}, not performance: clocks follow the load")

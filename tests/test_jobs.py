@@ -388,6 +388,8 @@ def test_throttling_is_seen_in_the_series():
     assert slow.steady.burst_p50_s == pytest.approx(1.0, rel=0.01)
     trust = judge(CONDITIONS, [slow])
     assert trust.verdict == "throttled" and "1.50 times the first ones, from 10 s on" in trust.reasons[0]
+    crowded = judge(CONDITIONS, [slow], moments=[Moment(at_s=0.0, others=0.5)])
+    assert crowded.verdict == "noisy", "who is slowed by others is not throttled"
     even = _sustained([1.0] * 30)
     assert even.steady.changed_at_s is None and judge(CONDITIONS, [even]).verdict == "good"
     assert change([1.0, 1.0]) is None and change([1.0, 1.001, 1.0, 1.002, 1.0, 1.001]) is None
@@ -419,6 +421,7 @@ def test_a_queue_that_grows_is_told():
     growing = method_samples("forward", None, [0.02] * 60, [0.01 * i for i in range(60)])
     assert "faster" not in str(_queue(growing, 100.0)) and "more than it serves" in str(_queue(growing, 100.0))
     assert _queue(method_samples("forward", None, [0.02] * 60, [1e-5] * 60), 10.0) is None
+    assert _queue(growing, 5.0) is None, "it has the time"
 
 
 def test_an_old_report_is_still_read(sustained):
