@@ -16,6 +16,7 @@ from edgesdk.agent import wire
 from edgesdk.agent.frames import decode
 from edgesdk.bundle import Manifest
 from edgesdk.errors import InputError, LinkError
+from edgesdk.transport import parse_link
 from tests.fuzz import made
 from tests.fuzz.guard import confined
 from tests.fuzz.targets import DICTIONARY, TARGETS, run
@@ -97,6 +98,12 @@ def test_json_that_no_parser_likes_is_refused(text):
 @pytest.mark.parametrize("name", ["profile", "inventory"])
 def test_toml_that_no_parser_likes_is_refused(name, text, tmp_path):
     assert not run(name, text, tmp_path)
+
+
+@pytest.mark.parametrize("link", ["ssh://pi..[[/@host", "adb://[x", "serial:/dev/x?baud=\u00b2", "serial:/dev/x?baud=" + "9" * 5000])
+def test_links_with_half_an_address_are_refused(link):
+    with pytest.raises(InputError, match="not a"):
+        parse_link(link)
 
 
 def test_the_guard_sees_what_is_written_elsewhere(tmp_path):

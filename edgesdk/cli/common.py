@@ -88,6 +88,6 @@ def read_address(text: str, option: str, example: str, least: int = 1) -> tuple[
     from edgesdk.errors import InputError
 
     host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or not least <= int(port) <= 65535:
+    if not host or not port.isdecimal() or not least <= int(port) <= 65535:
         raise InputError(f"{option} {text}: not HOST:PORT", f"write it like {example}")
     return host, int(port)

@@ -29,7 +29,7 @@ class Engine:
         from multiprocessing import get_context
 
         _, _, count = self.name.partition(":")
-        if not count.isdigit() or int(count) < 1:
+        if not count.isdecimal() or int(count) < 1:
             raise InputError(f"engine '{self.name}': no number of processes", "write processes:4")
         with ProcessPoolExecutor(int(count), mp_context=get_context("spawn"), initializer=_alone) as pool:
             yield from pool.map(work, items)

@@ -9,9 +9,9 @@ import os
 import random
 import ssl
 from typing import Any
-from urllib.parse import urlsplit
 
 from edgesdk.errors import DeviceError, InputError, MissingTool
+from edgesdk.transport.base import split_link
 
 PASSWORD = "EDGESDK_MQTT_PASSWORD"
 KEEPALIVE_S = 60
@@ -23,7 +23,7 @@ class Broker:
     def __init__(
         self, link: str, password_file: str | None = None, ca: str | None = None, cert: str | None = None, key: str | None = None
     ) -> None:
-        url = urlsplit(link)
+        url = split_link(link, "mqtt://host:1883 or mqtts://user@host:8883")
         try:
             port = url.port
         except ValueError:

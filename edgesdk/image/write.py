@@ -145,7 +145,7 @@ def read_content(
 
 def _owner(text: str) -> Owner:
     user, _, group = text.partition(":")
-    if not user.isdigit() or not (group or user).isdigit():
+    if not user.isdecimal() or not (group or user).isdecimal():
         raise InputError(f"--owner {text}: not numbers", "write it like 1000:1000 (Raspberry Pi OS's first user)")
     return Owner(int(user), int(group or user))
 

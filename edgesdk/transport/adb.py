@@ -14,10 +14,10 @@ import shlex
 import shutil
 import subprocess
 import time
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from edgesdk.errors import DeviceError, InputError, LinkError, MissingTool, UnknownName
-from edgesdk.transport.base import PipeTransport, Result
+from edgesdk.transport.base import PipeTransport, Result, split_link
 
 ROOT = "/data/local/tmp/edgesdk"
 """Where the shell's user may write and run files on Android."""
@@ -41,7 +41,7 @@ class AdbTransport(PipeTransport):
     """Each command is one `adb shell`; the device needs Android 7 or later, whose shell has exit codes."""
 
     def __init__(self, link: str) -> None:
-        url = urlsplit(link)
+        url = split_link(link, "adb: or adb://SERIAL")
         query = {k: v[-1] for k, v in parse_qs(url.query, keep_blank_values=True).items()}
         for name in query:
             if name not in QUERY:

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Protocol
+from urllib.parse import SplitResult, urlsplit
 
-from edgesdk.errors import CheckFailed, DeviceError, EdgeError, LinkError
+from edgesdk.errors import CheckFailed, DeviceError, EdgeError, InputError, LinkError
 from edgesdk.transport.scripts import RECEIVE, SIZE, script
 from edgesdk.units import show_bytes
 
@@ -124,6 +125,14 @@ class Transport(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def split_link(link: str, like: str) -> SplitResult:
+    """A link's parts. Raises `InputError`, which shows one `like` it, for what is none to `urllib` (brackets without an address)."""
+    try:
+        return urlsplit(link)
+    except ValueError as error:
+        raise InputError(f"{link}: not a link ({error})", f"write it like {like}") from None
 
 
 def receiver(blob: Blob, remote: str, there: int) -> tuple[str, ...]:

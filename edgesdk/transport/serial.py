@@ -11,15 +11,16 @@ import contextlib
 import json
 import os
 import random
+import re
 import struct
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from edgesdk.errors import DeviceError, InputError, LinkError, MissingTool, UnknownName
-from edgesdk.transport.base import Blob, Progress, Result, ShellTransport, Stream, receiver
+from edgesdk.transport.base import Blob, Progress, Result, ShellTransport, Stream, receiver, split_link
 from edgesdk.transport.serial_device import EOF, ERR, EXIT, HEAD, KILL, NONE, OUT, START, STDIN, messages
 from edgesdk.transport.serial_line import BYE, WINDOW, Line, frame
 from edgesdk.transport.serial_login import Login, Port
@@ -169,13 +170,13 @@ class SerialTransport(ShellTransport):
     """Commands run side by side over one line; the login happens when the first one does."""
 
     def __init__(self, link: str) -> None:
-        url = urlsplit(link)
+        url = split_link(link, "serial:/dev/ttyUSB0?baud=115200")
         query = {k: v[-1] for k, v in parse_qs(url.query, keep_blank_values=True).items()}
         for name in query:
             if name not in QUERY:
                 raise UnknownName("serial option", name, QUERY)
         baud = query.get("baud", "115200")
-        if not url.path.startswith("/") or url.netloc or not baud.isdigit() or int(baud) == 0:
+        if not url.path.startswith("/") or url.netloc or not re.fullmatch("[1-9][0-9]{1,7}", baud):
             raise InputError(f"{link}: not a serial link", "write it like serial:/dev/ttyUSB0?baud=115200&user=root")
         try:
             import serial  # noqa: F401

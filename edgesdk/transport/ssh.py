@@ -12,10 +12,10 @@ import os
 import shlex
 import shutil
 import tempfile
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from edgesdk.errors import InputError, LinkError, MissingTool, UnknownName
-from edgesdk.transport.base import PipeTransport, Result
+from edgesdk.transport.base import PipeTransport, Result, split_link
 
 DEFAULTS = (
     "BatchMode=yes",  # a password prompt would hang a script
@@ -53,7 +53,7 @@ class SshTransport(PipeTransport):
     """Each command is one `ssh`; they share one connection (ControlMaster) while this object is open."""
 
     def __init__(self, link: str) -> None:
-        url = urlsplit(link)
+        url = split_link(link, "ssh://user@host:22")
         query = {k: v[-1] for k, v in parse_qs(url.query, keep_blank_values=True).items()}
         for name in query:
             if name not in QUERY:

@@ -430,6 +430,31 @@ def facts_seeds(folder: Path) -> list[bytes]:
     return [json.dumps(texts).encode()]
 
 
+def links(data: bytes, folder: Path) -> None:
+    """What stands behind --on, --to and --broker."""
+    from edgesdk.bootloaders.types import parse_where
+    from edgesdk.fleet.broker import Broker
+    from edgesdk.transport import parse_link
+
+    tempfile.tempdir = str(folder)
+    text = data.decode("utf-8", "replace")
+    for read in (lambda: parse_link(text).close(), lambda: parse_where(text, ("baud", "address")), lambda: Broker(text)):
+        with contextlib.suppress(EdgeError):
+            read()
+
+
+def links_seeds(folder: Path) -> list[bytes]:
+    texts = (
+        "ssh://pi@[::1]:22?root=/x",
+        "ssh://[[x",
+        "adb://10.0.0.1:5555",
+        "serial:/dev/ttyUSB0?baud=115200",
+        "serial:/dev/x?baud=\u00b2",
+        "local:/x",
+    )
+    return [t.encode() for t in (*texts, "esp32:/dev/ttyUSB0?baud=9", "mqtts://user@host:8883", "mqtt://[x", "uf2:/media/x")]
+
+
 TARGETS = {
     "bundle": Target(bundle, bundle_seeds),
     "manifest": Target(manifest, manifest_seeds),
@@ -444,6 +469,7 @@ TARGETS = {
     "mcuboot": Target(mcuboot, mcuboot_seeds),
     "uboot": Target(uboot, uboot_seeds),
     "inventory": Target(inventory, inventory_seeds),
+    "links": Target(links, links_seeds),
     "tools": Target(tools, tools_seeds),
     "order": Target(order, order_seeds),
     "facts": Target(facts, facts_seeds),
