@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 
 import pytest
@@ -270,12 +271,15 @@ def test_a_device_with_keys_runs_only_what_they_signed(bundles, tmp_path, monkey
 
 def test_command_line(bundles, tmp_path):
     on, runner = f"local:{tmp_path}", CliRunner()
-    for name in "abc":
-        flash(bundles[name], on, keep=3)
+    flash(bundles["a"], on)
+    for age, name in enumerate(("newer", "older")):
+        folder = tmp_path / "store" / f"{name}.part"
+        folder.mkdir()
+        os.utime(folder, (1e9 - age, 1e9 - age))
     planned = runner.invoke(app, ["flash", "--gc", "--dry-run", "--on", on])
     assert planned.exit_code == 0 and "remove" in planned.stdout
     done = json.loads(runner.invoke(app, ["flash", "--gc", "--on", on, "--json"]).stdout)
-    assert done["action"] == "cleaned" and done["removed"] == [f"store/{bundle_digest(bundles['a'])}"]
+    assert done["action"] == "cleaned" and done["removed"] == ["store/older.part"]
     assert runner.invoke(app, ["keys", "trust", "--on", on]).exit_code == 0
     shown = runner.invoke(app, ["flash", "--status", "--on", on]).stdout
     assert "keys      of its own" in shown and "installed" in shown and "trusted" in shown
