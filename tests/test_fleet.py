@@ -10,7 +10,7 @@ from fleet_memory import Fleet, Killed, quick, raw_key
 from tiny import tiny_bundle
 
 from edgesdk.agent.ed25519 import holds
-from edgesdk.bundles import bundle_digest
+from edgesdk.bundles import bundle_digest, extract
 from edgesdk.cli import main
 from edgesdk.errors import DeviceError, InputError, UnknownName
 from edgesdk.fleet.agent import serve
@@ -84,9 +84,10 @@ def test_any_order_of_loss_doubles_and_crashes(made, bundles, seed):
     """Whatever happens on the way: all have it, each installed it once; or it halted, and nobody has it."""
     bad = f"d{seed % 8}" if seed % 3 == 2 else None
     fleet = made(bundles["big"], seed=seed, bad=lambda n: n == bad, stages=(2, 5, 8))
-    fleet.kills = 0.004
-    for _ in range(700):
+    fleet.kills = 0.03
+    for _ in range(900):
         fleet.act()
+    assert fleet.crashes, "nothing was killed: not what this is about"
     rollout = fleet.settle()
     digest = bundle_digest(bundles["big"])
     if bad is None:
@@ -378,6 +379,17 @@ def test_a_bundle_that_nobody_trusted_signed_is_not_installed(made, bundles, tmp
     assert rollout.status == "halted" and "not trusted on this device" in rollout.why
     for name, content in list(fleet.broker.retained.items()):
         assert "/desired/" not in name or content
+
+
+def test_what_lies_there_unsigned_is_not_made_current(made, bundles):
+    """As `edgesdk flash --allow-unsigned` may have left it: whole, but of nobody who is trusted."""
+    made(bundles["c"]).settle()
+    fleet = made(bundles["a"], rollout="r2", stages=(1, 8))
+    first = fleet.spec.devices[0]
+    folder = fleet.folder / first / "store" / bundle_digest(bundles["a"])
+    extract(bundles["a"], folder)
+    rollout = fleet.settle()
+    assert rollout.status == "halted" and "not signed" in rollout.why and fleet.current(first) == bundle_digest(bundles["c"])
 
 
 def test_chunks_that_were_changed_on_the_broker_are_not_installed(made, bundles):

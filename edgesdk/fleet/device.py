@@ -172,10 +172,12 @@ class Device:
         order, digest = self.state["order"], self.state["order"]["bundle"]
         try:
             with self.store.alone("install what a rollout brought"):
+                self.store.activate(digest)
+                signer = self._signer_of(digest)
                 if self.state["state"] == "checking" and not self._checked(order, digest):
                     return
                 self._to("installing")
-                if not self.store.switch(digest, self._signer_of(digest), "installed"):
+                if not self.store.switch(digest, signer, "installed"):
                     self._failed("its files changed on the device's disk")
                     return
                 self._journal(order)
@@ -183,6 +185,9 @@ class Device:
         except Busy as error:
             self.again_s = self.clock() + BUSY_S
             self._say("why", f"waits: in use by {error}")
+            return
+        except Refused as error:
+            self._failed(str(error))
             return
         except OSError as error:
             self._failed(f"the disk cannot be written: {error.strerror}")
@@ -196,7 +201,6 @@ class Device:
             return False
         self.state["tries"] += 1
         self._save()
-        self.store.activate(digest)
         try:
             wrong = self.store.accept(digest, order.get("gate_s"), GATE_CALLS)
         except RuntimeError as error:  # the program cannot be run here
@@ -207,8 +211,11 @@ class Device:
 
     def _signer_of(self, digest: str) -> str:
         folder = self.store.path("store", digest)
-        with open(os.path.join(folder, "manifest.json"), "rb") as a, open(os.path.join(folder, "signature.json"), "rb") as b:
-            return self._signer(a.read(), b.read())
+        try:
+            with open(os.path.join(folder, "manifest.json"), "rb") as a, open(os.path.join(folder, "signature.json"), "rb") as b:
+                return self._signer(a.read(), b.read())
+        except FileNotFoundError:
+            raise Refused("the bundle is not signed") from None
 
     def _failed(self, why: str) -> None:
         """The order has come to nothing: what is current stays, the new bundle is removed."""

@@ -53,7 +53,7 @@ class Fetch:
         self._fails = 0
         self._next_url_s = 0.0
         self._sizes = [0, 1]
-        if store.good(self.digest) or store.whole(self.digest):
+        if store.whole(self.digest):
             self.done, self.wanted = True, []
 
     def connected(self) -> None:
@@ -75,10 +75,10 @@ class Fetch:
                 continue
             name, sha, size = self.wanted[0]
             there = self.store.arrived(self.digest, name)
-            there -= there % CHUNK_BYTES if there < size else 0
-            if there >= size and (size or self._empty(name)) and not self._named(name, sha):
-                continue
-            if not self.wanted or self.wanted[0][0] != name or there >= size:
+            if there >= size:
+                if not size:
+                    self.store.append(self.digest, name, b"", 0)
+                self._named(name, sha)
                 continue
             if self.url:
                 return
@@ -90,11 +90,6 @@ class Fetch:
                 self._asked_s = self.clock()
                 self.wire.subscribe([self.topics.chunk(sha, i) for i in new])
             return
-
-    def _empty(self, name: str) -> bool:
-        """A member of no bytes is made here."""
-        self.store.append(self.digest, name, b"", 0)
-        return True
 
     def chunk(self, sha: str, index: int, payload: bytes) -> None:
         """A chunk has come; one that comes twice or was not asked for is passed over."""
@@ -138,17 +133,15 @@ class Fetch:
 
     # ---- files
 
-    def _named(self, name: str, sha: str) -> bool:
-        """A file is there in its length: it gets its name, and the next is begun. False if it is to be fetched anew."""
-        if not self.store.complete(self.digest, name, sha):
-            self._wrong += 1
-            self._held.clear()
-            if self._wrong >= WRONG:
-                raise Refused(f"{name} arrived {WRONG} times with a wrong digest")
-            return False
-        self.wanted.pop(0)
+    def _named(self, name: str, sha: str) -> None:
+        """A file is there in its length: it gets its name, or is fetched anew."""
         self._held.clear()
-        return True
+        if self.store.complete(self.digest, name, sha):
+            self.wanted.pop(0)
+            return
+        self._wrong += 1
+        if self._wrong >= WRONG:
+            raise Refused(f"{name} arrived {WRONG} times with a wrong digest")
 
     def _list(self) -> None:
         """Behind the manifest and its signature: is it one that may be installed, and what does the device lack of it?"""
