@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from tiny import tiny_bundle
 
+from edgesdk.agent import client, wire
 from edgesdk.agent import facts as on_device
-from edgesdk.agent import wire
 from edgesdk.agent.client import ARCHIVE, Agent, agent_files, agent_sources
 from edgesdk.agent.frames import decode, encode, is_frame
 from edgesdk.agent.installed import relative_error
@@ -161,3 +161,9 @@ def test_what_native_programs_run_with_is_sent_whole(tmp_path):
     code = f"import sys; sys.path[:0] = {paths!r}; import edgesdk.native.machine, edgesdk.kernels.neon.load"
     done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_agent_of_another_version_is_told(device, monkeypatch):
+    monkeypatch.setattr(client, "VERSION", 99)
+    with pytest.raises(DeviceError, match=r"the agent there speaks version \d+, this edgesdk 99"):
+        Agent(device)

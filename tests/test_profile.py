@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from loopback import serve
 from tiny import tiny_bundle
 
 from edgesdk.errors import DeviceError, InputError
+from edgesdk.measured import operators_of
 from edgesdk.operators import read_etdump
 from edgesdk.plan.types import Budget, BudgetCheck, Estimate, MemoryAnswer, Plan, SolverProof, Workload
 from edgesdk.profile import profile
@@ -166,6 +168,14 @@ def test_an_etdump_of_a_users_own_runner_is_read(tmp_path):
     rows, route = read_etdump(tmp_path / "x.etdp")
     assert {r.unit: r.median_s for r in rows} == pytest.approx({"native_call_mm.out": 3e-6, "native_call_relu.out": 1e-6})
     assert sum(r.share for r in rows) == pytest.approx(1) and "x.etdp" in route
+    on_device, route = operators_of({"etdump": base64.b64encode((tmp_path / "x.etdp").read_bytes()).decode()})
+    assert on_device == rows and route == "ExecuTorch's event tracer on the device"
+
+
+def test_operators_as_a_device_told_them():
+    rows, route = operators_of({"rows": [["decode", "head", "gemv", [3.0, 1.0, 2.0]], ["decode", "embed", "embed", [6.0]]], "route": "r"})
+    assert [(r.unit, r.median_s, r.share) for r in rows] == [("head", 2.0, 0.25), ("embed", 6.0, 0.75)] and route == "r"
+    assert operators_of({"reason": "no tracer"}) == ((), "none: no tracer") and operators_of(None) == ((), None)
 
 
 def _cli(*args: str) -> subprocess.CompletedProcess[str]:
