@@ -49,6 +49,7 @@ _PACKAGES = (
     _Package("scikit-learn", "sklearn", "examples", "training the digits example again"),
     _Package("numba", "numba", "kernels", "Numba kernels"),
     _Package("pyserial", "serial", "serial", "serial links"),
+    _Package("paho-mqtt", "paho", "mqtt", "rollouts over a broker"),
     _Package("esptool", "esptool", "boards", "flash --to esp32:"),
     _Package("smpclient", "smpclient", "boards", "flash --to smp:"),
 )

@@ -405,16 +405,17 @@ def test_chunks_that_were_changed_on_the_broker_are_not_installed(made, bundles)
     assert not [n for n in NAMES if fleet.current(n)]
 
 
-def test_what_another_bundle_has_is_not_fetched_again(made, bundles, tmp_path):
-    made(bundles["big"]).settle()
-    tiny_bundle(tmp_path / "more.edge", seed=9, cols=40000, plan=b"{}")
-    fleet = made(tmp_path / "more.edge", rollout="r2")
+@pytest.mark.parametrize(("plan", "chunks"), [(b"", 0), (b"x" * 65536, 1), (b"x" * 65537, 2)])
+def test_what_another_bundle_has_is_not_fetched_again(made, bundles, tmp_path, plan, chunks):
+    made(bundles["a"], stages=(8,)).settle()
+    tiny_bundle(tmp_path / "more.edge", seed=0, plan=plan)
+    fleet = made(tmp_path / "more.edge", rollout="r2", stages=(8,))
     fetched = []
     for wire in fleet.wires.values():
         subscribe = wire.subscribe
         wire.subscribe = lambda topics, go=subscribe: (fetched.extend(t for t in topics if "/blob/" in t), go(topics))
-    fleet.settle()
-    assert len(fetched) == 3 * 8  # its manifest, signature and plan
+    assert fleet.settle().counts() == {"good": 8}
+    assert len(fetched) == (2 + chunks) * 8  # its manifest, its signature and what is new
 
 
 def test_a_check_that_ends_the_device_is_given_up(made, bundles):
