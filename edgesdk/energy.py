@@ -58,12 +58,12 @@ def power_of(raw: dict[str, Any] | None) -> Power | None:
 
 
 def energies(power: Power | None, methods: Sequence[MethodSamples]) -> tuple[list[Energy], list[str]]:
-    """(joules of a call of each method, why some have none)"""
+    """(joules of a call of each method that has chunks, why some have none)"""
     found: list[Energy] = []
     reasons: list[str] = []
     if power is None:
         return found, reasons
-    for m in methods:
+    for m in (m for m in methods if m.chunks):
         count = sum(c.start_s <= t <= c.end_s for c in m.chunks for t in power.times_s)
         if count < LEAST:
             reasons.append(f"{m.method}: {count} readings of its power, {LEAST} make an energy; measure longer (--duration)")

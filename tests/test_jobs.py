@@ -120,6 +120,7 @@ def test_cold_calls_are_each_in_a_fresh_process_and_tell_of_the_cache(agent, pla
     assert (tmp_path / "proc/sys/vm/drop_caches").read_text() == "1" and raw["page_cache"] == "dropped"
     rows = {m["method"]: m["samples_s"] for m in raw["methods"]}
     assert set(rows) == {"start of the process", "import", "load", "first call: forward", "start to first answer: forward"}
+    assert [m["method"] for m in raw["methods"] if m["chunks"]] == ["start to first answer: forward"], "energy is of whole runs"
     for i in range(2):
         parts = [times[i] for name, times in rows.items() if not name.startswith("start to")]
         assert rows["start to first answer: forward"][i] == pytest.approx(sum(parts)) and min(parts) > 0

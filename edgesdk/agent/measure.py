@@ -356,8 +356,9 @@ def cold(request: dict[str, Any], child: Callable[[dict[str, Any]], dict[str, An
     for k, part in enumerate(COLD_PARTS):
         name = f"{part}: {method}" if k >= 3 else part
         times = [row[k] for row in rows]
+        whole = part == COLD_PARTS[-1]  # chunks are of whole runs, and so is their energy
         methods.append(
-            {"method": name, "first_s": None, "every": 1, "samples_s": times, "starts_s": starts, "waits_s": [], "chunks": chunks}
+            {"method": name, "first_s": None, "samples_s": times, "starts_s": starts if whole else [], "chunks": chunks if whole else []}
         )
     columns = list(zip(*rows))  # noqa: B905
     middle = [sorted(c)[len(c) // 2] for c in columns]
