@@ -11,8 +11,6 @@ from edgesdk.fleet.broker import Broker
 from edgesdk.fleet.rollout import Spec, order_of, parse_halt, parse_stages
 from edgesdk.fleet.wire import NAME
 
-FILES = ("password_file", "ca", "cert", "key")
-
 
 def spec_of(
     bundle: str | Path,
