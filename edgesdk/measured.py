@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgesdk.bundle import Manifest
+from edgesdk.devices import bound_to, user_devices
 from edgesdk.energy import energies, power_of
 from edgesdk.installed import Here
 from edgesdk.report import Chunk, Comparison, Conditions, Measurement, Memory, MethodSamples, Moment, OperatorTime, Report
@@ -40,6 +41,7 @@ def make_report(
     conditions = _conditions(manifest, name, link, facts, raw, moments, power_mode, when or datetime.now(UTC).isoformat(timespec="seconds"))
     methods = tuple(_method(m, how.mode == "sustained") for m in raw["methods"])
     notes: list[str] = [line for m in methods if (line := _queue(m, how.rate_hz))]
+    notes += [line for d in user_devices() if d.name == name and (line := bound_to(d, facts, link))]
     comparisons: tuple[Comparison, ...] = ()
     if plan is not None and plan.device != name:
         notes.append(f"planned for {plan.device}, measured on {name}: nothing to compare with")

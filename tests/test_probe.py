@@ -20,9 +20,11 @@ from edgesdk.probe.compose import compose, recognise
 from edgesdk.probe.facts import read_facts
 from edgesdk.probe.gather import by_shell, split, texts_of
 from edgesdk.probe.toml import toml
+from edgesdk.profile import profile
 from edgesdk.transport.fake import FakeTransport
 from edgesdk.transport.local import LocalTransport
 from tests import boards
+from tests.tiny import tiny_bundle
 
 BOARDS = {"pi4": boards.pi4, "pi5": boards.pi5, "orin": boards.orin_nano, "phone": boards.snapdragon}
 
@@ -297,3 +299,10 @@ def test_peaks_on_a_clock_that_nobody_tells_are_not_confirmed():
     profile = probe(FakeTransport(texts=texts)).profile
     assert profile.unit("cpu").clock_hz == 1e9 and "units.cpu.clock_hz" in devices.not_confirmed(profile)
     assert profile.sources["units.cpu.peak_ops_per_s"].startswith("not confirmed: 4 cores x 1 GHz")
+
+
+def test_a_measurement_says_that_it_is_of_another_board(tmp_path):
+    probe(fake("pi5"), name="mine")
+    tiny_bundle(tmp_path / "a.edge", seed=1)
+    report = profile(tmp_path / "a.edge", LocalTransport(tmp_path / "root"), runs=3, device="mine", energy=False)
+    assert any("mine is the profile of board" in reason for reason in report.trust.reasons)
