@@ -132,18 +132,6 @@ def test_emulators_are_told_from_silicon(files, machine, emulated):
     assert bool(on_device.emulated(lambda path: files.get(path, ""), machine)) is emulated
 
 
-def test_clock_temperature_and_throttling_are_read_or_unknown(monkeypatch):
-    files = {
-        "/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq": "2400000",
-        "/sys/class/thermal/thermal_zone0/temp": "61234",
-        "/sys/devices/platform/soc/soc:firmware/get_throttled": "50005",
-    }
-    monkeypatch.setattr(on_device, "read", lambda path: files.get(path, ""))
-    assert on_device.conditions() == {"clock_hz": 2.4e9, "temperature_c": 61.234, "throttled": True}
-    files.clear()
-    assert on_device.conditions() == {"clock_hz": None, "temperature_c": None, "throttled": None}
-
-
 def test_relative_error_refuses_what_is_no_number():
     one = [np.ones(4)]
     assert relative_error(one, one) == 0

@@ -3,7 +3,7 @@
 This folder's files but `client` and `frames` stand alone: standard library, Python 3.9 and later; numpy only where a program is run.
 It answers requests, one framed line each (`LENGTH CRC32 JSON`), from stdin on stdout:
 
-    facts                                             what this machine is, and how warm and fast right now
+    facts                                             what this machine is
     look    root                                      everything it tells of itself, as texts
     speed   root last_cache_bytes                     how fast its memory, arithmetic and disk are
     rates   sizes                                     how fast one thread reads, by level of its caches

@@ -1,4 +1,4 @@
-"""What this machine is, and how warm and fast right now. Goes to the device as it is."""
+"""What this machine is. Goes to the device as it is."""
 
 from __future__ import annotations
 
@@ -51,39 +51,6 @@ def board_id(texts: dict[str, str] | None = None) -> tuple[str | None, str]:
     return (hashlib.sha256(b"edgesdk board " + value.encode()).hexdigest()[:16], where) if value else (None, "")
 
 
-def clock_hz() -> float | None:
-    """The fastest core's clock right now, or None."""
-    best = 0.0
-    for core in range(os.cpu_count() or 1):
-        text = read(f"/sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq")
-        if text.isdigit():
-            best = max(best, int(text) * 1000.0)
-    if not best:
-        for line in read("/proc/cpuinfo").splitlines():
-            if line.startswith("cpu MHz"):
-                best = max(best, float(line.split(":")[1]) * 1e6)
-    return best or None
-
-
-def temperature_c() -> float | None:
-    """The warmest thermal zone, or None."""
-    best = None
-    for zone in range(32):
-        text = read(f"/sys/class/thermal/thermal_zone{zone}/temp")
-        if text.lstrip("-").isdigit() and -40 < int(text) / 1000.0 < 200:
-            best = max(best if best is not None else -99.0, int(text) / 1000.0)
-    return best
-
-
-def throttled() -> bool | None:
-    """True if the board says that it is held back now or since boot began; None if it does not say (Raspberry Pi: get_throttled)."""
-    for path in ("/sys/devices/platform/soc/soc:firmware/get_throttled",):
-        text = read(path)
-        if text:
-            return int(text, 16) & 0xF != 0
-    return None
-
-
 def memory_bytes(key: str) -> int | None:
     for line in read("/proc/meminfo").splitlines():
         if line.startswith(key + ":"):
@@ -97,10 +64,6 @@ def own_bytes(key: str) -> int | None:
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     return None
-
-
-def conditions() -> dict[str, Any]:
-    return {"clock_hz": clock_hz(), "temperature_c": temperature_c(), "throttled": throttled()}
 
 
 def facts() -> dict[str, Any]:
@@ -128,5 +91,4 @@ def facts() -> dict[str, Any]:
         "governor": read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or None,
         "runtimes": runtimes,
         "emulated": emulated(),
-        **conditions(),
     }
