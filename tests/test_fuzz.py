@@ -100,7 +100,13 @@ def test_toml_that_no_parser_likes_is_refused(name, text, tmp_path):
     assert not run(name, text, tmp_path)
 
 
-@pytest.mark.parametrize("link", ["ssh://pi..[[/@host", "adb://[x", "serial:/dev/x?baud=\u00b2", "serial:/dev/x?baud=" + "9" * 5000])
+def test_a_link_to_a_folder_of_an_endless_name_is_only_a_link():
+    assert parse_link("local:/" + "x" * 5000).root.endswith("xxx") and parse_link("local:~nobody-here/x").root.endswith("/x")
+
+
+@pytest.mark.parametrize(
+    "link", ["ssh://pi..[[/@host", "local:/x\0y", "adb://[x", "serial:/dev/x?baud=\u00b2", "serial:/dev/x?baud=" + "9" * 5000]
+)
 def test_links_with_half_an_address_are_refused(link):
     with pytest.raises(InputError, match="not a"):
         parse_link(link)

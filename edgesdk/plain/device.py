@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
@@ -52,8 +53,8 @@ def find_runner(transport: Transport, given: str) -> Runner:
     if transport.link == "fake":
         raise InputError("the fake device runs no programs", "use --on local, adb: or ssh://…")
     root, machine = top(transport)
-    here = Path(given).expanduser()
-    if here.is_file():
+    here = Path(os.path.expanduser(given))
+    if os.path.isfile(here):
         with here.open("rb") as file:
             head = file.read(20)
         if why := wrong_machine(head, machine):

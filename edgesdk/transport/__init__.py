@@ -10,6 +10,8 @@ __all__ = ["Blob", "Result", "Stream", "Transport", "parse_link"]
 
 def parse_link(link: str) -> Transport:
     """A link's text (see `inventory.KINDS`), or the name of a device of the inventory → a transport. Raises `InputError`."""
+    if "\0" in link:
+        raise InputError(f"{link!r}: not a link", "leave the zero byte out")
     if link == "local" or link.startswith("local:"):
         from edgesdk.transport.local import LocalTransport
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -14,8 +15,7 @@ class LocalTransport(PipeTransport):
 
     def __init__(self, root: str | Path | None = None) -> None:
         self.link = "local" if root is None else f"local:{root}"
-        folder = Path(root).expanduser().absolute() if root is not None else Path.home() / ".edgesdk"
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder} is not a folder", "give a folder: local:/path")
-        self.root = str(folder)
+        self.root = os.path.abspath(os.path.expanduser(root if root is not None else "~/.edgesdk"))
+        if os.path.exists(self.root) and not os.path.isdir(self.root):  # these, unlike pathlib's, take any name
+            raise InputError(f"{self.root} is not a folder", "give a folder: local:/path")
         self.python = sys.executable
