@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgesdk.errors import EdgeError
-from tests.fuzz import made
+from tests.fuzz import made, seeds
 
-FORMS = Path(__file__).parents[1] / "plain_outputs"
-PROFILES = Path(__file__).parents[2] / "profiles"
 DICTIONARY = (
     b"\xc2\xb2",  # a digit to `isdigit`, none to `int`
     b"9" * 5000,
@@ -57,7 +55,7 @@ def bundle(data: bytes, folder: Path) -> None:
     from edgesdk.signing import signer_of
     from edgesdk.transport.fake import FakeTransport
 
-    good = _good(folder)
+    good = seeds.good(folder)
     content = made.bundle(data[1:], good) if data[:1] and data[0] & 1 else data[1:]
     path = _written(folder, "in.edge", content)
     with contextlib.suppress(EdgeError):
@@ -71,47 +69,11 @@ def bundle(data: bytes, folder: Path) -> None:
         assert posixpath.normpath(there).startswith("/device/"), there
 
 
-_KEPT: dict[str, bytes] = {}
-
-
-def _good(folder: Path) -> bytes:
-    if "good" not in _KEPT:
-        _KEPT["good"] = made.seed_bundle(folder)
-    return _KEPT["good"]
-
-
-def bundle_seeds(folder: Path) -> list[bytes]:
-    good = _good(folder)
-    fields = json.loads(manifest_seeds(folder)[0])
-    del fields["members"]
-    names = (b"a/b.bin", b"../../up", b"/etc/x", b"a\\b", b"a/../b", b".", b"manifest.json", b"store/\xc3\xa4")
-    return [
-        b"\0" + good,
-        b"\1" + json.dumps(fields).encode() + b"\xff\xff",
-        b'\1{"model_name":"x"}\xff\xff' + b"\xff".join(n + b"\xffcontent" for n in names[:1]),
-        *(b"\1\xff\xff" + n + b"\xffcontent" for n in names),
-        b'\1{"golden":[{"method":"../x","inputs":["a"],"outputs":["b"],"max_relative_error":1}]}\xff{"kind":"signatures"}\xffa\xff\x80../../link',
-    ]
-
-
 def manifest(data: bytes, folder: Path) -> None:
     from edgesdk.bundle import Manifest
 
     found = Manifest.from_json(data, "manifest.json")
     assert Manifest.from_json(found.to_json(), "again") == found
-
-
-def manifest_seeds(folder: Path) -> list[bytes]:
-    import io
-    import zipfile
-
-    with zipfile.ZipFile(io.BytesIO(_good(folder))) as archive:
-        return [
-            archive.read("manifest.json"),
-            b"[" * 2000,
-            b'{"kind":"bundle","schema_version":1}',
-            b'{"kind":"bundle","schema_version":1e400}',
-        ]
 
 
 def profile(data: bytes, folder: Path) -> None:
@@ -121,23 +83,12 @@ def profile(data: bytes, folder: Path) -> None:
     check_profile(_written(folder, "own.toml", data))
 
 
-def profile_seeds(folder: Path) -> list[bytes]:
-    deep = [b"a = " + b"[" * 2000, b"a = " + b"{a=" * 2000, b"a = " + b"9" * 5000]
-    return deep + [p.read_bytes() for p in sorted(PROFILES.glob("*.toml"))[:6]]
-
-
 def inventory(data: bytes, folder: Path) -> None:
     from edgesdk.inventory import load_inventory
 
     tempfile.tempdir = str(folder)  # links to boards make folders for what they share
     _written(folder, "inventory.toml", data)
     load_inventory(folder / "inventory.toml")
-
-
-def inventory_seeds(folder: Path) -> list[bytes]:
-    return [
-        b'[devices.pi5-01]\nlink = "ssh://pi@10.0.0.11"\ndevice = "raspberry-pi-5"\ntags = ["lab"]\n[groups]\npi5 = ["pi5-01", "tag:lab", "group:all"]\nall = ["group:pi5"]\n'
-    ]
 
 
 def frames(data: bytes, folder: Path) -> None:
@@ -156,18 +107,6 @@ def frames(data: bytes, folder: Path) -> None:
             assert isinstance(request, dict)
             again = device.encode(request)
             assert device.encode(host.decode(again.rstrip(b"\n"))) == again  # NaN is not itself
-
-
-def frames_seeds(folder: Path) -> list[bytes]:
-    return [
-        b'{"verb":"facts","id":1}',
-        made.framed(b'{"ok":{}}'),
-        b"[1,2]",
-        b"[" * 5000,
-        b'{"a":NaN}',
-        b'{"a":"\\ud800"}',
-        b"9" * 5000 + b" 00000000 {",
-    ]
 
 
 def wire(data: bytes, folder: Path) -> None:
@@ -189,10 +128,6 @@ def wire(data: bytes, folder: Path) -> None:
         os.close(reading)
     whole = data[1:4096]
     assert b"".join(found) == whole[: whole.rfind(b"\n") + 1]
-
-
-def wire_seeds(folder: Path) -> list[bytes]:
-    return [b"\x05one\ntwo\n\nrest", b"\x00\n\n\n", b"\xff" + made.framed(b"{}") + b"\n"]
 
 
 def serial(data: bytes, folder: Path) -> None:
@@ -219,26 +154,10 @@ def serial(data: bytes, folder: Path) -> None:
     assert line.pending == 100 - line.acknowledged
 
 
-def serial_seeds(folder: Path) -> list[bytes]:
-    from edgesdk.transport.serial_line import ACK, DATA, DEVICE, frame
-
-    return [
-        frame(DATA | DEVICE, 7, 0, 0, b"hello") + frame(ACK | DEVICE, 7, 0, 50, struct.pack(">HH", 10, 20)),
-        bytes(range(240)),
-        b"~" * 50,
-    ]
-
-
 def uf2(data: bytes, folder: Path) -> None:
     from edgesdk.bootloaders.uf2 import read
 
     read(data, "x.uf2")
-
-
-def uf2_seeds(folder: Path) -> list[bytes]:
-    from edgesdk.bootloaders.uf2 import make
-
-    return [make(bytes(600), 0x10000000, 0xE48BFF56), make(b"x", 0, 1), bytes(512)]
 
 
 def disk(data: bytes, folder: Path) -> None:
@@ -254,40 +173,11 @@ def disk(data: bytes, folder: Path) -> None:
             ext4(path, part)
 
 
-def disk_seeds(folder: Path) -> list[bytes]:
-    entry = struct.pack("<B3sB3sII", 0, bytes(3), 0x83, bytes(3), 8, 100)
-    extended = struct.pack("<B3sB3sII", 0, bytes(3), 5, bytes(3), 16, 100)
-    mbr = bytes(446) + entry + extended + bytes(32) + b"\x55\xaa"
-    logical = bytes(446) + entry + extended + bytes(32) + b"\x55\xaa"
-    table = struct.pack("<16s16sQQQ72s", b"\x0f" * 16, b"\1" * 16, 40, 60, 0, "root".encode("utf-16-le").ljust(72, b"\0")) + bytes(
-        127 * 128
-    )
-    head = struct.pack("<8sIIIIQQQQ16sQIII", b"EFI PART", 0x10000, 92, 0, 0, 1, 8191, 34, 8150, b"\2" * 16, 2, 128, 128, zlib.crc32(table))
-    head = head[:16] + struct.pack("<I", zlib.crc32(head)) + head[20:]
-    protective = bytes(446) + struct.pack("<B3sB3sII", 0, bytes(3), 0xEE, bytes(3), 1, 8191) + bytes(48) + b"\x55\xaa"
-    block = bytearray(1024)
-    struct.pack_into("<IIIIII", block, 0, 16, 1024, 0, 900, 10, 1)
-    struct.pack_into("<H", block, 56, 0xEF53)
-    return [mbr + bytes(16 * 512 - 512) + logical, protective + head.ljust(512, b"\0") + table, bytes(1024) + bytes(block)]
-
-
 def bmap(data: bytes, folder: Path) -> None:
     from edgesdk.image.blockmap import read
 
     found = read(_written(folder, "x.bmap", data))
     assert found.mapped_bytes <= found.image_bytes
-
-
-def bmap_seeds(folder: Path) -> list[bytes]:
-    import hashlib
-
-    text = (
-        '<?xml version="1.0" ?>\n<bmap version="2.0">\n<ImageSize> 8192 </ImageSize>\n<BlockSize> 4096 </BlockSize>\n<BlocksCount> 2 </BlocksCount>\n'
-        "<MappedBlocksCount> 1 </MappedBlocksCount>\n<ChecksumType> sha256 </ChecksumType>\n<BmapFileChecksum> {} </BmapFileChecksum>\n"
-        f'<BlockMap>\n<Range chksum="{"0" * 64}"> 0 </Range>\n</BlockMap>\n</bmap>\n'
-    )
-    digest = hashlib.sha256(text.format("0" * 64).encode()).hexdigest()
-    return [text.format(digest).encode(), b"<bmap/>", b"<!DOCTYPE x>"]
 
 
 def esp(data: bytes, folder: Path) -> None:
@@ -296,26 +186,10 @@ def esp(data: bytes, folder: Path) -> None:
     parse_table(data, "the table")
 
 
-def esp_seeds(folder: Path) -> list[bytes]:
-    import hashlib
-
-    rows = b"".join(struct.pack("<HBBII16sI", 0x50AA, 1, 2, 0x9000 + i * 0x1000, 0x1000, b"nvs%d" % i, 0) for i in range(3))
-    return [rows + b"\xeb\xeb" + b"\xff" * 14 + hashlib.md5(rows).digest() + b"\xff" * 64, b"\xff" * 3072]
-
-
 def mcuboot(data: bytes, folder: Path) -> None:
     from edgesdk.bootloaders.mcuboot import read_image
 
     read_image(data, "x.bin")
-
-
-def mcuboot_seeds(folder: Path) -> list[bytes]:
-    import hashlib
-
-    head = struct.pack("<IIHHIIBBHII", 0x96F3B83D, 0, 32, 0, 16, 0, 1, 2, 3, 4, 0)
-    body = head + bytes(16)
-    hashed = struct.pack("<HH", 0x10, 32) + hashlib.sha256(body).digest()
-    return [body + struct.pack("<HH", 0x6907, 4 + len(hashed)) + hashed]
 
 
 def uboot(data: bytes, folder: Path) -> None:
@@ -336,16 +210,6 @@ def uboot(data: bytes, folder: Path) -> None:
             assert decode([encode(found.variables, 4096)]).variables == found.variables
 
 
-def uboot_seeds(folder: Path) -> list[bytes]:
-    from edgesdk.image.uboot import encode
-
-    return [
-        encode({"bootcmd": "run x", "slot": "a"}, 512),
-        b"/dev/mmcblk0 0x400000 0x4000\n/dev/mmcblk0 0x404000 0x4000\n",
-        b"a=b\0c=d\0\0",
-    ]
-
-
 def tools(data: bytes, folder: Path) -> None:
     """What native runners print: any text gives figures or none."""
     from edgesdk.history import read_history, unfinished
@@ -360,10 +224,6 @@ def tools(data: bytes, folder: Path) -> None:
     unfinished(read_history(text.splitlines()))
     with contextlib.suppress(EdgeError):
         identify("/x", text)
-
-
-def tools_seeds(folder: Path) -> list[bytes]:
-    return [p.read_bytes() for p in sorted(FORMS.glob("*.txt"))]
 
 
 def order(data: bytes, folder: Path) -> None:
@@ -386,24 +246,6 @@ def order(data: bytes, folder: Path) -> None:
             assert ".." not in name.split("/") and not name.startswith("/") and size >= 0
 
 
-def order_seeds(folder: Path) -> list[bytes]:
-    from edgesdk.fleet.wire import pack
-
-    part = {"sha256": "0" * 64, "size": 10}
-    install = {
-        "fleet": "fleet",
-        "device": "device",
-        "counter": 3,
-        "bundle": "a" * 64,
-        "step": "install",
-        "rollout": "r",
-        "manifest": part,
-        "signature": part,
-    }
-    signatures = json.dumps({"signatures": [{"key": "k", "signature": "AA=="}]}).encode()
-    return [pack(install), signatures, manifest_seeds(folder)[0]]
-
-
 def facts(data: bytes, folder: Path) -> None:
     """What a board told of itself: a JSON object of texts."""
     from edgesdk.probe.facts import read_facts
@@ -414,20 +256,6 @@ def facts(data: bytes, folder: Path) -> None:
         return
     if isinstance(texts, dict):
         read_facts({str(k): v for k, v in texts.items() if isinstance(v, str)}, "fuzz", "agent")
-
-
-def facts_seeds(folder: Path) -> list[bytes]:
-    cpu = "/sys/devices/system/cpu/cpu0/"
-    texts = {
-        "!uname": "Linux 6.6 aarch64", "/proc/cpuinfo": "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd0b\nFeatures\t: asimd asimddp\n",
-        "/proc/meminfo": "MemTotal:  8000000 kB\nMemAvailable:  7000000 kB\n", cpu + "cpufreq/cpuinfo_max_freq": "2400000",
-        cpu + "cache/index0/level": "1", cpu + "cache/index0/type": "Data", cpu + "cache/index0/size": "64K",
-        cpu + "cache/index0/shared_cpu_list": "0-3,6", "!df": "a b c d e f\n/dev/x 100 50 50 50% /", "!python": "3.11",
-        "/sys/class/thermal/thermal_zone0/type": "cpu", "/sys/class/thermal/thermal_zone0/temp": "41000", "/sys/class/hwmon/hwmon0/name": "ina3221",
-        "/sys/class/hwmon/hwmon0/in1_label": "VDD_IN", "/etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID",
-        "!pmic": " VDD_CORE_A current(7)=1.0A", "/proc/device-tree/model": "Raspberry Pi 5", "!getprop": "[ro.soc.model]: [x]",
-    }  # fmt: skip
-    return [json.dumps(texts).encode()]
 
 
 def links(data: bytes, folder: Path) -> None:
@@ -443,36 +271,24 @@ def links(data: bytes, folder: Path) -> None:
             read()
 
 
-def links_seeds(folder: Path) -> list[bytes]:
-    texts = (
-        "ssh://pi@[::1]:22?root=/x",
-        "ssh://[[x",
-        "adb://10.0.0.1:5555",
-        "serial:/dev/ttyUSB0?baud=115200",
-        "serial:/dev/x?baud=\u00b2",
-        "local:/x",
-    )
-    return [t.encode() for t in (*texts, "esp32:/dev/ttyUSB0?baud=9", "mqtts://user@host:8883", "mqtt://[x", "uf2:/media/x")]
-
-
 TARGETS = {
-    "bundle": Target(bundle, bundle_seeds),
-    "manifest": Target(manifest, manifest_seeds),
-    "profile": Target(profile, profile_seeds),
-    "frames": Target(frames, frames_seeds),
-    "wire": Target(wire, wire_seeds),
-    "serial": Target(serial, serial_seeds),
-    "uf2": Target(uf2, uf2_seeds),
-    "disk": Target(disk, disk_seeds),
-    "bmap": Target(bmap, bmap_seeds),
-    "esp": Target(esp, esp_seeds),
-    "mcuboot": Target(mcuboot, mcuboot_seeds),
-    "uboot": Target(uboot, uboot_seeds),
-    "inventory": Target(inventory, inventory_seeds),
-    "links": Target(links, links_seeds),
-    "tools": Target(tools, tools_seeds),
-    "order": Target(order, order_seeds),
-    "facts": Target(facts, facts_seeds),
+    "bundle": Target(bundle, seeds.bundle),
+    "manifest": Target(manifest, seeds.manifest),
+    "profile": Target(profile, seeds.profile),
+    "frames": Target(frames, seeds.frames),
+    "wire": Target(wire, seeds.wire),
+    "serial": Target(serial, seeds.serial),
+    "uf2": Target(uf2, seeds.uf2),
+    "disk": Target(disk, seeds.disk),
+    "bmap": Target(bmap, seeds.bmap),
+    "esp": Target(esp, seeds.esp),
+    "mcuboot": Target(mcuboot, seeds.mcuboot),
+    "uboot": Target(uboot, seeds.uboot),
+    "inventory": Target(inventory, seeds.inventory),
+    "links": Target(links, seeds.links),
+    "tools": Target(tools, seeds.tools),
+    "order": Target(order, seeds.order),
+    "facts": Target(facts, seeds.facts),
 }
 
 
