@@ -16,7 +16,7 @@ from edgesdk.bootloaders.flasher import run
 from edgesdk.bootloaders.rootfs import Tree
 from edgesdk.bootloaders.types import BoardWrite, Payload, Watch, Where, parse_where
 from edgesdk.errors import DeviceError, InputError, UnknownName
-from edgesdk.image import firstboot
+from edgesdk.image import contents
 from edgesdk.image.files import File
 from edgesdk.units import parse_seconds, show_bytes
 
@@ -80,11 +80,11 @@ def write_jetson(to: str, payload: Payload, *, dry_run: bool = False, watch: Wat
     argv = _command(where, folder, board, release)
     found = in_recovery(sysfs)
     problem = _fits(found, board, where.options.get("usb"))
-    root = where.options.get("root", firstboot.ROOT)
+    root = where.options.get("root", contents.ROOT)
     if not root.startswith("/") or os.path.normpath(root) != root or root == "/":
-        raise InputError(f"{to}: root={root}: not a whole path", f"write it like {firstboot.ROOT}")
+        raise InputError(f"{to}: root={root}: not a whole path", f"write it like {contents.ROOT}")
     tree = Tree(folder / "rootfs")
-    entries = firstboot.entries(
+    entries = contents.entries(
         source, tree, root, python=where.options.get("python", "python3"), signer=payload.signer.id if payload.signer else None
     )
     files = [e for e in entries if isinstance(e, File)]

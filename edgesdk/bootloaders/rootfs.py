@@ -1,4 +1,4 @@
-"""A root file system in a folder of this machine: what an image gets (`edgesdk.image.firstboot`) is put there, and never outside of it."""
+"""A root file system in a folder of this machine: what an image gets (`edgesdk.image.contents`) is put there, and never outside of it."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from edgesdk.errors import CheckFailed, DeviceError, InputError
-from edgesdk.image import blockmap, disk, firstboot, source
+from edgesdk.image import blockmap, contents, disk, source
 from edgesdk.image.files import ROOT_USER, Entry, ExtFiles, FatFiles, Owner, require_room
 from edgesdk.image.partitions import Partition, ext4, partitions, pick
 from edgesdk.install import Source, read_source
@@ -46,7 +46,7 @@ class Content:
 
     bundle: Source | None = None
     signer: Signer | None = None
-    root: str = firstboot.ROOT
+    root: str = contents.ROOT
     owner: Owner = ROOT_USER
     python: str = "python3"
     partition: int | None = None  # the root file system's number; None: the largest ext4
@@ -131,11 +131,11 @@ def read_content(
 ) -> Content:
     """A `Content` from what people type: `owner` as UID or UID:GID, a boot file as FILE or FILE=NAME. Raises `InputError` and `CheckFailed`."""
     if root is not None and not (root.startswith("/") and os.path.normpath(root) == root and root != "/"):
-        raise InputError(f"--root {root}: not a whole path", f"write it like {firstboot.ROOT}")
+        raise InputError(f"--root {root}: not a whole path", f"write it like {contents.ROOT}")
     return Content(
         bundle=read_source(bundle) if bundle else None,
         signer=signer_of(bundle) if bundle and not allow_unsigned else None,
-        root=root or firstboot.ROOT,
+        root=root or contents.ROOT,
         owner=_owner(owner) if owner else ROOT_USER,
         python=python or "python3",
         partition=partition,
@@ -217,7 +217,7 @@ def _fill(work: Path, image: Path, parts: list[Partition], content: Content, dry
         what = f"{image}: {part} was not unmounted cleanly, or errors were noted in it"
         raise CheckFailed(what, "take the image of a system that is shut down; `e2fsck -f` on the partition may repair it")
     system.check()
-    entries: list[Entry] = firstboot.entries(
+    entries: list[Entry] = contents.entries(
         content.bundle, system, content.root, content.owner, content.python, content.signer.id if content.signer else None
     )
     require_room(fs, part, entries, image)
