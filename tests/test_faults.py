@@ -1,6 +1,6 @@
 """The fault table of docs/devices.md: what an emulated arm64 board is like behind each fault, and that the good bundle still runs then.
 
-Its disk (`tests.lab.powered`) loses in a power cut what it was not told to keep. `-m board` does a part, `-m wide` every step and every tenth.
+Its disk (`tests.lab.powered`) loses in a power cut what it was not told to keep. `-m board` does a part, `-m wide` the rest: every step and every tenth.
 """
 
 from __future__ import annotations
@@ -134,8 +134,13 @@ def power_cut_at(board: lab.Board, bundles: Bundles, moment: int | str, delay_s:
     return f"{at.where}{' +' + str(delay_s) if delay_s else ''}: {was} ran; then {', '.join(recovered)}; ended: {ended}; resumed {again.resumed_bytes}"
 
 
-@pytest.mark.board
-@pytest.mark.parametrize("moment", ["half of model.tflite", "link /data/edgesdk/current"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param("half of model.tflite", marks=pytest.mark.wide),
+        pytest.param("link /data/edgesdk/current", marks=pytest.mark.board),
+    ],
+)
 def test_power_cut_while_a_file_arrives_and_between_the_links(board, bundles, moment):
     seen = power_cut_at(board, bundles, moment)
     assert seen and "the old one ran" in seen and ("undone" in seen) == ("link" in seen), seen
@@ -155,7 +160,7 @@ def test_power_cut_at_every_step(board, bundles, delay_s):
 # ---- the link
 
 
-@pytest.mark.board
+@pytest.mark.wide
 def test_link_cut_ten_times_in_one_transfer(board, bundles):
     before, path = bundles.runs(board), bundles.new()
     whole = path.stat().st_size
@@ -185,7 +190,7 @@ def test_link_cut_at_every_tenth(board, bundles):
         print(tenth, done.resumed_bytes, done.sent_bytes)  # noqa: T201
 
 
-@pytest.mark.board
+@pytest.mark.wide
 def test_slow_link(board, bundles):
     path, start = bundles.new(), time.monotonic()
     board.link.bytes_per_s = 100_000
@@ -197,7 +202,7 @@ def test_slow_link(board, bundles):
     bundles.runs(board)
 
 
-@pytest.mark.board
+@pytest.mark.wide
 def test_five_percent_of_all_packets_lost(bundles):
     with LossyBoard(0.05) as board:
         assert flash(bundles.new(), board.url).good
@@ -250,7 +255,7 @@ def test_corrupt_slot(board, bundles):
 # ---- what is no good
 
 
-@pytest.mark.board
+@pytest.mark.wide
 def test_bundles_that_are_refused(board, bundles, tmp_path, monkeypatch):
     before = status(board.url)
     tampered = tmp_path / "tampered.edge"
@@ -291,7 +296,7 @@ def test_bundles_that_are_refused(board, bundles, tmp_path, monkeypatch):
 # ---- others, the clock, the agent
 
 
-@pytest.mark.board
+@pytest.mark.wide
 def test_two_installers(board, bundles):
     first, second = bundles.new(), bundles.new()
     with parse_link(board.url) as transport, lease(transport, "install"):
@@ -320,7 +325,7 @@ def test_two_installers_at_once(board, bundles):
     assert bundles.runs(board).current in done
 
 
-@pytest.mark.board
+@pytest.mark.wide
 def test_the_clock_jumps(board, bundles):
     before, path = status(board.url), bundles.new()
     jumps = iter(["1990-01-01 00:00:00", "2099-12-31 23:59:00", "2001-01-01 00:00:00"])
@@ -339,8 +344,10 @@ def test_the_clock_jumps(board, bundles):
     bundles.runs(board)
 
 
-@pytest.mark.board
-@pytest.mark.parametrize("which", ["agent[.]zip", "[-]-one"])
+@pytest.mark.parametrize(
+    "which",
+    [pytest.param("agent[.]zip", marks=pytest.mark.wide), pytest.param("[-]-one", marks=pytest.mark.board)],
+)
 def test_the_agent_is_killed_in_the_middle_of_the_check(board, bundles, which):
     before, path = status(board.url), bundles.new()
     kill = f"for p in /proc/[0-9]*; do grep -q '{which}' $p/cmdline 2>/dev/null && kill -9 ${{p#/proc/}} && echo killed; done"
