@@ -19,6 +19,8 @@ from edgesdk.errors import DeviceError, InputError, LinkError
 from edgesdk.transport.serial_line import RESET, Line, frame
 
 TRIES = 40
+ASKS_SIZE = rb"(?:\x1b\[6n)?"
+"""busybox's shell asks a terminal for its cursor behind each prompt. Lines end in a newline: a getty that first heard one takes no carriage return after."""
 RECEIVER = """import sys,zlib,base64
 d=b''
 for l in sys.stdin.buffer:
@@ -179,13 +181,13 @@ class Login:
         """Log in where that is asked for."""
         for i in range(TRIES):
             if i in (3, 9):  # our own loop, left by a session that was cut; or our receiver, waiting in it
-                self.port.write(b"break\r" + piece(-1, b".") if i == 9 else b"break\r")
-            self.port.write(b"\x15\r")
-            said = self._read(re.compile(rb"(ogin|ssword): *$|[#$>%] ?$"), 2.0)
+                self.port.write(b"break\n" + piece(-1, b".") if i == 9 else b"break\n")
+            self.port.write(b"\x15\n")
+            said = self._read(re.compile(rb"(ogin|ssword): *$|[#$>%] ?" + ASKS_SIZE + b"$"), 2.0)
             if re.search(rb"(?i)log[^\n]{0,3}: *$|ogin: *$", said):
                 self._log_in()
             elif re.search(rb"(?i)ssword: *$|passw[^\n]{0,3}: *$", said):
-                self.port.write(b"\r")
+                self.port.write(b"\n")
                 self._read(wait_s=3.0)
             elif said.strip():
                 return
@@ -199,10 +201,10 @@ class Login:
                 f"{self.link}: the console asks for a login", "give a user: ?user=root (and its password: EDGESDK_SERIAL_PASSWORD)"
             )
         self._typed(self.user)
-        said = self._read(re.compile(rb"(?i)passw|ssword|[#$] $"), 5.0)
+        said = self._read(re.compile(rb"(?i)passw|ssword|[#$] " + ASKS_SIZE + b"$"), 5.0)
         if re.search(rb"(?i)pass|word", said):
-            self.port.write(self.password.encode() + b"\r")
-            said = self._read(re.compile(rb"(?i)incorrect|ogin: *$|[#$] $"), 8.0)
+            self.port.write(self.password.encode() + b"\n")
+            said = self._read(re.compile(rb"(?i)incorrect|ogin: *$|[#$] " + ASKS_SIZE + b"$"), 8.0)
             if b"incorrect" in said:
                 raise DeviceError(
                     f"{self.link}: the console does not let {self.user} in",
@@ -216,7 +218,7 @@ class Login:
             self.port.write(wanted)
             seen = self._read(re.compile(re.escape(wanted) + b"$"), 0.0)
             if seen.endswith(wanted):
-                self.port.write(b"\r")
+                self.port.write(b"\n")
                 return
             self.port.write(b"\x15")
             self._read()
