@@ -74,7 +74,7 @@ def _show(answer: Verdicts) -> None:
     for line in answer.warnings:
         out.print(f"  note: {line}", markup=False)
     runs = "one run a side" if answer.runs == (1, 1) else f"{answer.runs[0]} and {answer.runs[1]} runs"
-    out.print(f"{answer.verdict} (tolerance {answer.tolerance:.3g}, {answer.confidence:.0%} over all rows, {runs})", markup=False)
+    out.print(f"{answer.verdict} (tolerance {answer.tolerance * 100:.3g}%, {answer.confidence:.0%} over all rows, {runs})", markup=False)
 
 
 def _words(r: Row, answer: Verdicts) -> str:

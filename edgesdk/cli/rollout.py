@@ -118,6 +118,8 @@ def list_all(as_json: Json = False) -> None:
             {"kind": "rollouts", "schema_version": 1, "rollouts": [{"id": r.spec.id, "status": r.status, "ended": r.ended} for r in found]}
         )
         return
+    if not found:
+        say("no rollouts on this machine; begin one: edgesdk rollout start BUNDLE --broker mqtts://… --on group:…")
     for r in found:
         console().print(
             f"{r.spec.id}  {r.status}{'' if r.ended else ', not ended'}  {r.spec.model_name} {r.spec.bundle[:12]}  {_words(r)}", emoji=False

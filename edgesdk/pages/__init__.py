@@ -163,7 +163,7 @@ def _compared(reports: Sequence[Report], names: Sequence[str]) -> str:
         badge = f'<span class="badge {_SAID.get(answer.verdict, "warn")}">{answer.verdict}</span>'
         notes = "".join(f"<li>{text(w)}</li>" for w in (*answer.not_comparable, *answer.differs, *answer.warnings))
         parts.append(
-            f"<p>{badge} <b>{text(name)}</b> against <b>{text(names[0])}</b>, tolerance {answer.tolerance:.0%}</p><ul>{notes}</ul>"
+            f"<p>{badge} <b>{text(name)}</b> against <b>{text(names[0])}</b>, tolerance {answer.tolerance * 100:.3g}%</p><ul>{notes}</ul>"
         )
         figures.append(_verdicts(answer, f"{name} against {names[0]}"))
     drawn = "".join(f.render(f"c{i}") for i, f in enumerate(figures))
