@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -167,6 +168,7 @@ def test_flash_run_profile_and_roll_back_several(inventory, tmp_path):
 
 def test_ctrl_c_ends_and_says_what_was_not_begun(monkeypatch):
     monkeypatch.setattr("edgesdk.many.GOODBYE_S", 5.0)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may have it ignored
 
     def work(entry, tell):
         if entry.name == "0":
@@ -176,7 +178,10 @@ def test_ctrl_c_ends_and_says_what_was_not_begun(monkeypatch):
             time.sleep(0.02)
         return 1
 
-    rows = side_by_side([Entry(str(i), "fake") for i in range(5)], work, jobs=2)
+    try:
+        rows = side_by_side([Entry(str(i), "fake") for i in range(5)], work, jobs=2)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [r.state for r in rows] == ["stopped"] * 5 and rows[4].text == "not begun" and worst(rows) == 130
 
 

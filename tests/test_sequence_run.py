@@ -90,9 +90,17 @@ FILES = client.agent_sources()
 
 
 @pytest.fixture
-def device(monkeypatch, tmp_path, bundle, request):
-    """A folder as the device, with the bundle installed; `pause` can be given as its parameter."""
+def toy_agent(monkeypatch, request):
+    """What is sent to devices runs the toy, `pause` seconds a call (its parameter)."""
     monkeypatch.setattr(client, "agent_sources", lambda: toy_runner(getattr(request, "param", 0.0)))
+    client.agent_files.cache_clear()
+    yield
+    client.agent_files.cache_clear()
+
+
+@pytest.fixture
+def device(toy_agent, tmp_path, bundle):
+    """A folder as the device, with the bundle installed."""
     transport = LocalTransport(tmp_path / "root")
     flash(bundle, transport)
     return transport
@@ -129,7 +137,7 @@ def test_wrong_prompts_and_settings_are_refused(device, bundle):
     assert run(bundle, device, prompt="fine").text
 
 
-@pytest.mark.parametrize("device", [0.005], indirect=True)
+@pytest.mark.parametrize("toy_agent", [0.005], indirect=True)
 def test_a_profile_measures_answers(device, bundle):
     report = profile(bundle, device, runs=3, warmup=1)
     found = {m.method: m for m in report.methods}
@@ -153,7 +161,7 @@ def test_answers_are_predicted_by_their_calls():
     assert _predicted(plan, {"encode": 1, "prefill": 1}) is None
 
 
-@pytest.mark.parametrize("device", [0.05], indirect=True)
+@pytest.mark.parametrize("toy_agent", [0.05], indirect=True)
 def test_cancelling_and_caps_end_the_loop_on_the_device(device, bundle):
     seen = []
     answer = run(bundle, device, prompt="hello", hear=seen.append, cancelled=lambda: len(seen) >= 3)
@@ -170,7 +178,7 @@ def test_cancelling_and_caps_end_the_loop_on_the_device(device, bundle):
         assert agent.ask("health", folder=folder)["bad"] == []
 
 
-@pytest.mark.parametrize("device", [0.1], indirect=True)
+@pytest.mark.parametrize("toy_agent", [0.1], indirect=True)
 def test_a_device_ends_when_the_host_is_gone(device, bundle):
     agent = Agent(device)
     events = agent.generate(f"{device.root}/current", [[3, 4]], Settings().to_dict())
@@ -224,8 +232,7 @@ def test_ctrl_c_shows_what_there_is(device, bundle):
     assert whole.startswith((first + out).rstrip("\n")) and len(first + out) < 15
 
 
-def test_over_ssh(monkeypatch, tmp_path, bundle):
-    monkeypatch.setattr(client, "agent_sources", lambda: toy_runner(0.0))
+def test_over_ssh(toy_agent, tmp_path, bundle):
     (keys := tmp_path / "keys").mkdir()
     with serve(keys) as server:
         events = []

@@ -95,12 +95,7 @@ def _part(package: str, *modules: str) -> dict[str, bytes]:
 
 def agent_folder(root: str) -> str:
     """Where they go: a folder named by their content, so that two versions of edgesdk never mix."""
-    return f"{root}/agent/{_digest()[:16]}"
-
-
-@functools.cache
-def _digest() -> str:
-    return hashlib.sha256(agent_files()[ARCHIVE]).hexdigest()
+    return f"{root}/agent/{hashlib.sha256(agent_files()[ARCHIVE]).hexdigest()[:16]}"
 
 
 def send_agent(transport: Transport) -> str:
