@@ -62,7 +62,7 @@ def agent_sources() -> dict[str, bytes]:
 
 def _fleet() -> dict[str, bytes]:
     """What takes part in rollouts over a broker (`edgesdk.fleet.agent`), under the names it has here."""
-    return {f"edgesdk/{name}": content for name, content in (_part("fleet", "agent") | _part("agent", "fresh", "signed")).items()}
+    return {f"edgesdk/{name}": content for name, content in (_part("fleet", "agent") | _part("agent", "fresh", "look", "signed")).items()}
 
 
 def _kernels() -> dict[str, bytes]:

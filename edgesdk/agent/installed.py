@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from .look import sha256
 from .signed import require_signature
 from .wire import Refused
 
@@ -126,18 +127,6 @@ def inputs_for(folder: str, manifest: dict[str, Any], runner: Any, method: str) 
             return load_arrays(folder, case["inputs"])
     numpy = sys.modules["numpy"]
     return [numpy.zeros(shape, dtype) for shape, dtype in runner.inputs(method)]
-
-
-def sha256(path: str) -> str | None:
-    """A file's digest in hex, or None if it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except OSError:
-        return None
-    return digest.hexdigest()
 
 
 def health(folder: str) -> dict[str, Any]:

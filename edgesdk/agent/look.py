@@ -6,6 +6,7 @@ A device without Python answers the same through `edgesdk.probe.gather.LOOK`, a 
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import platform
 import shutil
@@ -52,6 +53,18 @@ def read(path: str) -> str:
             return file.read(1 << 20).replace(b"\0", b" ").decode(errors="replace").strip()
     except OSError:
         return ""
+
+
+def sha256(path: str) -> str | None:
+    """A file's digest in hex, or None if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError:
+        return None
+    return digest.hexdigest()
 
 
 def gather(patterns: tuple[str, ...]) -> dict[str, str]:

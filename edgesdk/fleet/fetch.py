@@ -11,7 +11,9 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .store import Store, members_of, sha256
+from edgesdk.agent.look import sha256
+
+from .store import Store, members_of
 from .wire import CHUNK_BYTES, Refused, Topics
 
 WINDOW = 16

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from edgesdk.agent.look import sha256
+
 from .wire import DIGEST, Refused
 
 MOST_BYTES = 1 << 40
@@ -31,18 +33,6 @@ class Full(OSError):
 
 class Busy(Exception):
     """Somebody else uses the device; the text says who."""
-
-
-def sha256(path: str) -> str | None:
-    """A file's digest in hex, or None if it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except OSError:
-        return None
-    return digest.hexdigest()
 
 
 def members_of(manifest: bytes) -> list[tuple[str, str, int]]:
