@@ -141,12 +141,12 @@ def test_relative_error_refuses_what_is_no_number():
     assert relative_error([], one) is None
 
 
-def test_what_native_programs_run_with_is_sent_whole(tmp_path):
+def test_what_native_programs_and_rollouts_need_is_sent_whole(tmp_path):
     """Nothing but the archive and numpy: what it leaves out is found on this machine, not on a device."""
     archive = tmp_path / ARCHIVE
     archive.write_bytes(agent_files()[ARCHIVE])
     paths = [str(archive), str(Path(np.__file__).parents[1])]
-    code = f"import sys; sys.path[:0] = {paths!r}; import edgesdk.native.machine, edgesdk.kernels.neon.load"
+    code = f"import sys; sys.path[:0] = {paths!r}; import edgesdk.native.machine, edgesdk.kernels.neon.load, edgesdk.fleet.agent"
     done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 

@@ -198,6 +198,7 @@ def test_adb_is_named_when_it_is_not_installed(monkeypatch, tmp_path):
         ("adb://1234?port=1", "unknown adb option"),
         ("sssh://x", "unknown link"),
         ("local:", "folder is missing"),
+        ("local:/folder?pyton=x", "unknown local option 'pyton'"),
         ("ssh://", "not an ssh link"),
         ("ssh://-oProxyCommand=x", "may not begin with"),
         ("ssh://h:port", "port is not a number"),
@@ -216,3 +217,8 @@ def test_local_python_is_this_one(tmp_path):
         LocalTransport(tmp_path).run(("no-such-program-here",))
     with pytest.raises(LinkError, match="no answer"):
         LocalTransport(tmp_path).run(("sleep", "5"), timeout=0.1)
+
+
+def test_a_local_link_names_its_interpreter(tmp_path):
+    with parse_link(f"local:{tmp_path}?python=/usr/bin/python3.9") as here, parse_link(f"local:{tmp_path}") as plain:
+        assert (here.root, here.python, plain.python) == (str(tmp_path), "/usr/bin/python3.9", sys.executable)

@@ -9,9 +9,9 @@ import os
 import random
 import ssl
 from typing import Any
+from urllib.parse import urlsplit
 
 from edgesdk.errors import DeviceError, InputError, MissingTool
-from edgesdk.transport.base import split_link
 
 PASSWORD = "EDGESDK_MQTT_PASSWORD"
 KEEPALIVE_S = 60
@@ -23,12 +23,12 @@ class Broker:
     def __init__(
         self, link: str, password_file: str | None = None, ca: str | None = None, cert: str | None = None, key: str | None = None
     ) -> None:
-        url = split_link(link, "mqtt://host:1883 or mqtts://user@host:8883")
         try:
+            url = urlsplit(link)
             port = url.port
         except ValueError:
-            port = -1
-        if url.scheme not in ("mqtt", "mqtts") or not url.hostname or port == -1 or url.path not in ("", "/") or url.query:
+            url, port = urlsplit(""), None
+        if url.scheme not in ("mqtt", "mqtts") or not url.hostname or url.path not in ("", "/") or url.query:
             raise InputError(
                 f"--broker {_without_password(link)}: not a broker", "write it like mqtt://host:1883 or mqtts://user@host:8883"
             )

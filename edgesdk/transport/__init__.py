@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from edgesdk.errors import InputError
+from urllib.parse import parse_qsl
+
+from edgesdk.errors import InputError, UnknownName
 from edgesdk.transport.base import Blob, Result, Stream, Transport
 
 __all__ = ["Blob", "Result", "Stream", "Transport", "parse_link"]
@@ -15,10 +17,14 @@ def parse_link(link: str) -> Transport:
     if link == "local" or link.startswith("local:"):
         from edgesdk.transport.local import LocalTransport
 
-        folder = link.partition(":")[2]
+        folder, _, query = link.partition(":")[2].partition("?")
+        options = dict(parse_qsl(query, keep_blank_values=True))
         if link != "local" and not folder:
             raise InputError(f"'{link}': the folder is missing", "write it like local:/folder")
-        return LocalTransport(folder or None)
+        for name in options:
+            if name != "python":
+                raise UnknownName("local option", name, ["python"])
+        return LocalTransport(folder or None, options.get("python"))
     if link.startswith("ssh://"):
         from edgesdk.transport.ssh import SshTransport
 
