@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,9 +123,8 @@ def flash(
     source = read_source(bundle)
     signer = None if allow_unsigned else signer_of(bundle)
     names = list(source.files())
-    with connected(on) as transport, _alone(transport, dry_run, python, wait_s, runner):
-        plain = _plain(transport, runner, bundle, allow_unchecked)
-        performer = Performer(transport, python or transport.python, dry_run, watch, plain)
+    with _performing(on, dry_run, python, runner, wait_s, watch, bundle, allow_unchecked) as performer:
+        transport, plain = performer.transport, performer.plain
         before = _in_order(performer, source.digest, names)
         if _whole(source, before) and before.current == source.digest and latency_gate is None:
             return _deployment("already-installed", transport, before, source, performer, signer)
@@ -160,9 +159,8 @@ def roll_back(
 
     Raises `DeviceError` if there is none or the device is in use, `CheckFailed` if it is damaged.
     """
-    with connected(on) as transport, _alone(transport, dry_run, python, wait_s, runner):
-        performer = Performer(transport, python or transport.python, dry_run, watch, _plain(transport, runner))
-        before = _in_order(performer)
+    with _performing(on, dry_run, python, runner, wait_s, watch) as performer:
+        transport, before = performer.transport, _in_order(performer)
         performer.all(rollback(before, transport.root, performer.python))
         after = before if dry_run else survey(transport)
         return _deployment("dry-run" if dry_run else "rolled-back", transport, after, None, performer)
@@ -180,9 +178,8 @@ def clean(
 ) -> Deployment:
     """Remove what is no more needed: see `upkeep.spare`; the newest cut transfer stays, as it can be gone on with; with any
     `runner`, without Python there, and the runners go, too. Raises `DeviceError`."""
-    with connected(on) as transport, _alone(transport, dry_run, python, wait_s, runner):
-        performer = Performer(transport, python or transport.python, dry_run, watch, _plain(transport, runner))
-        before = _in_order(performer)
+    with _performing(on, dry_run, python, runner, wait_s, watch) as performer:
+        transport, before = performer.transport, _in_order(performer)
         resumed = before.parts[0].removesuffix(".part") if before.parts else None
         runners = [f"{transport.root}/runners"] if runner is not None else []
         performer.all(remove([*spare(before, transport.root, keep=keep, resumed=resumed), *runners], "no more needed"))
@@ -214,11 +211,23 @@ def _whole(source: Source, state: Survey) -> bool:
     return state.good.get(source.digest, False) and all(state.arrived.get(name) == b.sha256 for name, b in source.files().items())
 
 
-def _alone(
-    transport: Transport, dry_run: bool, python: str | None, wait_s: float, runner: str | None
-) -> contextlib.AbstractContextManager[None]:
-    """Nobody else changes the device meanwhile."""
-    return contextlib.nullcontext() if dry_run else lease(transport, "install", python=python, wait_s=wait_s, plain=runner is not None)
+@contextlib.contextmanager
+def _performing(
+    on: str | Transport,
+    dry_run: bool,
+    python: str | None,
+    runner: str | None,
+    wait_s: float,
+    watch: Watch | None,
+    bundle: str | Path | None = None,
+    allow_unchecked: bool = False,
+) -> Iterator[Performer]:
+    """Who does steps on a device that nobody else changes meanwhile."""
+    with connected(on) as transport, contextlib.ExitStack() as held:
+        if not dry_run:
+            held.enter_context(lease(transport, "install", python=python, wait_s=wait_s, plain=runner is not None))
+        plain = _plain(transport, runner, bundle, allow_unchecked)
+        yield Performer(transport, python or transport.python, dry_run, watch, plain)
 
 
 def _plain(transport: Transport, runner: str | None, bundle: str | Path | None = None, allow_unchecked: bool = False) -> PlainDevice | None:

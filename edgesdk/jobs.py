@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import getpass
 import gzip
 import hashlib
 import json
-import platform
 import secrets
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any
 
 from edgesdk.agent.client import Agent, Tell
 from edgesdk.errors import CheckFailed, DeviceError, EdgeError, InputError, LinkError
+from edgesdk.lease import holder
 from edgesdk.transport import Transport, parse_link
 
 PATIENCE_S = 60.0
@@ -29,8 +27,7 @@ def new_id() -> str:
 
 def begin(agent: Agent, transport: Transport, job: str, request: dict[str, Any], wait_s: float, lease: bool = True) -> None:
     """Start `request` as the job `job`; the same again is no second job. `lease` False: whoever asks holds the device. Raises `DeviceError`."""
-    who = f"{getpass.getuser()}@{platform.node()}, to profile, since {datetime.now(UTC).isoformat(timespec='seconds')}"
-    agent.ask("job_start", root=transport.root, job=job, request=request, who=who, wait_s=wait_s, lease=lease)
+    agent.ask("job_start", root=transport.root, job=job, request=request, who=holder("profile"), wait_s=wait_s, lease=lease)
 
 
 class Line:

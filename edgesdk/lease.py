@@ -44,6 +44,11 @@ ANSWER_S = 60.0
 AGAIN_S = 1.0
 
 
+def holder(what: str) -> str:
+    """Who holds a device from now on, and what for, as others are told."""
+    return f"{getpass.getuser()}@{platform.node()}, to {what}, since {datetime.now(UTC).isoformat(timespec='seconds')}"
+
+
 @contextlib.contextmanager
 def lease(transport: Transport, what: str, *, python: str | None = None, wait_s: float = 0.0, plain: bool = False) -> Iterator[None]:
     """Hold the device behind `transport`, to do `what`; within it, another lease of the same transport is this one. `plain`: without Python there.
@@ -54,7 +59,7 @@ def lease(transport: Transport, what: str, *, python: str | None = None, wait_s:
         yield
         return
     python, until = python or transport.python, time.monotonic() + wait_s
-    who = f"{getpass.getuser()}@{platform.node()}, to {what}, since {datetime.now(UTC).isoformat(timespec='seconds')}"
+    who = holder(what)
     argv = script("hold", plain_scripts.HOLD, transport.root, who) if plain else (python, "-u", "-c", HOLD, transport.root, who)
     while True:
         stream = transport.open(argv)

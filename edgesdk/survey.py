@@ -67,11 +67,8 @@ def survey(transport: Transport, digest: str | None = None, names: Iterable[str]
     for other in good if digest else ():
         if other == digest:
             continue
-        try:
-            manifest = Manifest.from_json(transport.get(f"{root}/store/{other}/manifest.json"), f"{other[:12]}: manifest.json")
-        except LinkError:
-            raise
-        except (InputError, DeviceError):
+        manifest = _manifest(transport, other)
+        if manifest is None:
             continue  # of another version: nothing to share
         members |= {m.sha256: (f"{root}/store/{other}/{m.name}", m.size_bytes) for m in manifest.members}
     return Survey(
@@ -88,6 +85,16 @@ def survey(transport: Transport, digest: str | None = None, names: Iterable[str]
         agent=hashes(transport, agent_folder(root), agent_files()),
         free_bytes=free_bytes(transport.must(script("free", FREE, root), "looking at its disk").text) if digest else None,
     )
+
+
+def _manifest(transport: Transport, digest: str) -> Manifest | None:
+    """An installed bundle's manifest, or None where it cannot be read."""
+    try:
+        return Manifest.from_json(transport.get(f"{transport.root}/store/{digest}/manifest.json"), f"{digest[:12]}: manifest.json")
+    except LinkError:
+        raise
+    except (InputError, DeviceError):
+        return None
 
 
 def place(root: str, digest: str, good: Iterable[str]) -> str:
@@ -118,15 +125,11 @@ def free_bytes(text: str) -> int | None:
 
 def damaged(transport: Transport, digest: str) -> tuple[str, ...]:
     """Files of an installed bundle that are not what its manifest says they are."""
-    folder = f"{transport.root}/store/{digest}"
-    try:
-        manifest = Manifest.from_json(transport.get(f"{folder}/manifest.json"), "manifest.json")
-    except LinkError:
-        raise
-    except (InputError, DeviceError):
+    manifest = _manifest(transport, digest)
+    if manifest is None:
         return ("manifest.json",)
     wanted = {"manifest.json": digest} | {m.name: m.sha256 for m in manifest.members}
-    found = hashes(transport, folder, wanted)
+    found = hashes(transport, f"{transport.root}/store/{digest}", wanted)
     return tuple(name for name, sha in wanted.items() if found.get(name) != sha)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -91,3 +91,10 @@ def read_address(text: str, option: str, example: str, least: int = 1) -> tuple[
     if not host or not port.isdecimal() or not least <= int(port) <= 65535:
         raise InputError(f"{option} {text}: not HOST:PORT", f"write it like {example}")
     return host, int(port)
+
+
+def show_steps(steps: Sequence[str], where: str = "", *, done: str = "changed") -> None:
+    """What a dry run would do."""
+    for line in steps:
+        console().print(line, markup=False)
+    say(f"{len(steps)} steps{where}; nothing was {done}")

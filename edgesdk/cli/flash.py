@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgesdk.cli.common import Json, console, emit_json, progress, say
+from edgesdk.cli.common import Json, console, emit_json, progress, show_steps
 from edgesdk.cli.flash_image import Bmap, BootFile, ImageFile, Inside, OwnerId, Root, RootPartition, SlotsOption, Yes, flash_image
 from edgesdk.cli.many import Jobs, on_each
 
@@ -173,9 +173,7 @@ def _show(d: Deployment) -> None:
 
     out = console()
     if d.action == "dry-run":
-        for line in d.steps:
-            out.print(line, markup=False)
-        say(f"{len(d.steps)} steps on {d.link}; nothing was changed")
+        show_steps(d.steps, f" on {d.link}")
         return
     done = "installed, its outputs NOT CHECKED" if d.unchecked else _WORDS.get(d.action, d.action)
     out.print(f"[bold]{d.link}[/bold]: {done}" + (f" ({d.model_name})" if d.model_name else ""))

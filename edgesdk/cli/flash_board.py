@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgesdk.cli.common import console, emit_json, progress, say
+from edgesdk.cli.common import console, emit_json, progress, show_steps
 
 
 def flash_board(to: str, bundle: str | None, firmware: str | None, *, allow_unsigned: bool, dry_run: bool, as_json: bool) -> None:
@@ -28,6 +28,4 @@ def flash_board(to: str, bundle: str | None, firmware: str | None, *, allow_unsi
     for note in answer.notes:
         out.print(f"  note      {note}", markup=False)
     if answer.action == "dry-run":
-        for number, text in enumerate(answer.steps, 1):
-            out.print(f"  {number}. {text}", markup=False)
-        say(f"{len(answer.steps)} steps; nothing was changed")
+        show_steps([f"  {number}. {text}" for number, text in enumerate(answer.steps, 1)])

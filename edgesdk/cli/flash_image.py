@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgesdk.cli.common import console, emit_json, progress, say
+from edgesdk.cli.common import console, emit_json, progress, show_steps
 
 if TYPE_CHECKING:
     from edgesdk.cli.common import Step
@@ -136,9 +136,7 @@ def _show(report: ImageReport) -> None:
 
     out = console()
     if report.action == "dry-run":
-        for line in report.steps:
-            out.print(line, markup=False)
-        say(f"{len(report.steps)} steps; nothing was written")
+        show_steps(report.steps, done="written")
         return
     out.print(f"[bold]{report.to}[/bold]: {show_bytes(report.written_bytes)} of {show_bytes(report.size_bytes)} written and read back")
     if report.bundle:
@@ -153,9 +151,7 @@ def _show_slots(report: SlotReport) -> None:
 
     out = console()
     if report.action == "dry-run":
-        for line in report.steps:
-            out.print(line, markup=False)
-        say(f"{len(report.steps)} steps on {report.link}; nothing was changed")
+        show_steps(report.steps, f" on {report.link}")
         return
     out.print(f"[bold]{report.link}[/bold]: slot {report.running} {'runs' if report.action == 'status' else 'runs and is confirmed'}")
     for slot, device in report.devices.items():
