@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import importlib
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,16 +90,9 @@ def switch(root: str, target: str) -> None:
 
 
 def record(root: str, digest: str, signer: str, result: str) -> None:
-    """One line more of the history: CHECK NUMBER TIME ACTION DIGEST SIGNER RESULT."""
-    path, lines = os.path.join(root, "history"), [""]
-    if os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            lines = file.read().splitlines() or [""]
-    numbers = [int(words[1]) for words in map(str.split, lines) if len(words) > 1 and words[1].isdigit()]
-    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    line = f"{max(numbers, default=0) + 1} {when} first-boot {digest} {signer} {' '.join(result.split())}"
-    check = hashlib.sha256(line.encode()).hexdigest()[:16]
-    write(path, "\n".join([*filter(None, lines), f"{check} {line}"]) + "\n")
+    """One line more of the history."""
+    importlib.import_module("edgesdk.fleet.store").Store(root, None).record("first-boot", digest, signer, result)
+    give(os.path.join(root, "history"))
 
 
 @contextlib.contextmanager
