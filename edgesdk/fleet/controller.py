@@ -9,6 +9,7 @@ from typing import Any
 
 from edgesdk.errors import DeviceError
 from edgesdk.fleet.broker import KEEPALIVE_S, Broker, refusal
+from edgesdk.fleet.files import chunk_names, chunks_of, files_of
 from edgesdk.fleet.journal import Folder
 from edgesdk.fleet.rollout import MOST_COUNTER, Event, Rollout
 from edgesdk.fleet.wire import CHUNK_BYTES, Refused, Topics, envelope, pack, unpack
@@ -64,6 +65,7 @@ class Controller:
         self._heard: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._batches: Iterator[tuple[str, ...]] = iter(())
         self._echo = f"{self.topics.base}/echo/{self.spec.id}"
+        self._files = files_of(folder.bundle)
         self._order = self._fixed_part()
         self._asked_s = 0.0
         self._base = 0.0
@@ -216,9 +218,7 @@ class Controller:
 
     def _fixed_part(self) -> Event:
         """What all orders of this rollout say."""
-        from edgesdk.fleet.files import files_of
-
-        files = {name: (sha, size, place) for name, sha, size, place in files_of(self.folder.bundle)}
+        files = {name: (sha, size, place) for name, sha, size, place in self._files}
         order: Event = {"fleet": self.spec.fleet, "rollout": self.spec.id, "bundle": self.spec.bundle, "gate_s": self.spec.gate_s}
         for part in ("manifest", "signature"):
             sha, size, _ = files[f"{part}.json"]
@@ -238,12 +238,10 @@ class Controller:
 
     def _offer(self) -> None:
         """Every chunk of the bundle to the broker, then word that all are there; gone on with if the broker goes meanwhile."""
-        from edgesdk.fleet.files import chunks_of
-
         if self.spec.url:
             self.offered = True
             return
-        for count, (sha, index, data) in enumerate(chunks_of(self.folder.bundle), 1):
+        for count, (sha, index, data) in enumerate(chunks_of(self.folder.bundle, self._files), 1):
             info = self.client.publish(self.topics.chunk(sha, index), data, qos=1, retain=True)
             if count % AT_ONCE == 0 and not self._sent(info):
                 return
@@ -260,12 +258,10 @@ class Controller:
 
     def clear(self) -> None:
         """Take the bundle back from the broker once nobody will fetch it any more."""
-        from edgesdk.fleet.files import chunks_of
-
         info = None
         if not self.spec.url and not (self.rollout.status == "finished" and self.rollout.unsettled):
             self.client.publish(self.topics.offer(self.spec.bundle), b"", qos=1, retain=True)
-            for sha, index, _ in chunks_of(self.folder.bundle):
+            for _, sha, index in chunk_names(self._files):
                 info = self.client.publish(self.topics.chunk(sha, index), b"", qos=1, retain=True)
         if info is not None:
             self._sent(info)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from edgesdk.fleet.wire import CHUNK_BYTES
@@ -27,13 +28,18 @@ def files_of(bundle: Path) -> list[tuple[str, str, int, int]]:
     return found
 
 
-def chunks_of(bundle: Path) -> Iterator[tuple[str, int, bytes]]:
-    """(sha256, number, bytes) of every chunk; a file that is there twice once."""
-    done = set()
+def chunk_names(files: Iterable[tuple[str, str, int, int]]) -> Iterator[tuple[str, str, int]]:
+    """(name, sha256, number) of every chunk of what `files_of` found; a file that is there twice once."""
+    places = {sha: (name, size) for name, sha, size, _ in files}
+    for sha, (name, size) in places.items():
+        for index in range(-(-size // CHUNK_BYTES)):
+            yield name, sha, index
+
+
+def chunks_of(bundle: Path, files: Iterable[tuple[str, str, int, int]]) -> Iterator[tuple[str, int, bytes]]:
+    """(sha256, number, bytes) of every chunk."""
     with zipfile.ZipFile(bundle) as archive:
-        for name, sha, size, _ in files_of(bundle):
-            if sha not in done:
-                done.add(sha)
-                with archive.open(name) as content:
-                    for index in range(-(-size // CHUNK_BYTES)):
-                        yield sha, index, content.read(CHUNK_BYTES)
+        for name, chunks in itertools.groupby(chunk_names(files), key=lambda c: c[0]):
+            with archive.open(name) as content:
+                for _, sha, index in chunks:
+                    yield sha, index, content.read(CHUNK_BYTES)
